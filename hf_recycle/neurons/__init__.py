@@ -1,0 +1,1 @@
+"""Where neurons live: the only code that knows layouts, storage and optimizer state."""

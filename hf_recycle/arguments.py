@@ -1,0 +1,99 @@
+"""`RecyclingArguments`: `TrainingArguments` with the settings of every method, flat."""
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from transformers import TrainingArguments
+
+from hf_recycle.settings import (
+    METHODS,
+    MagnitudeSettings,
+    MidpointSettings,
+    RecyclingSettings,
+    Settings,
+    flat_field,
+)
+
+
+def _recycle(name: str) -> Any:
+    return flat_field(RecyclingSettings, name)
+
+
+def _midpoint(name: str) -> Any:
+    return flat_field(MidpointSettings, name)
+
+
+@dataclass
+class RecyclingArguments(TrainingArguments):
+    """Arguments of a `RecyclingTrainer`: every field of `transformers.TrainingArguments`, and those below.
+
+    Numbers of steps are integers, or fractions below 1 of the whole training, as `save_steps`; None or 0 turns a method
+    off. A value that is not allowed raises a `ValueError` that names the field, the value and what is allowed.
+    """
+
+    recycle_steps: float | None = _recycle("steps")
+    recycle_start: float = _recycle("start")
+    recycle_end: float | None = _recycle("end")
+    recycle_fraction: float = _recycle("fraction")
+    recycle_fraction_schedule: str = _recycle("fraction_schedule")
+    recycle_selection: str = _recycle("selection")
+    recycle_scope: str = _recycle("scope")
+    recycle_reinit: str = _recycle("reinit")
+    recycle_noise_scale: float = _recycle("noise_scale")
+    recycle_immunity: int = _recycle("immunity")
+    recycle_smooth_steps: float = _recycle("smooth_steps")
+    recycle_optimizer_state: str = _recycle("optimizer_state")
+    recycle_layers: list[int] | None = _recycle("layers")
+    recycle_seed: int | None = _recycle("seed")
+
+    midpoint_weight: float = _midpoint("weight")
+    midpoint_distance: str = _midpoint("distance")
+    midpoint_center: str = _midpoint("center")
+    midpoint_log: bool = _midpoint("log")
+    midpoint_below_only: bool = _midpoint("below_only")
+
+    magnitude_steps: float | None = flat_field(MagnitudeSettings, "steps")
+
+    masked_head: bool = field(
+        default=True,
+        metadata={
+            "help": "Compute the head of a masked language model on masked positions only: same loss, faster."
+        },
+    )
+    deterministic_masking: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Masks as a pure function of (seed, pass over the data, sample), so that a resumed run sees the "
+            "masks of an uninterrupted one. None: yes, unless every method and masked_head are off; then the collator "
+            "is left as it is, and training is that of the stock Trainer."
+        },
+    )
+    ff_pattern: str | None = field(
+        default=None,
+        metadata={
+            "help": "Linear layers of the feed-forward blocks, for a model of unknown layout: 'fc1 -> fc2', "
+            "'gate + up -> down' or 'fused:Wi -> Wo'."
+        },
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        for method in METHODS:
+            self.method_settings(method).validate(method.prefix)
+        if self.recycle_seed is None:
+            self.recycle_seed = self.seed
+
+    def method_settings(self, method: type[Settings]) -> Settings:
+        """The settings of one method, without their prefix."""
+        return method(**{item.name: getattr(self, method.prefix + item.name) for item in fields(method)})
+
+    def method_arguments(self) -> dict[str, Any]:
+        """All settings of all methods, flat: what `recycling_config.json` records."""
+        names = [method.prefix + item.name for method in METHODS for item in fields(method)]
+        names += ["masked_head", "deterministic_masking", "ff_pattern"]
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def any_method(self) -> bool:
+        """Whether anything of this package changes training or records its course."""
+        return any(self.method_settings(method).enabled for method in METHODS)

@@ -1,0 +1,81 @@
+"""Midpoint loss: a plain gradient step that evens out neuron magnitudes (*Neuron Recycling*, "Tangent - Midpoint Loss").
+
+    Loss = Σ_i dist(g(M_i), stop_grad(center g(M)))        M_i = ‖w_in,i‖ · ‖w_out,i‖
+
+Its gradient has a closed form that scales each neuron's in-row and out-column, so the step is one multiplication.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+DISTANCES = ("l1", "l2")
+CENTERS = ("mean", "median")
+
+
+@dataclass(frozen=True)
+class MidpointLoss:
+    """One variant of the loss.
+
+    Attributes:
+        distance: "l1": |x|, "l2": x².
+        center: "mean", or "median" (the lower of the two middle values, as `torch.median`).
+        log: g is the logarithm instead of the identity. Neurons of magnitude zero then have no place on the axis and
+            are left out of the center.
+        below_only: only neurons below the center contribute; the center is still that of all.
+    """
+
+    distance: str = "l1"
+    center: str = "mean"
+    log: bool = False
+    below_only: bool = False
+
+    def terms(self, magnitudes: Tensor, included: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss and its derivative by g(M_i), for one block.
+
+        Args:
+            magnitudes: `(d_ff,)`.
+            included: bool `(d_ff,)`; the others count neither in the sum nor in the center.
+
+        Returns:
+            The loss, a scalar, and the derivative `(d_ff,)`, zero where a neuron does not contribute.
+        """
+        if self.log:
+            included = included & (magnitudes > 0)
+        values = magnitudes.log() if self.log else magnitudes
+        values = torch.where(included, values, 0)
+        if not included.any():
+            return values.sum(), torch.zeros_like(values)
+        considered = values[included]
+        center = considered.mean() if self.center == "mean" else considered.median()
+        difference = values - center
+        active = included & (difference < 0) if self.below_only else included
+        difference = torch.where(active, difference, 0)
+        if self.distance == "l1":
+            return difference.abs().sum(), difference.sign()
+        return difference.square().sum(), 2 * difference
+
+    def slopes(self, in_norm: Tensor, out_norm: Tensor, included: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss of one block and its gradient, which is a multiple of each neuron's own weights.
+
+        ∂M/∂w_in = w_in · ‖w_out‖ / ‖w_in‖ and ∂log M/∂w = w / ‖w‖²; a neuron with a norm of zero gets no gradient.
+
+        Args:
+            in_norm, out_norm: `(d_ff,)`.
+            included: bool `(d_ff,)`, see `terms`.
+
+        Returns:
+            The loss, a scalar, and `(d_ff,)` each, a and b, so that ∂Loss/∂w_in,i = a_i · w_in,i and
+            ∂Loss/∂w_out,i = b_i · w_out,i.
+        """
+        loss, derivative = self.terms(in_norm * out_norm, included)
+        alive = (in_norm > 0) & (out_norm > 0)
+        one = torch.ones_like(in_norm)
+        safe_in, safe_out = torch.where(alive, in_norm, one), torch.where(alive, out_norm, one)
+        if self.log:
+            by_in, by_out = safe_in.square().reciprocal(), safe_out.square().reciprocal()
+        else:
+            by_in, by_out = safe_out / safe_in, safe_in / safe_out
+        derivative = torch.where(alive, derivative, 0)
+        return loss, derivative * by_in, derivative * by_out

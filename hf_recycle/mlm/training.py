@@ -1,0 +1,200 @@
+"""What a Trainer does differently for masked language models: data, loss and evaluation."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import Trainer
+from transformers.trainer_utils import has_length
+from transformers.utils import logging
+
+from hf_recycle.mlm.heads import find_masked_head, is_masked_language_model
+from hf_recycle.mlm.loss import masked_lm_loss, masked_positions
+from hf_recycle.mlm.passes import PASS_COLUMN
+from hf_recycle.mlm.seeded import reproducible
+from hf_recycle.mlm.stream import EndlessStream
+from hf_recycle.mlm.tally import EvaluationTally
+
+logger = logging.get_logger(__name__)
+
+
+class MaskedLanguageModelingMixin(Trainer):
+    """Reproducible masks, a loss over the masked tokens of the whole batch, the head on masked positions, and
+    evaluation over all masked tokens.
+
+    The loss and the evaluation switch themselves on for masked language models only, and only where the user gave no
+    loss of their own (`compute_loss_func`, label smoothing). Other models keep the stock Trainer's.
+
+    Why a loss of our own: the forward of BERT and its kin takes `**kwargs` but ignores `num_items_in_batch`, so the stock
+    Trainer believes the loss to be normalised over accumulated batches and processes when it is not.
+    """
+
+    def set_up_masked_language_modeling(
+        self, *, masked_head: bool, deterministic_masking: bool, seed: int
+    ) -> None:
+        """To be called once, at the end of `__init__`."""
+        self.is_masked_language_model = is_masked_language_model(self.accelerator.unwrap_model(self.model))
+        self._own_loss = (
+            self.is_masked_language_model and self.compute_loss_func is None and self.label_smoother is None
+        )
+        if self._own_loss:
+            # So that the stock Trainer counts the masked tokens, and does not divide by accumulation steps once more.
+            self.model_accepts_loss_kwargs = True
+        self._masked_head_wanted = masked_head and self._own_loss
+        self._head_model: nn.Module | None = None
+        self._head = None
+        self._deterministic = deterministic_masking
+        self._tally: EvaluationTally | None = None
+        if deterministic_masking:
+            self.data_collator = reproducible(self.data_collator, seed)
+            self._evaluation_collator = self.data_collator.for_evaluation()
+
+    # ---- Data ----
+
+    def _get_dataloader(self, dataset, *args, is_training: bool = False, **kwargs) -> DataLoader:
+        if not self._deterministic:
+            return super()._get_dataloader(dataset, *args, is_training=is_training, **kwargs)
+        if is_training and isinstance(dataset, IterableDataset) and not has_length(dataset):
+            dataset = EndlessStream(dataset)
+        training_collator = self.data_collator
+        self.data_collator = training_collator if is_training else self._evaluation_collator
+        try:
+            return super()._get_dataloader(dataset, *args, is_training=is_training, **kwargs)
+        finally:
+            self.data_collator = training_collator
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if PASS_COLUMN not in self._signature_columns:
+            self._signature_columns.append(PASS_COLUMN)
+
+    def _run_epoch(self, *args, epoch: int, **kwargs) -> None:
+        if self._deterministic:
+            self.data_collator.set_pass(epoch)
+        super()._run_epoch(*args, epoch=epoch, **kwargs)
+
+    def check_labels(self) -> None:
+        """Refuses, before training, batches without labels, on which `masked_head` can't work.
+
+        Raises:
+            ValueError: if the collator makes no labels of the first training example.
+        """
+        if not self._masked_head_wanted or not has_length(self.train_dataset) or not len(self.train_dataset):
+            return
+        # On copies of the random state: looking must not change what comes.
+        with torch.random.fork_rng(devices=[]):
+            dataset = self.train_dataset
+            if hasattr(dataset, "remove_columns"):
+                dataset = self._remove_unused_columns(dataset)
+            batch = self.data_collator([dataset[0]])
+        self._require_labels(batch)
+
+    def _require_labels(self, batch: Mapping[str, Any]) -> None:
+        if "labels" not in batch:
+            raise ValueError(
+                "masked_head=True needs labels, and the batches have none: pass a masking collator such as "
+                "DataCollatorForLanguageModeling(tokenizer), or set masked_head=False."
+            )
+
+    # ---- Loss ----
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if not self._own_loss or (not self._masked_head_wanted and "labels" not in inputs):
+            return super().compute_loss(
+                model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+            )
+        logits, targets, outputs = self._predict_masked(model, inputs, masked_head=not return_outputs)
+        if num_items_in_batch is None:
+            num_items_in_batch = (targets != -100).sum()
+        loss = masked_lm_loss(logits, targets, num_items_in_batch)
+        if self.args.average_tokens_across_devices:
+            # Processes average their gradients; the sum over processes is wanted.
+            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+        return (loss, outputs) if return_outputs else loss
+
+    def _predict_masked(
+        self, model: nn.Module, inputs: Mapping[str, Any], masked_head: bool
+    ) -> tuple[Tensor, Tensor, Any]:
+        """Logits `(..., vocabulary)`, their targets `(...)` and the model's outputs: of the masked positions only if
+        `masked_head` and the model can, else of all."""
+        self._require_labels(inputs)
+        inputs = dict(inputs)
+        labels = inputs.pop("labels")
+        head = self._masked_head() if masked_head else None
+        if head is None:
+            outputs = model(**inputs)
+            return _logits(outputs), labels, outputs
+        positions = masked_positions(labels)
+        with head.at(positions):
+            outputs = model(**inputs)
+        logits = _logits(outputs)
+        if logits.shape[:-1] != positions.shape:
+            self._give_up_masked_head(f"its head gave logits of shape {tuple(logits.shape)}")
+            return self._predict_masked(model, {**inputs, "labels": labels}, masked_head=False)
+        return logits, labels.reshape(-1)[positions], outputs
+
+    def _masked_head(self):
+        """The head of the current model, or None: not wanted, or the model can't (said once)."""
+        if not self._masked_head_wanted:
+            return None
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if self._head_model is not model:  # model_init makes a new one
+            self._head_model, self._head = model, find_masked_head(model)
+            if self._head is None:
+                self._give_up_masked_head("its head is not known to work position by position")
+        return self._head
+
+    def _give_up_masked_head(self, why: str) -> None:
+        self._masked_head_wanted = False
+        if self._head is not None:
+            self._head.remove()
+        logger.warning(
+            f"masked_head: {type(self._head_model).__name__} can't compute its head on masked positions only ({why}); "
+            "the full head is used, which is slower and otherwise the same."
+        )
+
+    # ---- Evaluation ----
+
+    def evaluation_loop(self, dataloader, description, *args, metric_key_prefix: str = "eval", **kwargs):
+        with self._tallying() as tally:
+            output = super().evaluation_loop(
+                dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs
+            )
+        if tally is not None and tally.tokens:
+            # A mean over all masked tokens; the stock loop takes a mean of batch means.
+            metrics = tally.metrics(with_accuracy=self.compute_metrics is None)
+            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
+        return output
+
+    @contextmanager
+    def _tallying(self) -> Iterator[EvaluationTally | None]:
+        before, self._tally = self._tally, EvaluationTally(self.accelerator) if self._own_loss else None
+        try:
+            yield self._tally
+        finally:
+            self._tally = before
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        if self._tally is None or inputs.get("labels") is None:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys=ignore_keys)
+        if not prediction_loss_only:
+            # The caller wants the logits of all positions, so the full head it is.
+            loss, logits, labels = super().prediction_step(model, inputs, False, ignore_keys=ignore_keys)
+            scores = logits[0] if isinstance(logits, tuple | list) else logits
+            positions = masked_positions(labels)
+            self._tally.add(scores.flatten(0, -2)[positions], labels, positions)
+            return loss, logits, labels
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            logits, _, _ = self._predict_masked(model, inputs, masked_head=True)
+        positions = masked_positions(inputs["labels"])
+        if logits.shape[:-1] != positions.shape:
+            logits = logits.flatten(0, -2)[positions]
+        return self._tally.add(logits, inputs["labels"], positions), None, None
+
+
+def _logits(outputs: Any) -> Tensor:
+    return outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]

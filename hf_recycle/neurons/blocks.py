@@ -1,0 +1,107 @@
+"""A feed-forward block and the slices of parameters that make up its neurons."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from hf_recycle.neurons.storage import PlainStorage, storage_of
+
+
+@dataclass(frozen=True)
+class NeuronSlice:
+    """`length` lines of one parameter, one for each neuron: rows of `W_in`, entries of `b_in`, columns of `W_out`.
+
+    The parameter is looked up in its module at every use, because sharding replaces parameter objects.
+
+    Attributes:
+        role: "in", or "gate" and "up"; the same with ".bias"; "out".
+        module: the linear layer.
+        attribute: "weight" or "bias".
+        dim: the dimension of the parameter along which neurons are counted.
+        offset: where neuron 0 lies on that dimension (`d_ff` for the second half of a fused gated matrix).
+        length: `d_ff`.
+    """
+
+    role: str
+    module: nn.Module = field(repr=False)
+    attribute: str
+    dim: int
+    offset: int
+    length: int
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        return getattr(self.module, self.attribute)
+
+    @property
+    def is_bias(self) -> bool:
+        return self.attribute == "bias"
+
+    @property
+    def storage(self) -> PlainStorage:
+        return storage_of(self.parameter)
+
+
+@dataclass(frozen=True)
+class FeedForward:
+    """One feed-forward block.
+
+    Attributes:
+        name: dotted path, in the unwrapped model, of the smallest module that holds both projections.
+        num_neurons: `d_ff`.
+        gated: whether a neuron has a gate row and an up row.
+        slices: what a neuron is made of, in-projection first, out-projection last.
+    """
+
+    name: str
+    num_neurons: int
+    gated: bool
+    slices: tuple[NeuronSlice, ...]
+
+    @property
+    def in_slices(self) -> tuple[NeuronSlice, ...]:
+        """The rows of the in-projection, without biases: one slice, or two for a gated block."""
+        return tuple(piece for piece in self.slices if not piece.is_bias and piece.role != "out")
+
+    @property
+    def out_slice(self) -> NeuronSlice:
+        """The columns of the out-projection."""
+        return self.slices[-1]
+
+    def __getitem__(self, role: str) -> NeuronSlice:
+        return next(piece for piece in self.slices if piece.role == role)
+
+    def norms(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        """L2 norms of the neurons' in-rows (over both rows when gated) and out-columns, each `(d_ff,)`.
+
+        Computed in `dtype`, by default float32 or the parameter's dtype if that is wider.
+        """
+        out = self.out_slice
+        if dtype is None:
+            dtype = torch.promote_types(out.parameter.dtype, torch.float32)
+        parts = [piece.storage.norms(piece, dtype) for piece in self.in_slices]
+        in_norm = parts[0] if len(parts) == 1 else torch.linalg.vector_norm(torch.stack(parts), dim=0)
+        return in_norm, out.storage.norms(out, dtype)
+
+    def magnitudes(self) -> Tensor:
+        """Magnitude of every neuron, `‖W_in[i]‖₂ · ‖W_out[:, i]‖₂`, float32 `(d_ff,)`; biases left out.
+
+        Source: *Neuron Recycling*, section "Magnitude".
+        """
+        in_norm, out_norm = self.norms(torch.float32)
+        return in_norm * out_norm
+
+    def read(self, index: Tensor) -> dict[str, Tensor]:
+        """Copies of the weights of neurons `index` `(n,)`: `{role: (n, width)}`, biases `(n,)`."""
+        return {piece.role: piece.storage.read(piece, index) for piece in self.slices}
+
+    def write(self, index: Tensor, values: dict[str, Tensor]) -> None:
+        """Overwrites the weights of neurons `index` `(n,)` in place; `values` as `read` returns them."""
+        for piece in self.slices:
+            piece.storage.write(piece, index, values[piece.role])
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters the block's neurons lie in, each once."""
+        return iter({id(piece.parameter): piece.parameter for piece in self.slices}.values())

@@ -1,0 +1,247 @@
+"""What is known of every neuron of one model: how often it was recycled, when last, and whether it is in transition."""
+
+import weakref
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from hf_recycle.neurons.blocks import FeedForward
+from hf_recycle.neurons.find import find_feed_forwards
+from hf_recycle.neurons.initial import InitialDistribution
+
+
+@dataclass
+class Transition:
+    """Neurons on their way from old to new weights.
+
+    Attributes:
+        index: int64 `(n,)`.
+        age: int64 `(n,)`, optimizer steps since the phase.
+        old, new: `{role: (n, width)}` on the parameters' device.
+    """
+
+    index: Tensor
+    age: Tensor
+    old: dict[str, Tensor]
+    new: dict[str, Tensor]
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def joined_with(self, other: "Transition") -> "Transition":
+        return Transition(
+            torch.cat([self.index, other.index]),
+            torch.cat([self.age, other.age]),
+            {role: torch.cat([values, other.old[role]]) for role, values in self.old.items()},
+            {role: torch.cat([values, other.new[role]]) for role, values in self.new.items()},
+        )
+
+    def only(self, keep: Tensor) -> "Transition":
+        """The neurons for which `keep`, bool `(n,)`, is true."""
+
+        def pick(values: Tensor) -> Tensor:
+            return values[keep.to(values.device)]
+
+        old = {role: pick(values) for role, values in self.old.items()}
+        new = {role: pick(values) for role, values in self.new.items()}
+        return Transition(self.index[keep], self.age[keep], old, new)
+
+
+@dataclass
+class BlockState:
+    """The neurons of one block.
+
+    Attributes:
+        counts: int32 `(d_ff,)`, times recycled.
+        last_phase: int32 `(d_ff,)`, number of the phase that recycled each last; 0: never.
+        last_step: int64 `(d_ff,)`, optimizer step of that phase; 0: never.
+        transition: neurons in transition, or None.
+    """
+
+    counts: Tensor
+    last_phase: Tensor
+    last_step: Tensor
+    transition: Transition | None = None
+
+    @classmethod
+    def fresh(cls, num_neurons: int) -> "BlockState":
+        zeros = torch.zeros(num_neurons, dtype=torch.int32)
+        return cls(zeros, zeros.clone(), zeros.to(torch.int64))
+
+    def in_transition(self) -> Tensor:
+        """bool `(d_ff,)`."""
+        mask = torch.zeros(len(self.counts), dtype=torch.bool)
+        if self.transition is not None:
+            mask[self.transition.index] = True
+        return mask
+
+
+class BlockView:
+    """A block as `hf_recycle.methods.reinit.Block` describes it: to look at, not to write to."""
+
+    def __init__(self, model: nn.Module, block: FeedForward):
+        self.block = block
+        # Weak: the table of a model must not keep the model alive.
+        self._model = weakref.ref(model)
+
+    @cached_property
+    def distribution(self) -> InitialDistribution:
+        return InitialDistribution(self._model(), self.block)
+
+    @property
+    def num_neurons(self) -> int:
+        return self.block.num_neurons
+
+    @property
+    def weight_roles(self) -> list[str]:
+        return [piece.role for piece in self.block.slices if not piece.is_bias]
+
+    @property
+    def bias_roles(self) -> list[str]:
+        return [piece.role for piece in self.block.slices if piece.is_bias]
+
+    def width(self, role: str) -> int:
+        piece = self.block[role]
+        return piece.storage.lines(piece).shape[1]
+
+    def sample_initial(
+        self, n: int, generator: torch.Generator, roles: Collection[str] | None = None
+    ) -> dict[str, Tensor]:
+        return self.distribution.sample(n, generator, roles)
+
+    def mean_std(self, role: str) -> tuple[Tensor, Tensor]:
+        piece = self.block[role]
+        return piece.storage.mean_std(piece)
+
+    def read(self, index: Tensor) -> dict[str, Tensor]:
+        return self.block.read(index)
+
+
+@dataclass
+class NeuronTable:
+    """The blocks of one model and the state of their neurons.
+
+    There is one table per model (`NeuronTable.of`), so that callbacks which know nothing of each other agree on
+    which neurons are immune or in transition; it goes when the model goes.
+
+    Attributes:
+        blocks: in the model's own order.
+        views: what a reinitialization may see of each block.
+        states: one for each block.
+        phases: selection phases that happened so far.
+    """
+
+    blocks: list[FeedForward]
+    views: list[BlockView]
+    states: list[BlockState] = field(default_factory=list)
+    phases: int = 0
+
+    def __post_init__(self):
+        if not self.states:
+            self.reset()
+
+    @classmethod
+    def of(cls, model: nn.Module, pattern: str | None = None) -> "NeuronTable":
+        """The table of an unwrapped model, made at the first call.
+
+        Raises:
+            ValueError: if the model has no feed-forward block.
+        """
+        table = _tables.get(model)
+        if table is None:
+            blocks = find_feed_forwards(model, pattern)
+            table = _tables[model] = cls(blocks, [BlockView(model, block) for block in blocks])
+        return table
+
+    def reset(self) -> None:
+        """Forgets everything that happened; weights stay as they are."""
+        self.states = [BlockState.fresh(block.num_neurons) for block in self.blocks]
+        self.phases = 0
+
+    @property
+    def counts(self) -> dict[str, Tensor]:
+        """Times recycled, `{block name: int32 (d_ff,)}`."""
+        return {block.name: state.counts for block, state in zip(self.blocks, self.states, strict=True)}
+
+    @property
+    def in_transition(self) -> int:
+        return sum(len(state.transition) for state in self.states if state.transition is not None)
+
+    def magnitudes(self) -> dict[str, Tensor]:
+        """`{block name: float32 (d_ff,)}` on the CPU."""
+        return {block.name: block.magnitudes().cpu() for block in self.blocks}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All of it as CPU tensors, for `recycling_state.safetensors`."""
+        tensors = {"trainer/phases": torch.tensor([self.phases], dtype=torch.int64)}
+        for block, state in zip(self.blocks, self.states, strict=True):
+            tensors[f"{block.name}/counts"] = state.counts
+            tensors[f"{block.name}/last_phase"] = state.last_phase
+            tensors[f"{block.name}/last_step"] = state.last_step
+            if state.transition is None:
+                continue
+            prefix = f"{block.name}/transition"
+            tensors[f"{prefix}/index"] = state.transition.index
+            tensors[f"{prefix}/age"] = state.transition.age
+            for role in state.transition.old:
+                tensors[f"{prefix}/old/{role}"] = state.transition.old[role]
+                tensors[f"{prefix}/new/{role}"] = state.transition.new[role]
+        return {key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}
+
+    def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
+        """Takes back what `state_dict` gave.
+
+        Raises:
+            ValueError: if the tensors do not fit the model's blocks.
+        """
+        states = [self._load_block(block, tensors) for block in self.blocks]
+        self.states = states
+        self.phases = int(tensors["trainer/phases"][0]) if "trainer/phases" in tensors else 0
+
+    def _load_block(self, block: FeedForward, tensors: dict[str, Tensor]) -> BlockState:
+        columns = {}
+        for column in ("counts", "last_phase", "last_step"):
+            values = tensors.get(f"{block.name}/{column}")
+            if values is None or values.shape != (block.num_neurons,):
+                found = "is missing" if values is None else f"has shape {tuple(values.shape)}"
+                raise ValueError(f"{block.name}/{column} {found}, expected ({block.num_neurons},).")
+            columns[column] = values.clone()
+        state = BlockState(**columns)
+        prefix = f"{block.name}/transition"
+        if f"{prefix}/index" in tensors:
+            state.transition = _load_transition(block, prefix, tensors)
+        return state
+
+
+def _load_transition(block: FeedForward, prefix: str, tensors: dict[str, Tensor]) -> Transition:
+    index, age = tensors[f"{prefix}/index"], tensors.get(f"{prefix}/age")
+    n = len(index) if index.dim() == 1 else -1
+    fits = (
+        n > 0
+        and index.dtype == torch.int64
+        and age is not None
+        and age.shape == (n,)
+        and age.dtype == torch.int64
+    )
+    fits = (
+        fits and 0 <= int(index.min()) and int(index.max()) < block.num_neurons and len(index.unique()) == n
+    )
+    if not fits or int(age.min()) < 0:
+        raise ValueError(f"{prefix} holds no valid neuron indices and ages.")
+    sides: dict[str, dict[str, Tensor]] = {"old": {}, "new": {}}
+    for side, values in sides.items():
+        for piece in block.slices:
+            found = tensors.get(f"{prefix}/{side}/{piece.role}")
+            expected = piece.storage.lines(piece).shape[1:]
+            if found is None or found.shape != (n, *expected) or not found.isfinite().all():
+                raise ValueError(
+                    f"{prefix}/{side}/{piece.role} must hold {n} finite lines of shape {tuple(expected)}."
+                )
+            values[piece.role] = found.to(piece.parameter)
+    return Transition(index.clone(), age.clone(), sides["old"], sides["new"])
+
+
+_tables: "weakref.WeakKeyDictionary[nn.Module, NeuronTable]" = weakref.WeakKeyDictionary()

@@ -1,0 +1,151 @@
+"""One selection phase: choose neurons, give them new weights, note what was done."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_recycle.methods.immunity import is_immune
+from hf_recycle.methods.reinit import REINITIALIZATIONS, Options
+from hf_recycle.methods.schedule import PhaseSchedule
+from hf_recycle.methods.seeds import generator_for
+from hf_recycle.methods.selection import CRITERIA, Signals, select, select_globally
+from hf_recycle.neurons.optimizer import reset_state
+from hf_recycle.neurons.table import NeuronTable, Transition
+from hf_recycle.settings import RecyclingSettings
+
+
+@dataclass(frozen=True)
+class PhaseRecord:
+    """What a phase did in one block.
+
+    Attributes:
+        step: optimizer step.
+        phase: number of the phase, from 1 (of a skipped phase: the number it would have had).
+        block: name of the block.
+        requested: neurons that the settings ask for (in global scope: those of this block that were chosen).
+        eligible: neurons that could be chosen.
+        recycled: indices of the chosen neurons, ascending.
+        note: why fewer were recycled than requested, or empty.
+    """
+
+    step: int
+    phase: int
+    block: str
+    requested: int
+    eligible: int
+    recycled: list[int]
+    note: str = ""
+
+
+@torch.no_grad()
+def run_phase(
+    table: NeuronTable,
+    settings: RecyclingSettings,
+    schedule: PhaseSchedule,
+    step: int,
+    *,
+    smooth_steps: int,
+    optimizer=None,
+    loss_is_finite: bool = True,
+) -> list[PhaseRecord]:
+    """Runs the selection phase right after optimizer step `step`.
+
+    A non-finite loss or magnitude skips the whole phase: nothing is written, and the records say why. A skipped phase
+    does not count for immunity.
+
+    Args:
+        settings: validated settings, with a seed.
+        smooth_steps: steps over which new weights fade in; 0: they are written at once.
+        optimizer: whose state is reset; None: none.
+
+    Returns:
+        One record for each block that takes part.
+    """
+    positions = list(range(len(table.blocks))) if settings.layers is None else sorted(set(settings.layers))
+    magnitudes = [table.blocks[position].magnitudes().cpu() for position in positions]
+    phase = table.phases + 1
+    if settings.scope == "global":
+        quotas = [schedule.quota(step, sum(len(values) for values in magnitudes))]
+    else:
+        quotas = [schedule.quota(step, len(values)) for values in magnitudes]
+    eligible = [_eligible(table, position, phase, settings.immunity) for position in positions]
+
+    reason = _reason_to_skip(magnitudes, loss_is_finite)
+    if reason:
+        return [
+            PhaseRecord(step, phase, table.blocks[position].name, 0, int(mask.sum()), [], reason)
+            for position, mask in zip(positions, eligible, strict=True)
+        ]
+
+    scores = [
+        CRITERIA[settings.selection](Signals(values, generator_for(settings.seed, step, position, "select")))
+        for position, values in zip(positions, magnitudes, strict=True)
+    ]
+    if settings.scope == "global":
+        chosen = select_globally(scores, eligible, quotas[0])
+        found = sum(len(index) for index in chosen)
+        shortfall = found < quotas[0]
+        note = (
+            f"{found} of {quotas[0]} requested over all blocks: too few eligible neurons" if shortfall else ""
+        )
+        requested, notes = [len(index) for index in chosen], [note] * len(chosen)
+    else:
+        chosen = [select(*arguments) for arguments in zip(scores, eligible, quotas, strict=True)]
+        requested = quotas
+        notes = [
+            "too few eligible neurons" if len(c) < q else "" for c, q in zip(chosen, quotas, strict=True)
+        ]
+
+    table.phases = phase
+    for position, index in zip(positions, chosen, strict=True):
+        _recycle(table, position, index, settings, step, phase, smooth_steps, optimizer)
+    return [
+        PhaseRecord(step, phase, table.blocks[position].name, request, int(mask.sum()), index.tolist(), note)
+        for position, request, mask, index, note in zip(
+            positions, requested, eligible, chosen, notes, strict=True
+        )
+    ]
+
+
+def _eligible(table: NeuronTable, position: int, phase: int, immunity: int) -> Tensor:
+    state = table.states[position]
+    return ~is_immune(state.last_phase, phase, immunity) & ~state.in_transition()
+
+
+def _reason_to_skip(magnitudes: list[Tensor], loss_is_finite: bool) -> str:
+    if not loss_is_finite:
+        return "skipped: the loss is not finite"
+    if not all(values.isfinite().all() for values in magnitudes):
+        return "skipped: some magnitudes are not finite"
+    return ""
+
+
+def _recycle(
+    table: NeuronTable,
+    position: int,
+    index: Tensor,
+    settings: RecyclingSettings,
+    step: int,
+    phase: int,
+    smooth_steps: int,
+    optimizer,
+) -> None:
+    """Gives neurons `index` of one block new weights, at once or as a transition, and notes it in the table."""
+    if not len(index):
+        return
+    block, state = table.blocks[position], table.states[position]
+    generator = generator_for(settings.seed, step, position, "reinit")
+    options = Options(noise_scale=settings.noise_scale)
+    values = REINITIALIZATIONS[settings.reinit](table.views[position], index, generator, options)
+    if optimizer is not None:
+        reset_state(optimizer, block, index, settings.optimizer_state)
+    if smooth_steps:
+        new = {piece.role: values[piece.role].to(piece.parameter) for piece in block.slices}
+        started = Transition(index, torch.zeros_like(index), block.read(index), new)
+        state.transition = started if state.transition is None else state.transition.joined_with(started)
+    else:
+        block.write(index, values)
+    state.counts[index] += 1
+    state.last_phase[index] = phase
+    state.last_step[index] = step

@@ -1,0 +1,190 @@
+"""The table of settings: each method's knobs, their defaults, help and allowed values, once.
+
+`RecyclingArguments` flattens them with a prefix for the Trainer and the command line; callbacks take them without.
+"""
+
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, ClassVar
+
+from hf_recycle.methods.midpoint import CENTERS, DISTANCES
+from hf_recycle.methods.reinit import REINITIALIZATIONS
+from hf_recycle.methods.schedule import FRACTION_SCHEDULES
+from hf_recycle.methods.selection import CRITERIA
+
+Check = Callable[[Any], str | None]
+
+
+def setting(default: Any, help: str, check: Check) -> Any:
+    """A dataclass field with its help and a check that returns what is allowed, or None if the value is fine."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help, "check": check})
+    return field(default=default, metadata={"help": help, "check": check})
+
+
+def _steps(value: Any) -> str | None:
+    """A number of steps: None, an integer >= 0 or a fraction in (0, 1)."""
+    fine = value is None or (_is_number(value) and value >= 0 and (value < 1 or float(value).is_integer()))
+    return None if fine else "an integer number of steps, or a fraction below 1 of the training"
+
+
+def _share(value: Any) -> str | None:
+    return None if _is_number(value) and 0 < value <= 1 else "a number in (0, 1]"
+
+
+def _not_negative(value: Any) -> str | None:
+    return None if _is_number(value) and value >= 0 else "a number >= 0"
+
+
+def _whole(value: Any) -> str | None:
+    fine = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return None if fine else "an integer >= 0"
+
+
+def _flag(value: Any) -> str | None:
+    return None if isinstance(value, bool) else "true or false"
+
+
+def _layers(value: Any) -> str | None:
+    fine = value is None or (
+        isinstance(value, list | tuple) and value and all(_whole(v) is None for v in value)
+    )
+    return None if fine else "a list of block indices"
+
+
+def _seed(value: Any) -> str | None:
+    return None if value is None else _whole(value)
+
+
+def _one_of(choices) -> Check:
+    return lambda value: None if value in list(choices) else f"one of {', '.join(choices)}"
+
+
+def _is_number(value: Any) -> bool:
+    return (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and value == value
+        and abs(value) != float("inf")
+    )
+
+
+@dataclass
+class Settings:
+    """Base of one method's settings. `validate` names a field as the user wrote it: with `prefix`, or without."""
+
+    prefix: ClassVar[str] = ""
+
+    @property
+    def enabled(self) -> bool:
+        raise NotImplementedError
+
+    def validate(self, prefix: str = "") -> None:
+        """Raises a ValueError that names the first field with a value that is not allowed."""
+        for item in fields(self):
+            value = getattr(self, item.name)
+            allowed = item.metadata["check"](value)
+            if allowed is not None:
+                raise ValueError(f"{prefix}{item.name}={value!r} is not allowed: it must be {allowed}.")
+
+
+@dataclass
+class RecyclingSettings(Settings):
+    """Recycling: train, select the least important neurons, reinitialise them, repeat."""
+
+    prefix: ClassVar[str] = "recycle_"
+
+    steps: float | None = setting(None, "Steps between selection phases. None or 0: no recycling.", _steps)
+    start: float = setting(0, "First step of recycling.", _steps)
+    end: float | None = setting(None, "Last step of recycling. None: the end of training.", _steps)
+    fraction: float = setting(
+        0.01, "Share of the neurons recycled per phase (of each layer, or of all).", _share
+    )
+    fraction_schedule: str = setting(
+        "constant", "The share over time: constant, or a decay to 0 at the end.", _one_of(FRACTION_SCHEDULES)
+    )
+    selection: str = setting(
+        "low_magnitude", f"Selection criterion. {CRITERIA.describe()}.", _one_of(CRITERIA)
+    )
+    scope: str = setting(
+        "layer", "Select in each layer, or over all layers together.", _one_of(("layer", "global"))
+    )
+    reinit: str = setting(
+        "initial",
+        f"New weights of recycled neurons. {REINITIALIZATIONS.describe()}.",
+        _one_of(REINITIALIZATIONS),
+    )
+    noise_scale: float = setting(
+        0.05,
+        "copy_noise: standard deviation of the noise, in standard deviations of the matrix.",
+        _not_negative,
+    )
+    immunity: int = setting(0, "Phases for which a recycled neuron can't be selected again.", _whole)
+    smooth_steps: float = setting(0, "Optimizer steps over which new weights fade in. 0: at once.", _steps)
+    optimizer_state: str = setting(
+        "reset",
+        "Optimizer state of recycled neurons. reset: first moment zero, second moment the mean of the others'; "
+        "zero: both zero; keep: unchanged (as in the article).",
+        _one_of(("reset", "zero", "keep")),
+    )
+    layers: list[int] | None = setting(None, "Indices of the FF blocks to recycle. None: all.", _layers)
+    seed: int | None = setting(
+        None, "Seed of the method's own random generators. None: the training seed.", _seed
+    )
+
+    @property
+    def enabled(self) -> bool:
+        return bool(self.steps)
+
+    def validate(self, prefix: str = "") -> None:
+        super().validate(prefix)
+        start, end = self.start or 0, self.end
+        comparable = end is not None and (start < 1) == (end < 1 and end != 0)
+        if end is not None and (comparable or start == 0) and start > end:
+            raise ValueError(
+                f"{prefix}start={start:g} is after {prefix}end={end:g}: recycling would never happen."
+            )
+
+
+@dataclass
+class MidpointSettings(Settings):
+    """Midpoint loss: a plain gradient step that evens out neuron magnitudes."""
+
+    prefix: ClassVar[str] = "midpoint_"
+
+    weight: float = setting(0.0, "Weight of the midpoint loss. 0: off.", _not_negative)
+    distance: str = setting("l1", "Distance from the center: l1 or l2.", _one_of(DISTANCES))
+    center: str = setting("mean", "Center of a layer's magnitudes: mean or median.", _one_of(CENTERS))
+    log: bool = setting(False, "Logarithm of the magnitudes instead of the magnitudes.", _flag)
+    below_only: bool = setting(False, "Only neurons below the center.", _flag)
+
+    @property
+    def enabled(self) -> bool:
+        return self.weight > 0
+
+
+@dataclass
+class MagnitudeSettings(Settings):
+    """Histograms of neuron magnitudes over training."""
+
+    prefix: ClassVar[str] = "magnitude_"
+
+    steps: float | None = setting(
+        None, "Record magnitude histograms every so many steps. None or 0: never.", _steps
+    )
+
+    @property
+    def enabled(self) -> bool:
+        return bool(self.steps)
+
+
+METHODS: tuple[type[Settings], ...] = (RecyclingSettings, MidpointSettings, MagnitudeSettings)
+
+
+def flat_field(settings: type[Settings], name: str) -> Any:
+    """The field `name` of a method's settings as a field of `RecyclingArguments`: same default, same help."""
+    item = next(item for item in fields(settings) if item.name == name)
+    metadata = {"help": item.metadata["help"]}
+    if item.default_factory is not MISSING:
+        return field(default_factory=item.default_factory, metadata=metadata)
+    return field(default=item.default, metadata=metadata)

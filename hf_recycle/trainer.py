@@ -1,0 +1,184 @@
+"""`RecyclingTrainer`: a Hugging Face Trainer with the methods of this package."""
+
+from dataclasses import fields
+from typing import Any
+
+import torch
+from transformers.utils import logging
+
+from hf_recycle.arguments import RecyclingArguments
+from hf_recycle.callbacks import MagnitudeCallback, MidpointLossCallback, RecyclingCallback
+from hf_recycle.callbacks.base import NeuronCallback
+from hf_recycle.checkpoints import CheckpointMixin
+from hf_recycle.mlm.training import MaskedLanguageModelingMixin
+from hf_recycle.neurons.table import NeuronTable
+from hf_recycle.recorder import HistoryRecorder
+
+logger = logging.get_logger(__name__)
+
+# In the order in which they act after an optimizer step.
+CALLBACKS: tuple[type[NeuronCallback], ...] = (MidpointLossCallback, RecyclingCallback, MagnitudeCallback)
+
+_LOGGED_QUANTILES = {"magnitude_p10": 0.1, "magnitude_p50": 0.5, "magnitude_p90": 0.9}
+
+
+class RecyclingTrainer(CheckpointMixin, MaskedLanguageModelingMixin):
+    """A `transformers.Trainer` that recycles feed-forward neurons while it trains.
+
+    Same signature and methods as `Trainer`; `args` is a `RecyclingArguments`, and the callbacks that it asks for are
+    added by themselves. With every method and `masked_head` off it trains exactly as `Trainer` does on one process.
+
+    Beyond the methods it gives: checkpoints that are whole or absent and resume to the bit, the history of every neuron in
+    them, and for masked language models a loss normalised over the masked tokens of the whole batch, the head computed on
+    masked positions only, and evaluation on fixed masks.
+
+    Raises:
+        TypeError: if `args` is not a `RecyclingArguments`.
+        ValueError: for what can't work, before training starts: a model without feed-forward blocks, `nn.DataParallel`,
+            FSDP or DeepSpeed.
+    """
+
+    def __init__(self, model=None, args: RecyclingArguments | None = None, *positional, **kwargs):
+        if args is None:
+            args = RecyclingArguments(output_dir="tmp_trainer")
+        if not isinstance(args, RecyclingArguments):
+            raise TypeError(
+                f"RecyclingTrainer needs RecyclingArguments, not {type(args).__name__}: it takes every field of "
+                "TrainingArguments, so the name is all that changes."
+            )
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"{args.n_gpu} GPUs are visible to one process, which transformers would use through nn.DataParallel; "
+                f"run `accelerate launch --num_processes {args.n_gpu} <your script>`, or set CUDA_VISIBLE_DEVICES=0."
+            )
+        self.recorder = HistoryRecorder()
+        super().__init__(model, args, *positional, **kwargs)
+        self.neuron_callbacks = self._wire_callbacks()
+        if self.neuron_callbacks and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            engine = "FSDP" if self.is_fsdp_enabled else "DeepSpeed"
+            raise ValueError(
+                f"{engine} shards the weights, which recycling can't work on yet: use one process or DDP."
+            )
+        self.neuron_table()  # a model without blocks is refused here
+        seed = args.seed if args.data_seed is None else args.data_seed
+        deterministic = args.deterministic_masking
+        if deterministic is None:
+            deterministic = args.masked_head or bool(self.neuron_callbacks)
+        self.set_up_masked_language_modeling(
+            masked_head=args.masked_head, deterministic_masking=deterministic, seed=seed
+        )
+        self._last_loss: torch.Tensor | None = None
+
+    def _wire_callbacks(self) -> list[NeuronCallback]:
+        """One callback for each method that is on: the user's own, or one made from the arguments."""
+        wired = []
+        for cls in CALLBACKS:
+            settings = self.args.method_settings(cls.settings_class)
+            own = [callback for callback in self.callback_handler.callbacks if type(callback) is cls]
+            if own and (settings.enabled or len(own) > 1):
+                raise ValueError(
+                    f"{cls.__name__} is passed in callbacks and {settings.prefix}* arguments ask for it too: use one."
+                    if settings.enabled
+                    else f"{cls.__name__} is passed {len(own)} times in callbacks: pass it once."
+                )
+            if settings.enabled:
+                values = {item.name: getattr(settings, item.name) for item in fields(settings)}
+                own = [cls(ff_pattern=self.args.ff_pattern, **values)]
+                self.add_callback(own[0])
+            wired += own
+        for callback in wired:
+            if isinstance(callback, RecyclingCallback):
+                callback.loss_is_finite = self._loss_is_finite
+        self._share_recorder(wired)
+        return wired
+
+    # ---- Neurons ----
+
+    @property
+    def recycling(self) -> RecyclingCallback | None:
+        """The callback that recycles, or None if recycling is off."""
+        return next((cb for cb in self.neuron_callbacks if isinstance(cb, RecyclingCallback)), None)
+
+    def neuron_table(self) -> NeuronTable | None:
+        """The state of the current model's neurons; None if it has no feed-forward blocks and no method needs any.
+
+        Raises:
+            ValueError: if a method is on and the model has no feed-forward block.
+        """
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        try:
+            return NeuronTable.of(model, self.args.ff_pattern)
+        except ValueError:
+            if self.neuron_callbacks or self.args.ff_pattern:
+                raise
+            return None
+
+    def use_recorder(self, recorder: HistoryRecorder) -> None:
+        """Makes `recorder` the place where this trainer and its callbacks note what happens."""
+        self.recorder = recorder
+        self._share_recorder(self.neuron_callbacks)
+
+    def _share_recorder(self, callbacks: list[NeuronCallback]) -> None:
+        for callback in callbacks:
+            callback.recorder = self.recorder
+
+    def recycling_arguments(self) -> dict[str, Any]:
+        """The settings in force, flat."""
+        arguments = self.args.method_arguments()
+        for callback in self.neuron_callbacks:
+            prefix = callback.settings.prefix
+            arguments |= {
+                prefix + item.name: getattr(callback.settings, item.name)
+                for item in fields(callback.settings)
+            }
+        return arguments
+
+    def immune_neurons(self) -> int:
+        """Neurons that the next selection phase may not take because of their immunity."""
+        return self.recycling.immune() if self.recycling is not None else 0
+
+    # ---- Training ----
+
+    def train(self, *args, **kwargs):
+        self.check_labels()
+        return super().train(*args, **kwargs)
+
+    def training_step(self, *args, **kwargs) -> torch.Tensor:
+        self._last_loss = super().training_step(*args, **kwargs)
+        return self._last_loss
+
+    def _loss_is_finite(self) -> bool:
+        # Asked at selection phases only: it waits for the device.
+        finite = torch.isfinite(self._last_loss).reshape(1)
+        return bool(self.accelerator.gather(finite).all())
+
+    def _clip_grad_norm(self, model):
+        self._before_clipping()
+        return super()._clip_grad_norm(model)
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        # The one that is called when clipping is off.
+        self._before_clipping()
+        return super()._get_grad_norm(model, grad_norm=grad_norm)
+
+    def _before_clipping(self) -> None:
+        if self.recycling is not None:
+            self.recycling.scale_gradients()
+
+    # ---- Logging ----
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self.neuron_callbacks:
+            logs |= self._neuron_scalars()
+        super().log(logs, start_time)
+        self.recorder.log(self.state.global_step, logs)
+
+    def _neuron_scalars(self) -> dict[str, float]:
+        scalars: dict[str, float] = {}
+        for callback in self.neuron_callbacks:
+            scalars |= callback.scalars()
+        magnitudes = torch.cat(list(self.neuron_table().magnitudes().values()))
+        for name, level in _LOGGED_QUANTILES.items():
+            # kthvalue, because torch.quantile refuses more than 16 million values.
+            scalars[name] = float(magnitudes.kthvalue(max(1, round(level * len(magnitudes)))).values)
+        return scalars
