@@ -56,9 +56,7 @@ class RecyclingArguments(TrainingArguments):
 
     masked_head: bool = field(
         default=True,
-        metadata={
-            "help": "Compute the head of a masked language model on masked positions only: same loss, faster."
-        },
+        metadata={"help": "Compute the head of a masked language model on masked positions only: same loss, faster."},
     )
     deterministic_masking: bool | None = field(
         default=None,

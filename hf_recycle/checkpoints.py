@@ -79,9 +79,7 @@ class CheckpointMixin(Trainer):
             )
 
     def _export_callback_states(self) -> None:
-        stateful = [
-            cb for cb in [*self.callback_handler.callbacks, self.control] if isinstance(cb, ExportableState)
-        ]
+        stateful = [cb for cb in [*self.callback_handler.callbacks, self.control] if isinstance(cb, ExportableState)]
         for callback in stateful:
             name, state = type(callback).__name__, callback.state()
             # A callback that is new since the checkpoint this run resumed from has no entry yet.
@@ -229,11 +227,7 @@ def _check_same_settings(folder, saved: dict[str, Any], current: dict[str, Any])
 
 
 def _was_enabled(method, saved: dict[str, Any]) -> bool:
-    known = {
-        name.removeprefix(method.prefix): value
-        for name, value in saved.items()
-        if name.startswith(method.prefix)
-    }
+    known = {name.removeprefix(method.prefix): value for name, value in saved.items() if name.startswith(method.prefix)}
     fields = method.__dataclass_fields__
     return method(**{name: value for name, value in known.items() if name in fields}).enabled
 

@@ -86,25 +86,19 @@ def run_phase(
         chosen = select_globally(scores, eligible, quotas[0])
         found = sum(len(index) for index in chosen)
         shortfall = found < quotas[0]
-        note = (
-            f"{found} of {quotas[0]} requested over all blocks: too few eligible neurons" if shortfall else ""
-        )
+        note = f"{found} of {quotas[0]} requested over all blocks: too few eligible neurons" if shortfall else ""
         requested, notes = [len(index) for index in chosen], [note] * len(chosen)
     else:
         chosen = [select(*arguments) for arguments in zip(scores, eligible, quotas, strict=True)]
         requested = quotas
-        notes = [
-            "too few eligible neurons" if len(c) < q else "" for c, q in zip(chosen, quotas, strict=True)
-        ]
+        notes = ["too few eligible neurons" if len(c) < q else "" for c, q in zip(chosen, quotas, strict=True)]
 
     table.phases = phase
     for position, index in zip(positions, chosen, strict=True):
         _recycle(table, position, index, settings, step, phase, smooth_steps, optimizer)
     return [
         PhaseRecord(step, phase, table.blocks[position].name, request, int(mask.sum()), index.tolist(), note)
-        for position, request, mask, index, note in zip(
-            positions, requested, eligible, chosen, notes, strict=True
-        )
+        for position, request, mask, index, note in zip(positions, requested, eligible, chosen, notes, strict=True)
     ]
 
 

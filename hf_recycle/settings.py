@@ -46,9 +46,7 @@ def _flag(value: Any) -> str | None:
 
 
 def _layers(value: Any) -> str | None:
-    fine = value is None or (
-        isinstance(value, list | tuple) and value and all(_whole(v) is None for v in value)
-    )
+    fine = value is None or (isinstance(value, list | tuple) and value and all(_whole(v) is None for v in value))
     return None if fine else "a list of block indices"
 
 
@@ -62,10 +60,7 @@ def _one_of(choices) -> Check:
 
 def _is_number(value: Any) -> bool:
     return (
-        isinstance(value, int | float)
-        and not isinstance(value, bool)
-        and value == value
-        and abs(value) != float("inf")
+        isinstance(value, int | float) and not isinstance(value, bool) and value == value and abs(value) != float("inf")
     )
 
 
@@ -97,18 +92,12 @@ class RecyclingSettings(Settings):
     steps: float | None = setting(None, "Steps between selection phases. None or 0: no recycling.", _steps)
     start: float = setting(0, "First step of recycling.", _steps)
     end: float | None = setting(None, "Last step of recycling. None: the end of training.", _steps)
-    fraction: float = setting(
-        0.01, "Share of the neurons recycled per phase (of each layer, or of all).", _share
-    )
+    fraction: float = setting(0.01, "Share of the neurons recycled per phase (of each layer, or of all).", _share)
     fraction_schedule: str = setting(
         "constant", "The share over time: constant, or a decay to 0 at the end.", _one_of(FRACTION_SCHEDULES)
     )
-    selection: str = setting(
-        "low_magnitude", f"Selection criterion. {CRITERIA.describe()}.", _one_of(CRITERIA)
-    )
-    scope: str = setting(
-        "layer", "Select in each layer, or over all layers together.", _one_of(("layer", "global"))
-    )
+    selection: str = setting("low_magnitude", f"Selection criterion. {CRITERIA.describe()}.", _one_of(CRITERIA))
+    scope: str = setting("layer", "Select in each layer, or over all layers together.", _one_of(("layer", "global")))
     reinit: str = setting(
         "initial",
         f"New weights of recycled neurons. {REINITIALIZATIONS.describe()}.",
@@ -128,9 +117,7 @@ class RecyclingSettings(Settings):
         _one_of(("reset", "zero", "keep")),
     )
     layers: list[int] | None = setting(None, "Indices of the FF blocks to recycle. None: all.", _layers)
-    seed: int | None = setting(
-        None, "Seed of the method's own random generators. None: the training seed.", _seed
-    )
+    seed: int | None = setting(None, "Seed of the method's own random generators. None: the training seed.", _seed)
 
     @property
     def enabled(self) -> bool:
@@ -141,9 +128,7 @@ class RecyclingSettings(Settings):
         start, end = self.start or 0, self.end
         comparable = end is not None and (start < 1) == (end < 1 and end != 0)
         if end is not None and (comparable or start == 0) and start > end:
-            raise ValueError(
-                f"{prefix}start={start:g} is after {prefix}end={end:g}: recycling would never happen."
-            )
+            raise ValueError(f"{prefix}start={start:g} is after {prefix}end={end:g}: recycling would never happen.")
 
 
 @dataclass
@@ -169,9 +154,7 @@ class MagnitudeSettings(Settings):
 
     prefix: ClassVar[str] = "magnitude_"
 
-    steps: float | None = setting(
-        None, "Record magnitude histograms every so many steps. None or 0: never.", _steps
-    )
+    steps: float | None = setting(None, "Record magnitude histograms every so many steps. None or 0: never.", _steps)
 
     @property
     def enabled(self) -> bool:

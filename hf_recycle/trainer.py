@@ -28,9 +28,9 @@ class RecyclingTrainer(CheckpointMixin, MaskedLanguageModelingMixin):
     Same signature and methods as `Trainer`; `args` is a `RecyclingArguments`, and the callbacks that it asks for are
     added by themselves. With every method and `masked_head` off it trains exactly as `Trainer` does on one process.
 
-    Beyond the methods it gives: checkpoints that are whole or absent and resume to the bit, the history of every neuron in
-    them, and for masked language models a loss normalised over the masked tokens of the whole batch, the head computed on
-    masked positions only, and evaluation on fixed masks.
+    Beyond the methods it gives: checkpoints that are whole or absent and resume to the bit, the history of every neuron
+    in them, and for masked language models a loss normalised over the masked tokens of the whole batch, the head
+    computed on masked positions only, and evaluation on fixed masks.
 
     Raises:
         TypeError: if `args` is not a `RecyclingArguments`.
@@ -56,9 +56,7 @@ class RecyclingTrainer(CheckpointMixin, MaskedLanguageModelingMixin):
         self.neuron_callbacks = self._wire_callbacks()
         if self.neuron_callbacks and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             engine = "FSDP" if self.is_fsdp_enabled else "DeepSpeed"
-            raise ValueError(
-                f"{engine} shards the weights, which recycling can't work on yet: use one process or DDP."
-            )
+            raise ValueError(f"{engine} shards the weights, which recycling can't work on yet: use one process or DDP.")
         self.neuron_table()  # a model without blocks is refused here
         seed = args.seed if args.data_seed is None else args.data_seed
         deterministic = args.deterministic_masking
@@ -128,8 +126,7 @@ class RecyclingTrainer(CheckpointMixin, MaskedLanguageModelingMixin):
         for callback in self.neuron_callbacks:
             prefix = callback.settings.prefix
             arguments |= {
-                prefix + item.name: getattr(callback.settings, item.name)
-                for item in fields(callback.settings)
+                prefix + item.name: getattr(callback.settings, item.name) for item in fields(callback.settings)
             }
         return arguments
 

@@ -39,9 +39,7 @@ class NeuronCallback(TrainerCallback):
 
     def attach(self, model: nn.Module, state) -> None:
         """Finds the model's neurons; on a fresh start (step 0) with a clean slate."""
-        self.table = NeuronTable.of(
-            extract_model_from_parallel(model, keep_torch_compile=False), self.ff_pattern
-        )
+        self.table = NeuronTable.of(extract_model_from_parallel(model, keep_torch_compile=False), self.ff_pattern)
         if state.global_step == 0:
             self.table.reset()
 

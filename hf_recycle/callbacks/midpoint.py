@@ -14,9 +14,10 @@ logger = logging.get_logger(__name__)
 class MidpointLossCallback(NeuronCallback):
     """Midpoint loss: after every optimizer step, one plain gradient step that evens out neuron magnitudes.
 
-    Source: *Neuron Recycling*, section "Tangent - Midpoint Loss". W ← W − lr · weight · ∇Loss, with the learning rate of
-    the optimizer step just taken, no momentum, not clipped; neurons in transition are left out. With a learning rate of
-    1e-3 and a weight of 1e-7 the step is below the resolution of float32 and changes no weight; that is said once.
+    Source: *Neuron Recycling*, section "Tangent - Midpoint Loss". W ← W − lr · weight · ∇Loss, with the learning
+    rate of the optimizer step just taken, no momentum, not clipped; neurons in transition are left out. With a learning
+    rate of 1e-3 and a weight of 1e-7 the step is below the resolution of float32 and changes no weight; that is said
+    once.
 
     Takes the settings of `RecyclingArguments` whose names begin with `midpoint_`, without that prefix. On a stock
     `Trainer` it does all it does on a `RecyclingTrainer`, except that its loss is not logged.
@@ -38,8 +39,8 @@ class MidpointLossCallback(NeuronCallback):
         half = [p.dtype for block in self.table.blocks for p in block.parameters() if p.dtype.itemsize < 4]
         if self.settings.enabled and half:
             raise ValueError(
-                f"midpoint_weight={self.settings.weight} can't be used with {half[0]} weights, in which its small steps "
-                "are lost: load the model in float32 and train with bf16=True or fp16=True (autocast) instead."
+                f"midpoint_weight={self.settings.weight} can't be used with {half[0]} weights, in which its small "
+                "steps are lost: load the model in float32 and train with bf16=True or fp16=True (autocast) instead."
             )
 
     def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
@@ -67,8 +68,8 @@ class MidpointLossCallback(NeuronCallback):
             self._checked_for_effect = True
             if not torch.stack(changed).any():
                 logger.warning(
-                    f"midpoint_weight={self.settings.weight} changes no weight at this learning rate: the step is below "
-                    "the resolution of the weights' dtype."
+                    f"midpoint_weight={self.settings.weight} changes no weight at this learning rate: the step is "
+                    "below the resolution of the weights' dtype."
                 )
 
     def scalars(self) -> dict[str, float]:

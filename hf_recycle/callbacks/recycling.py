@@ -52,11 +52,7 @@ class RecyclingCallback(NeuronCallback):
         check_can_reset(optimizer, settings.optimizer_state)
         self._check_layers()
         self._say_what_is_odd()
-        if (
-            state.global_step > 0
-            and self.table.phases == 0
-            and len(self.schedule.phases_until(state.global_step))
-        ):
+        if state.global_step > 0 and self.table.phases == 0 and len(self.schedule.phases_until(state.global_step)):
             logger.warning(
                 f"Recycling starts at step {state.global_step} of a resumed run without recycling state: "
                 "every neuron counts as never recycled."
@@ -152,9 +148,7 @@ class RecyclingCallback(NeuronCallback):
     def immune(self, phase: int | None = None) -> int:
         """Neurons that the next phase may not select because of their immunity."""
         phase = self.table.phases + 1 if phase is None else phase
-        return sum(
-            int(is_immune(s.last_phase, phase, self.settings.immunity).sum()) for s in self.table.states
-        )
+        return sum(int(is_immune(s.last_phase, phase, self.settings.immunity).sum()) for s in self.table.states)
 
 
 def make_schedule(settings: RecyclingSettings, max_steps: int) -> PhaseSchedule | None:

@@ -1,4 +1,6 @@
-"""Midpoint loss: a plain gradient step that evens out neuron magnitudes (*Neuron Recycling*, "Tangent - Midpoint Loss").
+"""Midpoint loss: a plain gradient step that evens out neuron magnitudes.
+
+Source: *Neuron Recycling*, section "Tangent - Midpoint Loss".
 
     Loss = Σ_i dist(g(M_i), stop_grad(center g(M)))        M_i = ‖w_in,i‖ · ‖w_out,i‖
 

@@ -28,6 +28,4 @@ class Registry(Generic[F]):
 
     def describe(self) -> str:
         """`name: first line of its docstring` for each, for help texts."""
-        return "; ".join(
-            f"{name}: {(f.__doc__ or '').strip().splitlines()[0]}" for name, f in self._functions.items()
-        )
+        return "; ".join(f"{name}: {(f.__doc__ or '').strip().splitlines()[0]}" for name, f in self._functions.items())

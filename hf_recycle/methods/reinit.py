@@ -58,9 +58,7 @@ def initial(block: Block, index: Tensor, generator: torch.Generator, options: Op
 
 
 @REINITIALIZATIONS.register
-def matched_normal(
-    block: Block, index: Tensor, generator: torch.Generator, options: Options
-) -> dict[str, Tensor]:
+def matched_normal(block: Block, index: Tensor, generator: torch.Generator, options: Options) -> dict[str, Tensor]:
     """N(mean, std) of all current weights of each matrix (article, "Modifying reinitialization distribution")"""
     values = block.sample_initial(len(index), generator, block.bias_roles)
     for role in block.weight_roles:
@@ -71,9 +69,7 @@ def matched_normal(
 
 
 @REINITIALIZATIONS.register
-def copy_noise(
-    block: Block, index: Tensor, generator: torch.Generator, options: Options
-) -> dict[str, Tensor]:
+def copy_noise(block: Block, index: Tensor, generator: torch.Generator, options: Options) -> dict[str, Tensor]:
     """a copy of a neuron that is not being recycled, plus noise (article, "Copying existing neurons")"""
     others = torch.ones(block.num_neurons, dtype=torch.bool)
     others[index] = False

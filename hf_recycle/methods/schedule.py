@@ -35,11 +35,7 @@ class PhaseSchedule:
     decay: str = "constant"
 
     def is_phase(self, step: int) -> bool:
-        return (
-            0 < step < self.last_step
-            and self.start <= step <= self.end
-            and (step - self.start) % self.every == 0
-        )
+        return 0 < step < self.last_step and self.start <= step <= self.end and (step - self.start) % self.every == 0
 
     def phases_until(self, step: int) -> range:
         """The steps of all phases up to and including `step`."""

@@ -7,7 +7,6 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from hf_recycle.mlm.loss import IGNORED, token_losses
-from hf_recycle.mlm.metric import MaskedAccuracy
 
 
 class EvaluationTally:
@@ -18,6 +17,9 @@ class EvaluationTally:
     """
 
     def __init__(self, accelerator: Accelerator):
+        # Here, because evaluate takes seconds to import and most of a training does not need it.
+        from hf_recycle.mlm.metric import MaskedAccuracy
+
         self._accelerator = accelerator
         self._loss = 0.0
         self._accuracy = MaskedAccuracy()

@@ -28,13 +28,11 @@ class MaskedLanguageModelingMixin(Trainer):
     The loss and the evaluation switch themselves on for masked language models only, and only where the user gave no
     loss of their own (`compute_loss_func`, label smoothing). Other models keep the stock Trainer's.
 
-    Why a loss of our own: the forward of BERT and its kin takes `**kwargs` but ignores `num_items_in_batch`, so the stock
-    Trainer believes the loss to be normalised over accumulated batches and processes when it is not.
+    Why a loss of our own: the forward of BERT and its kin takes `**kwargs` but ignores `num_items_in_batch`, so the
+    stock Trainer believes the loss to be normalised over accumulated batches and processes when it is not.
     """
 
-    def set_up_masked_language_modeling(
-        self, *, masked_head: bool, deterministic_masking: bool, seed: int
-    ) -> None:
+    def set_up_masked_language_modeling(self, *, masked_head: bool, deterministic_masking: bool, seed: int) -> None:
         """To be called once, at the end of `__init__`."""
         self.is_masked_language_model = is_masked_language_model(self.accelerator.unwrap_model(self.model))
         self._own_loss = (

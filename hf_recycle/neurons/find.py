@@ -1,12 +1,14 @@
 """Finds the feed-forward blocks of a model."""
 
-import os
+import itertools
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_recycle.neurons.blocks import FeedForward, NeuronSlice
 from hf_recycle.neurons.families import FAMILIES, Layout, known_layouts, parse_layout
+
+_ATTENTION = re.compile("attn|attention", re.IGNORECASE)
 
 
 def find_feed_forwards(model: nn.Module, pattern: str | None = None) -> list[FeedForward]:
@@ -23,14 +25,10 @@ def find_feed_forwards(model: nn.Module, pattern: str | None = None) -> list[Fee
     if pattern is not None:
         blocks = _match(model, (parse_layout(pattern),))
         if not blocks:
-            raise ValueError(
-                f"ff_pattern={pattern!r} matches nothing in {_describe(model)}. {_candidates(model)}"
-            )
+            raise ValueError(f"ff_pattern={pattern!r} matches nothing in {_describe(model)}. {_candidates(model)}")
         return blocks
     model_types = {getattr(getattr(m, "config", None), "model_type", None) for m in model.modules()}
-    own = tuple(
-        layout for model_type in model_types if model_type in FAMILIES for layout in FAMILIES[model_type]
-    )
+    own = tuple(layout for model_type in model_types if model_type in FAMILIES for layout in FAMILIES[model_type])
     blocks = _match(model, own) or _match(model, known_layouts()) or _match_by_shape(model)
     if not blocks:
         raise ValueError(f"No feed-forward block was found in {_describe(model)}. {_candidates(model)}")
@@ -73,16 +71,23 @@ def _build(model: nn.Module, path: str, holder: nn.Module, layout: Layout) -> Fe
 
 def _match_by_shape(model: nn.Module) -> list[FeedForward]:
     """Blocks of an unknown architecture: the smallest modules in which just one narrowing layer f -> d (f > d) is
-    mirrored by widening layers d -> f, and by one or two of them."""
+    mirrored by widening layers d -> f before it, and by one or two of them.
+
+    The order keeps out adapters, which narrow first; attention, whose heads may be wider than the model, is kept out by
+    its name."""
     blocks, taken = [], set()
     deepest_first = sorted(model.named_modules(), key=lambda item: -len(item[0].split(".")) if item[0] else 0)
     for path, holder in deepest_first:
-        linears = [(name, module) for name, module in holder.named_modules() if name and _is_linear(module)]
+        linears = [
+            (name, module)
+            for name, module in holder.named_modules()
+            if name and _is_linear(module) and not _ATTENTION.search(f"{path}.{name}")
+        ]
         mirrored = {
             out: wide
-            for out, narrow in linears
+            for position, (out, narrow) in enumerate(linears)
             if _out_features(narrow) < _in_features(narrow)
-            and (wide := [name for name, module in linears if _mirrors(module, narrow)])
+            and (wide := [name for name, module in linears[:position] if _mirrors(module, narrow)])
         }
         if len(mirrored) != 1:
             continue
@@ -100,15 +105,13 @@ def _candidates(model: nn.Module) -> str:
     linears = [(name, module) for name, module in model.named_modules() if _is_linear(module)]
     pairs = [
         f"{first} -> {second} ({_in_features(a)} -> {_out_features(a)} -> {_out_features(b)})"
-        for (first, a), (second, b) in zip(linears, linears[1:], strict=False)
+        for (first, a), (second, b) in itertools.pairwise(linears)
         if _mirrors(a, b)
     ]
     if not pairs:
         return "It holds no pair of linear layers d -> f, f -> d that could be one."
     shown = "; ".join(pairs[:6]) + ("; ..." if len(pairs) > 6 else "")
-    return (
-        f"Name its layers with ff_pattern='in -> out'; pairs of linear layers that could be a block: {shown}."
-    )
+    return f"Name its layers with ff_pattern='in -> out'; pairs of linear layers that could be a block: {shown}."
 
 
 def _describe(model: nn.Module) -> str:
@@ -145,5 +148,5 @@ def _in_features(linear: nn.Module) -> int:
 
 
 def _common_parent(paths: list[str]) -> str:
-    parts = os.path.commonprefix([path.split(".") for path in paths])
-    return ".".join(parts)
+    columns = zip(*(path.split(".") for path in paths), strict=False)
+    return ".".join(column[0] for column in itertools.takewhile(lambda column: len(set(column)) == 1, columns))

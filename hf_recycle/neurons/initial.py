@@ -63,9 +63,7 @@ class InitialDistribution:
         self._block = block
         self._widths = {piece.role: _width(piece) for piece in block.slices}
         self._recipes = {
-            piece.role: recorder.recipe(
-                getattr(fresh.get_submodule(paths[id(piece.module)]), piece.attribute)
-            )
+            piece.role: recorder.recipe(getattr(fresh.get_submodule(paths[id(piece.module)]), piece.attribute))
             for piece in block.slices
         }
         if None in self._recipes.values():
@@ -73,9 +71,7 @@ class InitialDistribution:
             # Weak: whoever keeps this distribution must not keep the whole model alive.
             self._owner = weakref.ref(owner) if owner is not None else lambda: None
 
-    def sample(
-        self, n: int, generator: torch.Generator, roles: Collection[str] | None = None
-    ) -> dict[str, Tensor]:
+    def sample(self, n: int, generator: torch.Generator, roles: Collection[str] | None = None) -> dict[str, Tensor]:
         """Fresh weights of `n` neurons, float32 on the CPU: `{role: (n, width)}`, biases `(n,)`.
 
         Args:
@@ -100,9 +96,7 @@ class InitialDistribution:
                 operation.replay(drawn[role], generator)
         return drawn
 
-    def _sample_instance(
-        self, n: int, generator: torch.Generator, roles: Collection[str]
-    ) -> dict[str, Tensor]:
+    def _sample_instance(self, n: int, generator: torch.Generator, roles: Collection[str]) -> dict[str, Tensor]:
         seed = int(torch.randint(2**62, (), generator=generator))
         fresh = _fresh_instance(self._hollow, self._owner(), seed=seed)
         drawn = {}

@@ -83,9 +83,7 @@ def reset_state(optimizer, block: FeedForward, index: Tensor, mode: str) -> None
                 continue
             lines = _lines(piece, kind, value)
             if lines is not None:
-                _reset_lines(
-                    lines, index.to(lines.device), SECOND if kind != FIRST and mode == "reset" else FIRST
-                )
+                _reset_lines(lines, index.to(lines.device), SECOND if kind != FIRST and mode == "reset" else FIRST)
 
 
 def _lines(piece: NeuronSlice, kind: str, value: Tensor) -> Tensor | None:

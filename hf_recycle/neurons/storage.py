@@ -54,7 +54,7 @@ class PlainStorage:
         lines.mul_(_as_column(factors, lines))
 
     def scale_gradient(self, piece: "NeuronSlice", index: Tensor, factors: Tensor) -> None:
-        """Multiplies the gradient of lines `index` `(n,)` by `factors` `(n,)`, in place; without a gradient, nothing."""
+        """Multiplies the gradient of lines `index` `(n,)`, if there is one, by `factors` `(n,)`, in place."""
         if piece.parameter.grad is None:
             return
         lines = self.lines(piece, piece.parameter.grad)

@@ -219,16 +219,8 @@ class NeuronTable:
 def _load_transition(block: FeedForward, prefix: str, tensors: dict[str, Tensor]) -> Transition:
     index, age = tensors[f"{prefix}/index"], tensors.get(f"{prefix}/age")
     n = len(index) if index.dim() == 1 else -1
-    fits = (
-        n > 0
-        and index.dtype == torch.int64
-        and age is not None
-        and age.shape == (n,)
-        and age.dtype == torch.int64
-    )
-    fits = (
-        fits and 0 <= int(index.min()) and int(index.max()) < block.num_neurons and len(index.unique()) == n
-    )
+    fits = n > 0 and index.dtype == torch.int64 and age is not None and age.shape == (n,) and age.dtype == torch.int64
+    fits = fits and bool(((index >= 0) & (index < block.num_neurons)).all()) and len(index.unique()) == n
     if not fits or int(age.min()) < 0:
         raise ValueError(f"{prefix} holds no valid neuron indices and ages.")
     sides: dict[str, dict[str, Tensor]] = {"old": {}, "new": {}}
@@ -237,9 +229,7 @@ def _load_transition(block: FeedForward, prefix: str, tensors: dict[str, Tensor]
             found = tensors.get(f"{prefix}/{side}/{piece.role}")
             expected = piece.storage.lines(piece).shape[1:]
             if found is None or found.shape != (n, *expected) or not found.isfinite().all():
-                raise ValueError(
-                    f"{prefix}/{side}/{piece.role} must hold {n} finite lines of shape {tuple(expected)}."
-                )
+                raise ValueError(f"{prefix}/{side}/{piece.role} must hold {n} finite lines of shape {tuple(expected)}.")
             values[piece.role] = found.to(piece.parameter)
     return Transition(index.clone(), age.clone(), sides["old"], sides["new"])
 

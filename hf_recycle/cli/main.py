@@ -1,0 +1,39 @@
+"""The command line: `hf-recycle COMMAND ...`. Nothing heavy is imported before a command asks for it."""
+
+import sys
+from collections.abc import Sequence
+
+from hf_recycle.suggest import nearest
+
+_HELP = """\
+usage: hf-recycle COMMAND ...
+
+Neuron recycling for transformers.
+
+commands:
+  train      pretrain a model with neuron recycling, from recipes and arguments
+
+  --help     this text; after a command, that command's help
+  --version  the version of the package
+"""
+_COMMANDS = ("train",)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status (2 for what the user can mend)."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_HELP, end="")
+        return 0 if words else 2
+    command, rest = words[0], words[1:]
+    if command == "--version":
+        from importlib.metadata import version
+
+        print(f"hf-recycle {version('hf-recycle')}")
+        return 0
+    if command == "train":
+        from hf_recycle.train import main as train
+
+        return train(rest)
+    print(f"error: unknown command {command!r}; {nearest(command, _COMMANDS)}", file=sys.stderr)
+    return 2

@@ -1,0 +1,167 @@
+"""A run from its arguments: everything made, trained, evaluated, saved and summed up."""
+
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedTokenizerBase, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from hf_recycle.cli.parse import RunArguments
+from hf_recycle.data.arguments import DataArguments, ModelArguments
+from hf_recycle.data.collate import CausalCollator
+from hf_recycle.data.loading import load_data, unigram_entropy
+from hf_recycle.data.model import load_model
+from hf_recycle.data.sources import load_texts
+from hf_recycle.data.tokenizer import load_tokenizer, trained_tokenizer
+from hf_recycle.errors import UserError
+from hf_recycle.mlm.masking import MaskedLanguageModelingCollator
+from hf_recycle.trainer import RecyclingTrainer
+
+
+@dataclass
+class Run:
+    """One training run, ready to start."""
+
+    arguments: RunArguments
+    trainer: RecyclingTrainer
+    checkpoint: str | None
+    floor: float | None
+
+    @classmethod
+    def prepare(cls, arguments: RunArguments) -> "Run":
+        """Load and build everything, so that what can fail fails before the first step.
+
+        Raises:
+            UserError: see `load_texts`, `load_data`, `load_model` and `find_checkpoint`.
+            ValueError: what the trainer refuses.
+        """
+        args = arguments.training
+        checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+        if checkpoint is None and args.resume_from_checkpoint and args.should_log:
+            print(f"no checkpoint in {args.output_dir} yet: starting from scratch")
+        set_seed(args.seed)
+        # The main process fills the caches, the others then read them.
+        with args.main_process_first(local=False, desc="preparing the data"):
+            tokenizer, train, validation = prepare_data(arguments.model, arguments.data)
+        _check_evaluation(args, validation)
+        model = load_model(arguments.model, tokenizer, arguments.data.max_seq_length)
+        trainer = RecyclingTrainer(
+            model=model,
+            args=args,
+            train_dataset=train,
+            eval_dataset=validation,
+            data_collator=make_collator(arguments, tokenizer),
+            processing_class=tokenizer,
+        )
+        floor = None
+        if arguments.model.task == "mlm" and isinstance(train, Dataset) and isinstance(validation, Dataset):
+            floor = unigram_entropy(train, validation, tokenizer)
+        return cls(arguments, trainer, checkpoint, floor)
+
+    def train(self) -> None:
+        """Train, evaluate, save, and on the main process print the summary and draw the figures."""
+        trainer = self.trainer
+        result = trainer.train(resume_from_checkpoint=self.checkpoint)
+        trainer.save_model()
+        trainer.save_state()
+        trainer.save_metrics("train", result.metrics, combined=False)
+        if trainer.eval_dataset is not None:
+            metrics = trainer.evaluate()
+            trainer.save_metrics("eval", metrics, combined=False)
+        if trainer.is_world_process_zero():
+            _report(Path(trainer.args.output_dir), self.floor)
+
+    def how_to_go_on(self, words: Sequence[str]) -> str:
+        """A clause that tells how to resume what was interrupted."""
+        folder = self.trainer.args.output_dir
+        if last_checkpoint(folder) is None:
+            return f"no checkpoint was saved yet in {folder}, so the same command starts again"
+        command = shlex.join(words)
+        if self.trainer.args.resume_from_checkpoint is None:
+            command += " --resume_from_checkpoint true"
+        return f"go on from the last checkpoint with: hf-recycle train {command}"
+
+
+def prepare_data(
+    model: ModelArguments, data: DataArguments
+) -> tuple[PreTrainedTokenizerBase, Dataset | IterableDataset, Dataset | IterableDataset | None]:
+    """The tokenizer (loaded, or trained on the texts), and the training and validation sequences."""
+    texts = load_texts(data)
+    name = model.tokenizer_name or model.model_name_or_path or model.config_name
+    if name:
+        revision = "main" if model.tokenizer_name else model.model_revision
+        tokenizer = load_tokenizer(name, data.max_seq_length, revision)
+    else:
+        tokenizer = trained_tokenizer(texts.sample(), model.tokenizer_vocab_size, data.max_seq_length)
+    train, validation = load_data(data, tokenizer, texts)
+    return tokenizer, train, validation
+
+
+def make_collator(arguments: RunArguments, tokenizer: PreTrainedTokenizerBase) -> Callable[[Any], Any]:
+    """The collator of the task: masks tokens, or repeats them as labels."""
+    if arguments.model.task == "clm":
+        padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        return CausalCollator(padding or 0)
+    return MaskedLanguageModelingCollator(
+        tokenizer, mlm_probability=arguments.data.mlm_probability, seed=arguments.training.seed
+    )
+
+
+def last_checkpoint(folder: str) -> str | None:
+    """The last checkpoint in an output folder, or None."""
+    return get_last_checkpoint(folder) if Path(folder).is_dir() else None
+
+
+def find_checkpoint(output_dir: str, resume: str | None) -> str | None:
+    """The checkpoint to resume from, or None to start from scratch.
+
+    Args:
+        output_dir: the folder of the run.
+        resume: a path; or "true": the last checkpoint of `output_dir`, if there is one; or None or "false".
+
+    Raises:
+        UserError: `resume` does not exist, or `output_dir` holds another run and no resume was asked for.
+    """
+    found = last_checkpoint(output_dir)
+    if resume is None or resume.lower() == "false":
+        if found is not None:
+            raise UserError(
+                f"output_dir={output_dir!r} already holds checkpoints of a run; pass "
+                "--resume_from_checkpoint true to go "
+                "on with it, or another --output_dir"
+            )
+        return None
+    if resume.lower() == "true":
+        return found
+    if not Path(resume).is_dir():
+        raise UserError(
+            f"resume_from_checkpoint={resume!r} does not exist; pass true or the path of a checkpoint folder"
+        )
+    return resume
+
+
+def _check_evaluation(args: Any, validation: Any) -> None:
+    if validation is None and args.eval_strategy != "no":
+        raise UserError(
+            f"eval_strategy={args.eval_strategy.value!r} needs something to evaluate on, and a "
+            "stream has no validation "
+            "data of its own; pass validation_file or eval_strategy=no"
+        )
+
+
+def _report(folder: Path, floor: float | None) -> None:
+    # Drawing needs matplotlib, which the other processes need not load.
+    from hf_recycle.history import RecyclingHistory
+    from hf_recycle.report.figures import draw_figures
+    from hf_recycle.report.summary import summary_text
+
+    history = RecyclingHistory.from_pretrained(folder)
+    figures = draw_figures(history, folder / "figures")
+    print(summary_text(history, unigram_entropy=floor, model_folder=str(folder)))
+    if figures:
+        print(f"figures: {folder / 'figures'}", file=sys.stdout)

@@ -1,0 +1,135 @@
+"""Model and data arguments of the command line; their names are those of transformers' `run_mlm.py`."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hf_recycle.errors import UserError
+
+
+def _argument(default: object, help: str) -> object:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class ModelArguments:
+    """Which model is trained, from where, and with which tokenizer."""
+
+    model_name_or_path: str | None = _argument(
+        None, "Model of the Hub or local folder whose weights training continues."
+    )
+    model_type: str | None = _argument(None, "Architecture of a model trained from scratch, such as bert or gpt2.")
+    config_name: str | None = _argument(None, "Configuration of the Hub or local folder for a model from scratch.")
+    config_overrides: str | None = _argument(
+        None, "Changes to the configuration of a model from scratch: 'hidden_size=128,num_hidden_layers=2'."
+    )
+    model_revision: str = _argument("main", "Branch, tag or commit of model_name_or_path and config_name.")
+    task: str = field(
+        default="mlm",
+        metadata={
+            "help": "mlm: masked language modelling; clm: causal language modelling.",
+            "choices": ["mlm", "clm"],
+        },
+    )
+    tokenizer_name: str | None = _argument(
+        None,
+        "Tokenizer of the Hub or local folder. Without it: the one of model_name_or_path or "
+        "config_name, else a "
+        "WordPiece tokenizer is trained on the corpus.",
+    )
+    tokenizer_vocab_size: int = _argument(8192, "Entries of a tokenizer trained on the corpus.")
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without loading anything."""
+        if self.task not in ("mlm", "clm"):
+            raise UserError(f"task={self.task!r} is unknown; use mlm or clm")
+        if self.tokenizer_vocab_size < 256:
+            raise UserError(f"tokenizer_vocab_size={self.tokenizer_vocab_size} is too small; use at least 256")
+        if self.model_name_or_path and self.config_overrides:
+            raise UserError(
+                f"config_overrides={self.config_overrides!r} changes a model built from scratch, but "
+                f"model_name_or_path={self.model_name_or_path!r} names a trained one; set one of them to null"
+            )
+
+
+@dataclass
+class DataArguments:
+    """Which texts are trained on, and how they become sequences."""
+
+    dataset_name: str | None = _argument(None, "Dataset of the Hub or local dataset folder.")
+    dataset_config_name: str | None = _argument(None, "Configuration of dataset_name.")
+    text_column: str | None = _argument(None, "Column that holds the text; 'text' or the only column of strings.")
+    train_file: str | None = _argument(
+        None,
+        "Local text (.txt, a document a line) or JSON (.json, .jsonl) file to train on; may be compressed.",
+    )
+    validation_file: str | None = _argument(None, "Local text or JSON file to evaluate on.")
+    validation_split_percentage: int = _argument(
+        5, "Share of the training sequences to evaluate on when no validation data is named."
+    )
+    max_seq_length: int = _argument(128, "Tokens of a sequence, special tokens included.")
+    mlm_probability: float = _argument(0.15, "Share of the tokens that are masked.")
+    line_by_line: bool = _argument(False, "One line a sequence, padded, instead of packing texts to full sequences.")
+    streaming: bool = _argument(False, "Read the training data while training, without storing it.")
+    preprocessing_num_workers: int | None = _argument(None, "Processes that tokenise.")
+    max_train_samples: int | None = _argument(None, "Train on at most so many sequences.")
+    max_eval_samples: int | None = _argument(None, "Evaluate on at most so many sequences.")
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without loading anything."""
+        if self.dataset_name and self.train_file:
+            raise UserError(
+                f"dataset_name={self.dataset_name!r} and train_file={self.train_file!r} both name "
+                "training data; "
+                "set one of them to null"
+            )
+        if self.validation_file and not (self.dataset_name or self.train_file):
+            raise UserError(
+                f"validation_file={self.validation_file!r} needs training data beside it; pass train_file or "
+                "dataset_name"
+            )
+        if self.streaming and not (self.dataset_name or self.train_file):
+            raise UserError("streaming=True needs something to stream; pass train_file or dataset_name")
+        if self.max_seq_length < 4:
+            raise UserError(f"max_seq_length={self.max_seq_length} is too short; use at least 4")
+        if not 0 < self.mlm_probability < 1:
+            raise UserError(f"mlm_probability={self.mlm_probability} must lie between 0 and 1, both excluded")
+        if not 1 <= self.validation_split_percentage <= 50:
+            raise UserError(f"validation_split_percentage={self.validation_split_percentage} must lie between 1 and 50")
+        for name in ("preprocessing_num_workers", "max_train_samples", "max_eval_samples"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name}={value} must be at least 1; leave it out to have no limit")
+        for name in ("train_file", "validation_file"):
+            value = getattr(self, name)
+            if value is not None:
+                check_text_file(name, value)
+
+
+# The endings that name a builder of `datasets`, and those of compression it sees through by itself.
+BUILDERS = {".txt": "text", ".text": "text", ".json": "json", ".jsonl": "json"}
+COMPRESSION = (".gz", ".xz", ".bz2", ".zst")
+
+
+def text_builder(path: str) -> str | None:
+    """The builder of `datasets` that reads a file, by its ending; None for an unknown one."""
+    suffixes = [suffix.lower() for suffix in Path(path).suffixes]
+    while suffixes and suffixes[-1] in COMPRESSION:
+        suffixes.pop()
+    return BUILDERS.get(suffixes[-1]) if suffixes else None
+
+
+def check_text_file(argument: str, path: str) -> None:
+    """Refuse a file that is missing, empty or of an unknown kind.
+
+    Raises:
+        UserError: with a sentence that names `argument` and `path`.
+    """
+    if text_builder(path) is None:
+        raise UserError(f"{argument}={path!r} has an unknown extension; use one of {', '.join(BUILDERS)}")
+    file = Path(path).expanduser()
+    if not file.exists():
+        raise UserError(f"{argument}={path!r} does not exist; pass the path of a text or JSON file")
+    if not file.is_file():
+        raise UserError(f"{argument}={path!r} is not a file; pass the path of a text or JSON file")
+    if file.stat().st_size == 0:
+        raise UserError(f"{argument}={path!r} is empty; pass a file with text in it")

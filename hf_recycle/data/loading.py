@@ -1,0 +1,252 @@
+"""From arguments to packed sequences of token ids, tokenised once and kept between runs."""
+
+import hashlib
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from datasets import Dataset, Features, IterableDataset, List, Value
+from transformers import PreTrainedTokenizerBase
+
+from hf_recycle.data.arguments import DataArguments
+from hf_recycle.data.cache import cache_folder
+from hf_recycle.data.packing import Frame, pack, truncate
+from hf_recycle.data.sources import Texts, load_texts
+from hf_recycle.errors import UserError
+
+# Raise it when the steps below change what they write, so that cached sequences are not taken for new ones.
+_VERSION = 1
+# Documents packed at a time; the tokens that fill no sequence at the end of each such batch are dropped.
+_BATCH = 1000
+_FEATURES = Features({"input_ids": List(Value("int32"))})
+
+
+def load_data(
+    arguments: DataArguments, tokenizer: PreTrainedTokenizerBase, texts: Texts | None = None
+) -> tuple[Dataset | IterableDataset, Dataset | IterableDataset | None]:
+    """Load, tokenise and pack the data `arguments` name.
+
+    Args:
+        arguments: what to load, and the length of a sequence.
+        tokenizer: a fast tokenizer.
+        texts: the documents, when they are open already (`load_texts`).
+
+    Returns:
+        Training and validation sequences: `max_seq_length` ids each, or with `line_by_line` at most so many.
+        Where nothing names validation data a part of the training sequences is cut off, always the same; a
+        stream has no such part, and its validation data is None.
+
+    Raises:
+        UserError: see `load_texts`; or there is too little text.
+    """
+    texts = texts or load_texts(arguments)
+    train = _sequences(texts.train, texts.column, tokenizer, arguments)
+    validation = None
+    if texts.validation is not None:
+        validation = _sequences(texts.validation, texts.column, tokenizer, arguments)
+    _require_some(train, texts.name, arguments)
+    if validation is not None:
+        _require_some(validation, f"the validation data of {texts.name}", arguments)
+    elif isinstance(train, Dataset):
+        train, validation = _cut_off(train, arguments.validation_split_percentage)
+    return _first(train, arguments.max_train_samples), _first(validation, arguments.max_eval_samples)
+
+
+def unigram_entropy(train: Dataset, validation: Dataset, tokenizer: PreTrainedTokenizerBase) -> float:
+    """Nats per token of `validation` for a model that knows how frequent tokens are in `train`, and no more.
+
+    The floor of a model that ignores context. Special tokens are left out, as they are never masked; each
+    token counts once more than it occurs, so that one that `train` lacks costs much and not infinitely much.
+    """
+    size = len(tokenizer)
+    counts = _token_counts(train, size)
+    targets = _token_counts(validation, size)
+    special = np.array(sorted(set(tokenizer.all_special_ids)), np.int64)
+    counts[special] = targets[special] = 0
+    smoothed = counts + 1.0
+    smoothed[special] = 0
+    with np.errstate(divide="ignore"):
+        log_probability = np.log(smoothed / smoothed.sum())
+    seen = targets > 0
+    return float(-(targets[seen] * log_probability[seen]).sum() / targets[seen].sum())
+
+
+def _token_counts(dataset: Dataset, size: int, at_most: int = 100_000) -> npt.NDArray[np.int64]:
+    """How often each id occurs in (an even sample of) the sequences, shape `(size,)`."""
+    step = max(1, len(dataset) // at_most)
+    sample = dataset.select(range(0, len(dataset), step)).with_format("arrow")
+    counts = np.zeros(size, np.int64)
+    for batch in sample.iter(batch_size=10_000):
+        counts += np.bincount(_flat(batch["input_ids"])[0], minlength=size)[:size]
+    return counts
+
+
+def _sequences(
+    documents: Dataset | IterableDataset,
+    column: str,
+    tokenizer: PreTrainedTokenizerBase,
+    arguments: DataArguments,
+) -> Dataset | IterableDataset:
+    frame = Frame.of(tokenizer)
+    length = arguments.max_seq_length
+    if isinstance(documents, IterableDataset):
+        columns = documents.column_names or list(documents._resolve_features().column_names)
+        stream = documents.map(
+            _Tokenise(tokenizer, column, arguments.line_by_line),
+            batched=True,
+            remove_columns=columns,
+            batch_size=_BATCH,
+        )
+        return stream.map(
+            _Shape(frame, length, arguments.line_by_line), batched=True, batch_size=_BATCH, features=_FEATURES
+        )
+    key = _key(documents._fingerprint, column, tokenizer_key(tokenizer), frame, arguments.line_by_line)
+    shaped_key = _key(key, length)
+    path = cache_folder("sequences") / f"{shaped_key}.arrow"
+    if path.exists():
+        os.utime(path)  # lets a user see which files are still in use
+        return Dataset.from_file(str(path))
+    # Two passes, so that packing does not depend on how many processes tokenised, and so that another length
+    # need not tokenise again.
+    tokenised = documents.map(
+        _Tokenise(tokenizer, column, arguments.line_by_line),
+        batched=True,
+        batch_size=_BATCH,
+        remove_columns=documents.column_names,
+        features=_FEATURES,
+        num_proc=arguments.preprocessing_num_workers,
+        new_fingerprint=key,
+        desc="Tokenising",
+    )
+    return (
+        tokenised.with_format("arrow")
+        .map(
+            _Shape(frame, length, arguments.line_by_line),
+            batched=True,
+            batch_size=_BATCH,
+            features=_FEATURES,
+            cache_file_name=str(path),
+            new_fingerprint=shaped_key,
+            desc="Packing",
+        )
+        .with_format(None)
+    )
+
+
+def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Names a tokenizer by what it does: its own hash changes after its first call."""
+    # A call leaves its truncation and padding in the backend.
+    backend = tokenizer.backend_tokenizer.__class__.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_truncation()
+    backend.no_padding()
+    return _key(backend.to_str(), sorted(tokenizer.special_tokens_map.items(), key=str))
+
+
+def _key(*parts: object) -> str:
+    return hashlib.sha256(repr((_VERSION, *parts)).encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True)
+class _Tokenise:
+    """Documents to ids, without special tokens; empty documents (lines, with `by_line`) vanish."""
+
+    tokenizer: PreTrainedTokenizerBase
+    column: str
+    by_line: bool
+
+    def __call__(self, batch: dict[str, list[str | None]]) -> dict[str, list[list[int]]]:
+        texts = [text for text in batch[self.column] if text and not text.isspace()]
+        if self.by_line:
+            texts = [line for text in texts for line in text.splitlines() if line and not line.isspace()]
+        if not texts:
+            return {"input_ids": []}
+        encoded = self.tokenizer(
+            texts,
+            add_special_tokens=False,
+            truncation=False,
+            padding=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
+        return {"input_ids": encoded["input_ids"]}
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """Ids of documents to sequences: packed full, or one truncated line each."""
+
+    frame: Frame
+    length: int
+    by_line: bool
+
+    def __call__(self, batch: Any) -> Any:
+        flat, lengths = _flat(batch["input_ids"])
+        if self.by_line:
+            ends = np.cumsum(lengths)
+            rows = [
+                truncate(flat[end - size : end].tolist(), self.length, self.frame)
+                for end, size in zip(ends, lengths, strict=True)
+                if size
+            ]
+            return {"input_ids": rows} if isinstance(batch, dict) else pa.table({"input_ids": pa.array(rows, _LIST)})
+        sequences = pack(flat, lengths, self.length, self.frame)
+        if isinstance(batch, dict):
+            return {"input_ids": list(sequences)}
+        offsets = np.arange(len(sequences) + 1, dtype=np.int32) * self.length
+        return pa.table({"input_ids": pa.ListArray.from_arrays(offsets, sequences.reshape(-1))})
+
+
+_LIST = pa.list_(pa.int32())
+
+
+def _flat(column: Any) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+    """All ids of a batch in a row, and how many belong to each document."""
+    if isinstance(column, pa.ChunkedArray):
+        column = column.combine_chunks()
+    if isinstance(column, pa.Array):
+        lengths = column.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)
+        return column.flatten().to_numpy(zero_copy_only=False).astype(np.int32), lengths
+    lengths = np.array([len(ids) for ids in column], np.int64)
+    flat = np.concatenate([np.asarray(ids, np.int32) for ids in column]) if len(column) else np.empty(0, np.int32)
+    return flat, lengths
+
+
+def _require_some(sequences: Dataset | IterableDataset, name: str, arguments: DataArguments) -> None:
+    """Refuse data without one whole sequence; of a stream only the first is read."""
+    if isinstance(sequences, Dataset):
+        empty = len(sequences) == 0
+    else:
+        empty = next(iter(sequences), None) is None
+    if empty:
+        raise UserError(
+            f"{name} gives not one sequence of max_seq_length={arguments.max_seq_length} tokens; "
+            "pass more text, a smaller max_seq_length or line_by_line"
+        )
+
+
+def _cut_off(train: Dataset, percentage: int) -> tuple[Dataset, Dataset]:
+    """Every so many-th sequence goes to validation, at least one: evenly spread over all sources."""
+    total = len(train)
+    if total < 2:
+        raise UserError(
+            "the training data gives a single sequence, which leaves none to evaluate on; pass "
+            "more text or a "
+            "validation_file"
+        )
+    count = max(1, round(total * percentage / 100))
+    # The last of each of `count` equal parts.
+    chosen = (np.arange(1, count + 1) * total) // count - 1
+    rest = np.setdiff1d(np.arange(total), chosen, assume_unique=True)
+    return train.select(rest), train.select(chosen)
+
+
+def _first(sequences: Dataset | IterableDataset | None, limit: int | None) -> Any:
+    if sequences is None or limit is None:
+        return sequences
+    if isinstance(sequences, IterableDataset):
+        return sequences.take(limit)
+    return sequences.select(range(min(limit, len(sequences))))

@@ -1,0 +1,164 @@
+"""The model to train: continued from a checkpoint, or built from scratch for its tokenizer and sequences."""
+
+from typing import Any
+
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from hf_recycle.data.arguments import ModelArguments
+from hf_recycle.data.overrides import apply_overrides, parse_overrides
+from hf_recycle.errors import UserError
+from hf_recycle.suggest import nearest
+
+_AUTO_CLASSES = {"mlm": AutoModelForMaskedLM, "clm": AutoModelForCausalLM}
+
+
+def load_model(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase, max_seq_length: int) -> PreTrainedModel:
+    """The model `arguments` name, fit for the tokenizer's vocabulary and the length of the sequences.
+
+    A model built from scratch takes the size of the vocabulary, the ids of the special tokens and, where its
+    default is too short, the number of positions from the tokenizer and the data, unless config_overrides
+    sets them. It is initialised from torch's global random state: seed it first.
+
+    Raises:
+        UserError: an unknown model, type or configuration key, or a model that doesn't fit.
+    """
+    config = load_config(arguments)
+    scratch = arguments.model_name_or_path is None
+    if scratch:
+        changes = parse_overrides(arguments.config_overrides or "")
+        apply_overrides(config, changes)
+        _fit(config, changes, tokenizer, max_seq_length)
+    _check_fit(config, arguments, tokenizer, max_seq_length)
+    auto_class = _AUTO_CLASSES[arguments.task]
+    if type(config) not in auto_class._model_mapping:
+        other = "clm" if arguments.task == "mlm" else "mlm"
+        raise UserError(f"a {config.model_type} model cannot be trained with task={arguments.task!r}; try task={other}")
+    try:
+        if scratch:
+            return auto_class.from_config(config)
+        return auto_class.from_pretrained(
+            arguments.model_name_or_path, config=config, revision=arguments.model_revision, dtype="float32"
+        )
+    except (ValueError, OSError) as error:
+        source = (
+            arguments.model_name_or_path
+            or f"a {config.model_type} with config_overrides={arguments.config_overrides!r}"
+        )
+        raise UserError(f"{source} could not be built: {_first_line(error)}") from error
+
+
+def load_config(arguments: ModelArguments) -> PreTrainedConfig:
+    """The configuration `arguments` name, before config_overrides.
+
+    Raises:
+        UserError: nothing is named, or what is named does not exist.
+    """
+    name = arguments.model_name_or_path or arguments.config_name
+    if name:
+        argument = "model_name_or_path" if arguments.model_name_or_path else "config_name"
+        try:
+            return AutoConfig.from_pretrained(name, revision=arguments.model_revision)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{argument}={name!r} could not be loaded ({_first_line(error)}); name a model of "
+                "the Hub or a local "
+                "folder that holds a config.json"
+            ) from error
+    if not arguments.model_type:
+        raise UserError("no model is named; pass model_type (such as bert) or model_name_or_path, or a scale recipe")
+    if arguments.model_type not in CONFIG_MAPPING:
+        raise UserError(
+            f"model_type={arguments.model_type!r} is unknown to transformers; "
+            + nearest(arguments.model_type, CONFIG_MAPPING.keys())
+        )
+    return CONFIG_MAPPING[arguments.model_type]()
+
+
+def _fit(
+    config: PreTrainedConfig, changes: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max_seq_length: int
+) -> None:
+    """Give a configuration from scratch what it must know of the tokenizer and the data."""
+    values: dict[str, int | None] = {"vocab_size": len(tokenizer)}
+    # RoBERTa counts positions by which ids are not its padding id: a wrong one would silently shift them.
+    for role in ("pad", "bos", "eos", "cls", "sep", "mask", "unk"):
+        key = f"{role}_token_id"
+        if hasattr(config, key):
+            values[key] = getattr(tokenizer, key, None)
+    # An encoder's tokenizer marks beginning and end with [CLS] and [SEP].
+    if values.get("bos_token_id", 0) is None:
+        values["bos_token_id"] = tokenizer.cls_token_id
+    if values.get("eos_token_id", 0) is None:
+        values["eos_token_id"] = tokenizer.sep_token_id
+    for key, value in values.items():
+        if key not in changes:
+            setattr(config, key, value)
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and "max_position_embeddings" not in changes:
+        config.max_position_embeddings = max(positions, _positions_needed(config, max_seq_length))
+
+
+def _check_fit(
+    config: PreTrainedConfig,
+    arguments: ModelArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    max_seq_length: int,
+) -> None:
+    vocabulary = getattr(config, "vocab_size", None)
+    if vocabulary is not None and len(tokenizer) > vocabulary:
+        raise UserError(
+            f"the tokenizer has {len(tokenizer)} entries, more than the model's vocabulary of "
+            f"{vocabulary}; name the "
+            "model's own tokenizer, or build a model from scratch with config_overrides "
+            f"vocab_size={len(tokenizer)} or more"
+        )
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and _positions_needed(config, max_seq_length) > positions:
+        raise UserError(
+            f"max_seq_length={max_seq_length} needs {_positions_needed(config, max_seq_length)} "
+            "positions, but the model "
+            f"has max_position_embeddings={positions}; shorten the sequences, or change it in "
+            "config_overrides of a "
+            "model from scratch"
+        )
+    if arguments.task == "mlm" and tokenizer.mask_token_id is None:
+        raise UserError(
+            f"task='mlm' needs a tokenizer with a mask token, which {tokenizer.name_or_path!r} "
+            "lacks; name another "
+            "tokenizer, or train with task=clm"
+        )
+
+
+def _positions_needed(config: PreTrainedConfig, max_seq_length: int) -> int:
+    """Position embeddings a sequence takes up: the RoBERTa family counts from its padding id, plus one."""
+    if _counts_from_padding(config):
+        return max_seq_length + (config.pad_token_id or 0) + 1
+    return max_seq_length
+
+
+def _counts_from_padding(config: PreTrainedConfig) -> bool:
+    return config.model_type in {
+        "camembert",
+        "data2vec-text",
+        "esm",
+        "ibert",
+        "longformer",
+        "luke",
+        "mpnet",
+        "roberta",
+        "roberta-prelayernorm",
+        "xlm-roberta",
+        "xlm-roberta-xl",
+        "xmod",
+    }
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n", 1)[0].rstrip(". ") or type(error).__name__

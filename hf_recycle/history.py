@@ -1,0 +1,212 @@
+"""What happened in a run, as users see it: tables of events, counts, magnitudes and logs."""
+
+from __future__ import annotations
+
+import os
+import re
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from hf_recycle.file_checks import fail
+from hf_recycle.files import (
+    CONFIG_FILE,
+    RECYCLING_FILES,
+    read_config,
+    read_history,
+    read_state,
+    read_stats,
+)
+from hf_recycle.history_checks import check_agreement
+from hf_recycle.recorder import HistoryRecorder, metric_values, rows_of_kind
+from hf_recycle.statistics import summarize
+
+__all__ = ["HistoryRecorder", "RecyclingHistory", "summarize"]
+
+
+class RecyclingHistory:
+    """What happened to a model's neurons up to one checkpoint. Made by `from_pretrained`.
+
+    Attributes:
+        config: the content of `recycling_config.json`: arguments, package version, blocks.
+        stats: the content of `recycling_stats.json`, see `summarize`.
+        table: every record, with `recorder.HISTORY_SCHEMA`.
+    """
+
+    def __init__(
+        self, config: dict[str, Any], tensors: dict[str, torch.Tensor], table: pa.Table, stats: dict[str, Any]
+    ) -> None:
+        self.config = config
+        self.stats = stats
+        self.table = table
+        self._tensors = tensors
+
+    @classmethod
+    def from_pretrained(
+        cls, folder_or_repo_id: str | os.PathLike[str], revision: str | None = None, token: str | None = None
+    ) -> RecyclingHistory:
+        """Read the recycling files of a checkpoint and check them, also against each other.
+
+        Args:
+            folder_or_repo_id: a checkpoint, a run's output folder (its newest complete checkpoint is read
+                unless it holds the files itself), or a repository of the Hub (only the small files are
+                downloaded).
+            revision: branch, tag or commit of the repository.
+            token: token for a private repository.
+
+        Raises:
+            RecyclingFileError: nothing is found there, or a file is damaged or contradicts another.
+        """
+        if os.path.isdir(folder_or_repo_id):
+            folder = find_checkpoint(folder_or_repo_id)
+        else:
+            folder = _download(os.fspath(folder_or_repo_id), revision, token)
+        config = read_config(folder)
+        tensors, _ = read_state(folder, config["blocks"])
+        table = read_history(folder, config["blocks"])
+        stats = read_stats(folder)
+        check_agreement(folder, config, tensors, table, stats)
+        return cls(config, tensors, table, stats)
+
+    @property
+    def blocks(self) -> list[str]:
+        """Names of the FF blocks, in the model's order."""
+        return [block["name"] for block in self.config["blocks"]]
+
+    @cached_property
+    def counts(self) -> dict[str, np.ndarray]:
+        """Times each neuron was recycled: {block: int32 (d_ff,)}, in the model's order of blocks."""
+        return {block: self._tensors[f"{block}/counts"].numpy() for block in self.blocks}
+
+    @cached_property
+    def ages(self) -> dict[str, np.ndarray]:
+        """Optimizer steps since each neuron was last recycled, -1 for never: {block: int64 (d_ff,)}."""
+        last = {block: self._tensors[f"{block}/last_step"].numpy() for block in self.blocks}
+        return {block: np.where(steps > 0, self.stats["step"] - steps, -1) for block, steps in last.items()}
+
+    @cached_property
+    def events(self) -> pd.DataFrame:
+        """One row per selection phase and block.
+
+        Columns: step, phase, block, recycled (list of int), eligible, requested, note.
+        """
+        columns = ["step", "phase", "block", "recycled", "eligible", "requested", "note"]
+        return _frame(rows_of_kind(self.table, "phase"), columns)
+
+    @cached_property
+    def magnitudes(self) -> pd.DataFrame:
+        """One row per recorded histogram of a block's neuron magnitudes.
+
+        Columns: step, block, quantiles (list of 11 floats at `recorder.QUANTILE_LEVELS`), histogram (list of
+        64 neuron counts), edges (list of 65 floats), note. Lists are empty where no magnitude was finite.
+        """
+        columns = ["step", "block", "quantiles", "histogram", "edges", "note"]
+        return _frame(rows_of_kind(self.table, "magnitude"), columns)
+
+    @cached_property
+    def logs(self) -> pd.DataFrame:
+        """Logged numbers: one row per step that logged, one column per name (NaN where it was not logged).
+
+        Where a step logged a name twice, the later value counts.
+        """
+        series = {}
+        for name, (steps, values) in metric_values(self.table).items():
+            one = pd.Series(values, index=pd.Index(steps, name="step"))
+            series[name] = one[~one.index.duplicated(keep="last")]
+        if not series:
+            return pd.DataFrame({"step": np.zeros(0, np.int64)})
+        frame = pd.DataFrame(series).sort_index()
+        frame.insert(0, "step", frame.index.astype(np.int64))
+        return frame.reset_index(drop=True)
+
+
+def find_checkpoint(folder: str | os.PathLike[str]) -> Path:
+    """The folder that holds the recycling files: `folder`, or its newest `checkpoint-N` that has all of them.
+
+    Raises:
+        RecyclingFileError: there is no such folder, with what is missing.
+    """
+    folder = Path(folder)
+    missing = _missing(folder)
+    if not missing:
+        return folder
+    if len(missing) < len(RECYCLING_FILES):
+        fail(folder, f"{', '.join(missing)} is missing beside the other recycling files")
+    found = [(int(match[1]), child) for child in folder.iterdir() if (match := _CHECKPOINT.match(child.name))]
+    complete = [child for _, child in sorted(found) if not _missing(child)]
+    if not complete:
+        where = "its checkpoints hold no complete set either" if found else "it holds no checkpoints either"
+        fail(
+            folder, f"it has no {CONFIG_FILE}, and {where}", "name a folder that a RecyclingTrainer has saved"
+        )
+    return complete[-1]
+
+
+_CHECKPOINT = re.compile(r"checkpoint-([0-9]{1,18})$")
+
+
+def _missing(folder: Path) -> list[str]:
+    return [name for name in RECYCLING_FILES if not (folder / name).is_file()]
+
+
+def _download(repo: str, revision: str | None, token: str | None) -> Path:
+    """The folder of the Hub's cache that holds the recycling files of one commit of a repository."""
+    where = f"{repo}@{revision}" if revision else repo
+    folder = None
+    for name in RECYCLING_FILES:
+        try:
+            path = Path(hf_hub_download(repo, name, revision=revision, token=token))
+        except HFValidationError:
+            fail(
+                repo, "it is neither a folder here nor the name of a repository", "check the path or the name"
+            )
+        except GatedRepoError:
+            fail(where, "access to this repository is restricted", "ask for access on its page and log in")
+        except RepositoryNotFoundError:
+            fail(where, "no such folder here, nor a repository on the Hub that you may read", _CHECK_NAME)
+        except RevisionNotFoundError:
+            fail(where, "the repository has no such revision", "check the branch, tag or commit")
+        except LocalEntryNotFoundError:
+            fail(where, f"{name} is not in the cache and the Hub can't be reached", "try again when online")
+        except EntryNotFoundError:
+            fail(
+                where, f"the repository has no {name}", "name a repository that hf_recycle has published into"
+            )
+        except (
+            Exception
+        ) as error:  # the client lets the errors of its HTTP library through, whichever that is
+            fail(where, f"{name} can't be downloaded ({type(error).__name__})", "try again later")
+        if folder is None:
+            folder = path.parent
+            # The other files must come from the same commit, whatever is pushed meanwhile.
+            if re.fullmatch(r"[0-9a-f]{40}", folder.name):
+                revision = folder.name
+        elif path.parent != folder:
+            fail(where, f"{name} comes from another commit than {CONFIG_FILE}", "try again")
+    return folder
+
+
+_CHECK_NAME = "check the spelling, or log in if it is private"
+
+
+def _frame(rows: pa.Table, columns: list[str]) -> pd.DataFrame:
+    """Columns of a history as pandas, with lists as Python lists."""
+    frame = rows.select(columns).to_pandas()
+    for column in columns:
+        if pa.types.is_list(rows.schema.field(column).type):
+            frame[column] = pd.Series(rows[column].to_pylist(), index=frame.index, dtype=object)
+    return frame

@@ -1,0 +1,120 @@
+"""The masked language modelling head, computed on the masked positions only.
+
+A head maps every hidden state to logits over the whole vocabulary, and the loss then ignores about 85% of
+them. It works position by position, so it can as well be given the masked positions alone: the loss and the
+gradients are the same, the work a sixth. A forward pre-hook on the head's first module does that without
+touching the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+HEADS: dict[str, str] = {
+    "albert": "predictions",
+    "bert": "cls",
+    "camembert": "lm_head",
+    "convbert": "generator_predictions",
+    "data2vec-text": "lm_head",
+    "deberta": "cls",
+    "deberta-v2": "cls",
+    "distilbert": "vocab_transform",
+    "electra": "generator_predictions",
+    "ernie": "cls",
+    "esm": "lm_head",
+    "megatron-bert": "cls",
+    "modernbert": "head",
+    "mpnet": "lm_head",
+    "nomic_bert": "cls",
+    "rembert": "cls",
+    "roberta": "lm_head",
+    "roberta-prelayernorm": "lm_head",
+    "roformer": "cls",
+    "xlm-roberta": "lm_head",
+    "xlm-roberta-xl": "lm_head",
+}
+"""`config.model_type` to the dotted path of the first module of the head. From that module to the logits the
+forward must be position-wise and call the module with the hidden states as first positional argument."""
+
+_MASKED_LM_CLASSES = frozenset(MODEL_FOR_MASKED_LM_MAPPING_NAMES.values())
+
+
+class _KeepPositions:
+    """Forward pre-hook that keeps the hidden states at `positions`, or does nothing while that is None.
+
+    It knows nothing of the model, so it keeps none alive, and a copied or pickled model gets an idle hook.
+    """
+
+    def __init__(self) -> None:
+        self.positions: torch.Tensor | None = None
+
+    def __call__(self, module: nn.Module, args: tuple) -> tuple | None:
+        if self.positions is None:
+            return None
+        hidden, *rest = args
+        return (hidden.flatten(0, -2).index_select(0, self.positions), *rest)
+
+    def __reduce__(self) -> tuple:
+        return type(self), ()
+
+
+class MaskedHead:
+    """Restricts the head that starts with `module` to chosen positions. The hook is registered once, here,
+    so that the model looks the same at every step (to `torch.compile`, for one)."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._keep = _KeepPositions()
+        self._handle = module.register_forward_pre_hook(self._keep)
+
+    @contextmanager
+    def at(self, positions: torch.Tensor) -> Iterator[None]:
+        """Within the context, the head sees the hidden states at `positions` only.
+
+        Args:
+            positions: int64 `(n,)`, indices into the flattened `(batch * sequence)`, on the model's device.
+                n may be 0: the logits are then `(0, vocabulary)` and the backward pass gives zero gradients.
+
+        `model(**inputs_without_labels).logits` is `(n, vocabulary)` there; labels must not be given, for
+        they no longer match. Outside the context the model is as it was.
+        """
+        before, self._keep.positions = self._keep.positions, positions
+        try:
+            yield
+        finally:
+            self._keep.positions = before
+
+    def remove(self) -> None:
+        """Take the hook off the model."""
+        self._handle.remove()
+
+
+def is_masked_language_model(model: nn.Module) -> bool:
+    """Whether the (unwrapped) `model` is an encoder trained by masked language modelling."""
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return False
+    names = [base.__name__ for base in type(model).__mro__]
+    return any(name in _MASKED_LM_CLASSES or name.endswith("ForMaskedLM") for name in names)
+
+
+def find_masked_head(model: nn.Module) -> MaskedHead | None:
+    """A `MaskedHead` on the (unwrapped) masked language model, or None where its head is not known to be
+    position-wise: a family that is not in `HEADS`, another kind of model, or a class with a forward of its
+    own."""
+    path = HEADS.get(getattr(getattr(model, "config", None), "model_type", None) or "")
+    if path is None or not is_masked_language_model(model) or not _has_stock_forward(model):
+        return None
+    try:
+        return MaskedHead(model.get_submodule(path))
+    except AttributeError:  # a variant of the family built otherwise, such as DeBERTa with `legacy=False`
+        return None
+
+
+def _has_stock_forward(model: nn.Module) -> bool:
+    # What a subclass does with the logits can't be known. Only the class is asked: Accelerate replaces the
+    # forward of the instance to convert dtypes.
+    return type(model).forward.__module__.startswith("transformers.models.")

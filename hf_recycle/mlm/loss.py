@@ -1,0 +1,45 @@
+"""Cross entropy over masked tokens, computed as transformers computes it."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+from transformers.loss.loss_utils import ForMaskedLMLoss
+
+IGNORED = -100
+"""The label of a token that is not predicted."""
+
+
+def masked_positions(labels: torch.Tensor) -> torch.Tensor:
+    """Indices of the tokens to predict in the flattened `labels`: int64 `(n,)`, ascending, on the same
+    device."""
+    return (labels.reshape(-1) != IGNORED).nonzero().squeeze(-1)
+
+
+def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Cross entropy of each token, unreduced: float32 `(n,)`, zero where the label is -100.
+
+    Args:
+        logits: `(..., vocabulary)`, any floating dtype, upcast to float32 as transformers does.
+        labels: int64 `(...)`, n in all.
+    """
+    labels = labels.reshape(-1).to(logits.device)
+    logits = logits.float().view(-1, logits.shape[-1])
+    return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none")
+
+
+def masked_lm_loss(logits: torch.Tensor, labels: torch.Tensor, num_items: torch.Tensor | float) -> torch.Tensor:
+    """Summed cross entropy over the masked tokens, divided by `num_items`: a float32 scalar.
+
+    Args:
+        logits: `(..., vocabulary)`, of all tokens or of the masked ones alone.
+        labels: int64 `(...)`; -100 is ignored.
+        num_items: what to divide by, as a rule the masked tokens of the whole global batch. Where it is 0
+            nothing is masked anywhere, and the loss is 0 and not the NaN of a mean over nothing.
+
+    On the CPU in float32, with `num_items` the masked tokens of these very labels, loss and gradients equal
+    those of `nn.CrossEntropyLoss()` to the bit.
+    """
+    # Added rather than clamped: a share of the items, below one, is a legitimate divisor.
+    num_items = num_items + (num_items == 0)
+    return ForMaskedLMLoss(logits, labels, vocab_size=logits.shape[-1], num_items_in_batch=num_items)

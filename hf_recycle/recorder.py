@@ -1,0 +1,189 @@
+"""What happened during training, collected row by row while it happens."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+
+QUANTILE_LEVELS = (0.0, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1.0)
+"""The levels of every list of magnitude quantiles, in this order."""
+
+HISTOGRAM_BINS = 64
+
+# One schema for all kinds of rows: a column that a kind does not use is null. Lists of structs rather than
+# maps, which fewer readers of parquet understand.
+HISTORY_SCHEMA = pa.schema(
+    [
+        ("kind", pa.string()),  # "phase", "magnitude" or "log"
+        ("step", pa.int64()),  # optimizer steps done
+        ("block", pa.string()),
+        ("phase", pa.int32()),  # from 1
+        ("requested", pa.int32()),
+        ("eligible", pa.int32()),
+        ("recycled", pa.list_(pa.int32())),  # indices of neurons
+        ("note", pa.string()),
+        ("quantiles", pa.list_(pa.float32())),  # at QUANTILE_LEVELS
+        ("histogram", pa.list_(pa.int32())),  # neurons per bin, HISTOGRAM_BINS of them
+        ("edges", pa.list_(pa.float64())),  # HISTOGRAM_BINS + 1, ascending
+        ("metrics", pa.list_(pa.struct([("name", pa.string()), ("value", pa.float64())]))),
+    ]
+)
+
+_MAX_NOTE = 500
+_MAX_CHUNKS = 32
+
+
+class HistoryRecorder:
+    """Collects the rows of `recycling_history.parquet` in memory.
+
+    Rows become Arrow tables only when a table is asked for, and only those that came since: a checkpoint of a
+    long run costs what happened since the last one.
+    """
+
+    def __init__(self) -> None:
+        self._table = HISTORY_SCHEMA.empty_table()
+        self._pending: list[dict[str, Any]] = []
+
+    def phase(
+        self,
+        step: int,
+        phase: int,
+        block: str,
+        requested: int,
+        eligible: int,
+        recycled: Sequence[int],
+        note: str = "",
+    ) -> None:
+        """Record one selection phase of one block.
+
+        Args:
+            step: optimizer steps done.
+            phase: number of the phase, from 1.
+            block: name of the block.
+            requested: neurons the phase wanted to recycle.
+            eligible: neurons it could choose from.
+            recycled: indices of the neurons it recycled.
+            note: why it differs from what was asked (shortened to 500 characters).
+        """
+        self._pending.append(
+            {
+                "kind": "phase",
+                "step": int(step),
+                "phase": int(phase),
+                "block": block,
+                "requested": int(requested),
+                "eligible": int(eligible),
+                "recycled": [int(index) for index in recycled],
+                "note": note[:_MAX_NOTE],
+            }
+        )
+
+    def magnitudes(self, step: int, block: str, values: torch.Tensor) -> None:
+        """Record the distribution of a block's neuron magnitudes: quantiles and a histogram over its range.
+
+        Copies the tensor to the CPU once. Values that are not finite are left out and counted in the note;
+        where no value is finite, the lists are empty.
+
+        Args:
+            step: optimizer steps done.
+            block: name of the block.
+            values: float tensor (d_ff,).
+        """
+        if values.dim() != 1:
+            raise ValueError(f"magnitudes of block {block} have shape {tuple(values.shape)}, not (d_ff,)")
+        everything = values.detach().to("cpu", torch.float32).numpy().astype(np.float64)
+        finite = everything[np.isfinite(everything)]
+        lost = len(everything) - len(finite)
+        counts, edges = _histogram(finite)
+        self._pending.append(
+            {
+                "kind": "magnitude",
+                "step": int(step),
+                "block": block,
+                "note": f"{lost} of {len(everything)} magnitudes are not finite" if lost else "",
+                "quantiles": magnitude_quantiles(finite) or [],
+                "histogram": counts,
+                "edges": edges,
+            }
+        )
+
+    def log(self, step: int, logs: Mapping[str, Any]) -> None:
+        """Record the numbers of one `Trainer.log` call; what is not a plain number is left out."""
+        metrics = [
+            {"name": name, "value": float(value)}
+            for name, value in logs.items()
+            if isinstance(value, numbers.Real) and not isinstance(value, bool | np.bool_)
+        ]
+        if metrics:
+            self._pending.append({"kind": "log", "step": int(step), "note": "", "metrics": metrics})
+
+    def to_table(self) -> pa.Table:
+        """All rows so far, in the order they were recorded, with `HISTORY_SCHEMA`."""
+        if self._pending:
+            new = pa.Table.from_pylist(self._pending, schema=HISTORY_SCHEMA)
+            self._table = pa.concat_tables([self._table, new])
+            self._pending = []
+            # Concatenation copies nothing, but a table of thousands of chunks is slow to write and to filter.
+            if self._table["kind"].num_chunks > _MAX_CHUNKS:
+                self._table = self._table.combine_chunks()
+        return self._table
+
+    @classmethod
+    def from_table(cls, table: pa.Table) -> HistoryRecorder:
+        """A recorder that goes on after the rows of `table`, which was checked by `files.read_history`."""
+        if not table.schema.equals(HISTORY_SCHEMA):
+            raise ValueError("the table does not have the columns of a recycling history")
+        recorder = cls()
+        recorder._table = table.replace_schema_metadata(None)
+        return recorder
+
+    def truncate(self, step: int) -> None:
+        """Forget the rows after optimizer step `step`, as when an older checkpoint is restored."""
+        table = self.to_table()
+        self._table = table.filter(pc.less_equal(table["step"], step))
+
+
+def rows_of_kind(table: pa.Table, kind: str) -> pa.Table:
+    """The rows of a history that record a "phase", a "magnitude" or a "log"."""
+    return table.filter(pc.equal(table["kind"], kind))
+
+
+def metric_values(table: pa.Table) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Every logged number: {name: (steps int64 (n,), values float64 (n,))}, in the order recorded."""
+    rows = rows_of_kind(table, "log").combine_chunks()
+    column = rows["metrics"].combine_chunks()
+    owners = pc.list_parent_indices(column).to_numpy(zero_copy_only=False)
+    steps = rows["step"].to_numpy()[owners]
+    flat = column.flatten()
+    names = flat.field("name").dictionary_encode()
+    codes = names.indices.to_numpy(zero_copy_only=False)
+    values = flat.field("value").to_numpy(zero_copy_only=False)
+    return {
+        name: (steps[codes == code], values[codes == code])
+        for code, name in enumerate(names.dictionary.to_pylist())
+    }
+
+
+def magnitude_quantiles(values: np.ndarray | torch.Tensor) -> list[float] | None:
+    """Quantiles of the finite values at `QUANTILE_LEVELS`, or None when no value is finite."""
+    array = np.asarray(values, dtype=np.float64)
+    finite = array[np.isfinite(array)]
+    return [float(q) for q in np.quantile(finite, QUANTILE_LEVELS)] if len(finite) else None
+
+
+def _histogram(values: np.ndarray) -> tuple[list[int], list[float]]:
+    """Counts and edges of evenly spaced bins from the smallest to the largest of finite values."""
+    if not len(values):
+        return [], []
+    low, high = float(values.min()), float(values.max())
+    if math.isclose(low, high, rel_tol=1e-9, abs_tol=0.0):
+        high = low + max(abs(low) * 1e-3, 1e-12)  # bins need a width even when all neurons are equal
+    counts, edges = np.histogram(values, bins=HISTOGRAM_BINS, range=(low, high))
+    return counts.tolist(), edges.tolist()

@@ -1,0 +1,242 @@
+"""Interrupted and resumed equals uninterrupted, bit for bit."""
+
+import json
+import shutil
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from tiny_runs import assert_same_weights, losses, sentences, tiny_bert
+from transformers import DataCollatorForLanguageModeling, Trainer
+
+from hf_recycle import RecyclingHistory, RecyclingTrainer
+from hf_recycle.files import RecyclingFileError
+
+EVERYTHING = {
+    # A phase every 3 steps that takes 3.2 of 32 neurons, so that fractions accumulate; transitions last longer than
+    # the gap between phases, so that every checkpoint lies in one; immunity.
+    "recycle_steps": 3,
+    "recycle_fraction": 0.1,
+    "recycle_smooth_steps": 4,
+    "recycle_immunity": 1,
+    "recycle_selection": "random",
+    "midpoint_weight": 0.05,
+    "magnitude_steps": 2,
+}
+METHODS = {
+    "off": {},
+    "plain": {"recycle_steps": 3, "recycle_fraction": 0.1},
+    "matched_normal": {"recycle_steps": 3, "recycle_fraction": 0.1, "recycle_reinit": "matched_normal"},
+    "copy_noise global": {
+        "recycle_steps": 3,
+        "recycle_fraction": 0.1,
+        "recycle_reinit": "copy_noise",
+        "recycle_scope": "global",
+    },
+    "everything": EVERYTHING,
+}
+
+
+def assert_same_run(whole, resumed, folder_whole, folder_resumed):
+    assert_same_weights(whole, resumed)
+    assert losses(whole) == losses(resumed)
+    first, second = (RecyclingHistory.from_pretrained(folder) for folder in (folder_whole, folder_resumed))
+    assert first.events.astype(str).equals(second.events.astype(str))
+    assert first.magnitudes.astype(str).equals(second.magnitudes.astype(str))
+    for block, counts in first.counts.items():
+        assert (counts == second.counts[block]).all()
+
+
+def interrupt_and_compare(train, at: int, **settings):
+    """A run to the end, and one that is stopped at step `at` and resumed by a new trainer."""
+    settings = {"save_strategy": "steps", "save_steps": 1} | settings
+    whole = train("whole", **settings)
+    partial = Path(whole.args.output_dir).with_name("resumed")
+    shutil.copytree(Path(whole.args.output_dir, f"checkpoint-{at}"), partial / f"checkpoint-{at}")
+    resumed = train("resumed", resume=True, **settings)
+    assert resumed.state.global_step == whole.state.global_step
+    last = f"checkpoint-{whole.state.global_step}"
+    assert_same_run(whole, resumed, Path(whole.args.output_dir, last), partial / last)
+    return whole, resumed
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("at", [1, 5, 11])
+def test_resume_is_exact(method, at, train):
+    """48 samples in batches of 4: the second pass over the data begins at step 12, the third at 24."""
+    whole, _ = interrupt_and_compare(train, at, max_steps=15, **METHODS[method])
+    if method == "everything":
+        assert whole.recycling.table.phases == 4
+
+
+@pytest.mark.parametrize("at", [12, 13, 20])
+def test_resume_is_exact_at_and_after_the_end_of_a_pass(at, train):
+    interrupt_and_compare(train, at, max_steps=26, **EVERYTHING)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("persistent", [False, True])
+def test_resume_is_exact_with_data_workers(persistent, train):
+    interrupt_and_compare(
+        train, 14, max_steps=17, dataloader_num_workers=2, dataloader_persistent_workers=persistent, **EVERYTHING
+    )
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("at", [5, 16])
+def test_resume_is_exact_with_streaming(at, workers, train):
+    """Two shards of 24 samples: in batches of 4 the second pass begins after step 12."""
+
+    def stream():
+        return datasets.Dataset.from_list(sentences()).to_iterable_dataset(num_shards=2).shuffle(seed=3, buffer_size=8)
+
+    settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 20, "dataloader_num_workers": workers}
+    whole = train("whole", data=stream(), **settings, **EVERYTHING)
+    resumed = train(
+        "resumed", data=stream(), resume=f"{whole.args.output_dir}/checkpoint-{at}", **settings, **EVERYTHING
+    )
+    assert_same_run(whole, resumed, *(f"{run.args.output_dir}/checkpoint-20" for run in (whole, resumed)))
+
+
+def test_resume_is_exact_with_accumulation_and_sparse_logging(train):
+    """The loss logged at step 10 is the mean over steps 6 to 10, on both sides of a checkpoint at step 8."""
+    interrupt_and_compare(
+        train, 8, max_steps=12, gradient_accumulation_steps=3, logging_steps=5, per_device_train_batch_size=2
+    )
+
+
+def test_resume_is_exact_with_a_collator_of_another_kind(train, tokenizer):
+    class Backwards(DataCollatorForLanguageModeling):
+        """Draws from the global random state, as whole-word masking does, and is not the stock class."""
+
+    interrupt_and_compare(train, 7, collator=Backwards(tokenizer), **EVERYTHING)
+
+
+def test_a_larger_max_steps_goes_on(train):
+    """Up to the old end the two runs are one; the schedules of the learning rate must not depend on max_steps."""
+    settings = {"lr_scheduler_type": "constant", **METHODS["plain"]}
+    short = train("run", max_steps=8, save_strategy="steps", save_steps=1, **settings)
+    longer = train("run", max_steps=14, resume=True, **settings)
+    whole = train("whole", max_steps=14, **settings)
+    assert longer.state.global_step == 14
+    assert losses(short) == losses(whole)[:8]
+    assert_same_weights(longer, whole)
+
+
+def test_load_best_model_restores_the_neurons_of_that_checkpoint(train):
+    trainer = train(
+        evaluation=sentences(8, seed=9),
+        save_strategy="steps",
+        save_steps=2,
+        eval_strategy="steps",
+        eval_steps=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="loss",
+        greater_is_better=True,  # the worst, which is an early one
+        learning_rate=5e-2,
+        **METHODS["plain"],
+    )
+    best = Path(trainer.state.best_model_checkpoint)
+    assert best.name != "checkpoint-12"
+    assert best.parent == Path(trainer.args.output_dir)
+    saved = RecyclingHistory.from_pretrained(best)
+    for name, counts in trainer.neuron_table().counts.items():
+        assert counts.tolist() == saved.counts[name].tolist()
+    trainer.save_model(str(best.parent / "final"))
+    again = RecyclingHistory.from_pretrained(best.parent / "final")
+    assert again.events.astype(str).equals(saved.events.astype(str))
+
+
+def test_model_init_starts_with_fresh_neurons(arguments, tokenizer):
+    trainer = RecyclingTrainer(
+        model_init=lambda: tiny_bert(),
+        args=arguments(**METHODS["plain"]),
+        train_dataset=sentences(),
+        data_collator=DataCollatorForLanguageModeling(tokenizer),
+    )
+    trainer.train()
+    first, events = {n: c.clone() for n, c in trainer.neuron_table().counts.items()}, len(trainer.recorder.to_table())
+    trainer.train()
+    assert all(torch.equal(counts, first[name]) for name, counts in trainer.neuron_table().counts.items())
+    assert len(trainer.recorder.to_table()) == events
+
+
+def test_a_stock_checkpoint_resumes_with_recycling_switched_on(arguments, tokenizer, train):
+    stock = Trainer(
+        model=tiny_bert(),
+        args=arguments(save_strategy="steps", save_steps=4),
+        train_dataset=sentences(),
+        data_collator=DataCollatorForLanguageModeling(tokenizer),
+    )
+    stock.train()
+    resumed = train("next", resume=f"{stock.args.output_dir}/checkpoint-4", **METHODS["plain"])
+    assert {row["step"] for row in resumed.recorder.to_table().to_pylist() if row["kind"] == "phase"} == {6, 9}
+    assert sum(int(counts.sum()) for counts in resumed.neuron_table().counts.values()) > 0
+
+
+def test_a_recycling_checkpoint_resumes_in_the_stock_trainer(arguments, tokenizer, train):
+    ours = train(save_strategy="steps", save_steps=5, **EVERYTHING)
+    stock = Trainer(
+        model=tiny_bert(),
+        args=arguments("stock"),
+        train_dataset=sentences(),
+        data_collator=DataCollatorForLanguageModeling(tokenizer),
+    )
+    stock.train(resume_from_checkpoint=f"{ours.args.output_dir}/checkpoint-5")
+    assert stock.state.global_step == 12
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"recycle_fraction": 0.2}, "recycle_fraction=0.1 (now 0.2)"),
+        ({"recycle_steps": None}, "recycle_steps=3"),
+        ({"midpoint_log": True}, "midpoint_log=False (now True)"),
+    ],
+)
+def test_contradicting_settings_are_named(change, field, train):
+    first = train(save_strategy="steps", save_steps=5, **EVERYTHING)
+    with pytest.raises(RecyclingFileError) as error:
+        train("next", resume=f"{first.args.output_dir}/checkpoint-5", **(EVERYTHING | change))
+    assert field in str(error.value)
+
+
+def test_another_shape_is_named(train, tmp_path):
+    first = train(save_strategy="steps", save_steps=5, **METHODS["plain"])
+    folder = Path(first.args.output_dir, "checkpoint-5")
+    config = json.loads((folder / "recycling_config.json").read_text())
+    config["blocks"][1]["num_neurons"] = 31
+    (folder / "recycling_config.json").write_text(json.dumps(config))
+    with pytest.raises(RecyclingFileError, match=r"31 neurons in block 'bert.encoder.layer.1' and the model has 32"):
+        train("next", resume=str(folder), **METHODS["plain"])
+
+
+@pytest.mark.parametrize(
+    "name", ["recycling_config.json", "recycling_state.safetensors", "recycling_history.parquet", "recycling_stats.json"]
+)
+@pytest.mark.parametrize("damage", ["absent", "truncated", "garbage"])
+def test_damaged_files_are_refused(name, damage, train):
+    if name == "recycling_stats.json" and damage != "absent":
+        pytest.skip("the summary is never read to resume")
+    first = train(save_strategy="steps", save_steps=5, **METHODS["plain"])
+    path = Path(first.args.output_dir, "checkpoint-5", name)
+    if damage == "absent":
+        path.unlink()
+    elif damage == "truncated":
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    else:
+        path.write_bytes(b"\x80\x04garbage" * 50)
+    with pytest.raises(RecyclingFileError, match=name):
+        train("next", resume=str(path.parent), **METHODS["plain"])
+
+
+def test_a_checkpoint_loads_with_plain_transformers(train):
+    """In mid-transition the parameters hold the effective weights: those that were evaluated."""
+    from transformers import AutoModelForMaskedLM
+
+    trainer = train(max_steps=8, save_strategy="steps", save_steps=8, evaluation=sentences(8, seed=9), **EVERYTHING)
+    assert trainer.neuron_table().in_transition
+    loaded = AutoModelForMaskedLM.from_pretrained(f"{trainer.args.output_dir}/checkpoint-8")
+    for (name, a), b in zip(trainer.model.named_parameters(), loaded.parameters(), strict=True):
+        assert torch.equal(a, b), name

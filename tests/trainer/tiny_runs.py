@@ -1,0 +1,140 @@
+"""Tiny models, data and runs for the tests of the trainer."""
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    DataCollatorForLanguageModeling,
+    ModernBertConfig,
+    ModernBertForMaskedLM,
+    PreTrainedTokenizerFast,
+    set_seed,
+)
+
+from hf_recycle import RecyclingArguments, RecyclingTrainer
+
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+VOCABULARY = 64
+
+
+def tiny_bert(dropout: float = 0.1, layers: int = 2) -> BertForMaskedLM:
+    set_seed(7)
+    return BertForMaskedLM(
+        BertConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=16,
+            num_hidden_layers=layers,
+            num_attention_heads=2,
+            intermediate_size=32,
+            max_position_embeddings=16,
+            hidden_dropout_prob=dropout,
+            attention_probs_dropout_prob=dropout,
+        )
+    )
+
+
+def tiny_modernbert() -> ModernBertForMaskedLM:
+    set_seed(7)
+    return ModernBertForMaskedLM(
+        ModernBertConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=24,
+            max_position_embeddings=16,
+            pad_token_id=0,
+            bos_token_id=2,
+            eos_token_id=3,
+            cls_token_id=2,
+            sep_token_id=3,
+        )
+    )
+
+
+def sentences(n: int = 48, length: int = 12, seed: int = 0) -> list[dict]:
+    """Samples without masks, as a tokenised corpus is."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(len(SPECIAL), VOCABULARY, (n, length), generator=generator)
+    return [{"input_ids": row.tolist()} for row in ids]
+
+
+def masked_sentences(n: int = 48, length: int = 12, seed: int = 0) -> list[dict]:
+    """Samples with fixed masks and uneven numbers of masked tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    samples = []
+    for row in sentences(n, length, seed):
+        ids = torch.tensor(row["input_ids"])
+        share = 0.1 + 0.6 * torch.rand((), generator=generator)
+        masked = torch.rand(length, generator=generator) < share
+        masked[0] = True
+        labels = torch.where(masked, ids, -100)
+        samples.append({"input_ids": torch.where(masked, 4, ids).tolist(), "labels": labels.tolist()})
+    return samples
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = {word: i for i, word in enumerate([*SPECIAL, *(f"w{i}" for i in range(VOCABULARY - len(SPECIAL)))])}
+    inner = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+    )
+
+
+@pytest.fixture
+def arguments(tmp_path):
+    """`arguments(**overrides)`: arguments of a short quiet run in a folder of its own."""
+
+    def make(folder: str = "run", **overrides) -> RecyclingArguments:
+        values = {
+            "output_dir": str(tmp_path / folder),
+            "max_steps": 12,
+            "per_device_train_batch_size": 4,
+            "learning_rate": 1e-2,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "use_cpu": True,
+            "disable_tqdm": True,
+        }
+        return RecyclingArguments(**(values | overrides))
+
+    return make
+
+
+@pytest.fixture
+def train(arguments, tokenizer):
+    """`train(**overrides)`: a finished run of a tiny BERT on masked random text, with dynamic masks."""
+
+    def run(folder: str = "run", *, resume=None, model=None, data=None, collator=None, evaluation=None, **overrides):
+        trainer = RecyclingTrainer(
+            model=tiny_bert() if model is None else model,
+            args=arguments(folder, **overrides),
+            train_dataset=sentences() if data is None else data,
+            eval_dataset=evaluation,
+            data_collator=DataCollatorForLanguageModeling(tokenizer) if collator is None else collator,
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    return run
+
+
+def losses(trainer) -> list[float]:
+    return [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+
+def assert_same_weights(first, second) -> None:
+    """Bit for bit."""
+    first, second = first.model.state_dict(), second.model.state_dict()
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), f"{name} differs by {(value - second[name]).abs().max()}"
