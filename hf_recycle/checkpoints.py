@@ -110,10 +110,11 @@ class CheckpointMixin(Trainer):
         running_loss = getattr(self, "_tr_loss", None)
         if running_loss is not None:
             running_loss = nested_gather(running_loss, self.args.parallel_mode).mean()
+        # Before the other processes leave: both gather what is sharded.
+        tensors, statistics = table.state_dict(), self.statistics()
         if not self.args.should_save:
             return
         os.makedirs(folder, exist_ok=True)
-        tensors = table.state_dict()
         if running_loss is not None:
             tensors[_RUNNING_LOSS] = running_loss.detach().float().reshape(1).cpu()
             tensors[_LAST_LOGGED] = torch.tensor([self._globalstep_last_logged])
@@ -121,7 +122,7 @@ class CheckpointMixin(Trainer):
         files.write_config(folder, {"arguments": self.recycling_arguments(), "blocks": blocks})
         files.write_state(folder, tensors)
         files.write_history(folder, self.recorder.to_table())
-        files.write_stats(folder, self.statistics())
+        files.write_stats(folder, statistics)
 
     def statistics(self) -> dict[str, Any]:
         """The summary of the run so far: the content of `recycling_stats.json`."""

@@ -154,6 +154,11 @@ def check_agreement(
                 fail(folder, f"{kind} of block {name} in the state contradicts the phases of the history")
     if stats is None:
         return
+    latest = max((int(tensors[f"{block['name']}/last_step"].max()) for block in config["blocks"]), default=0)
+    if stats["step"] < latest:
+        fail(folder, f"the summary was made at step {stats['step']}, before the last recycling at {latest}")
+    if stats["phases"] != len(pc.unique(rows["phase"])):
+        fail(folder, f"the summary counts {stats['phases']} phases and the history holds others")
     names = [block["name"] for block in config["blocks"]]
     if [block["name"] for block in stats["blocks"]] != names:
         fail(folder, "the blocks of the summary are not those of the config")

@@ -1,18 +1,21 @@
 """One selection phase: choose neurons, give them new weights, note what was done."""
 
+import itertools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from hf_recycle.agreement import check_agreement, checksum
 from hf_recycle.methods.immunity import is_immune
 from hf_recycle.methods.reinit import REINITIALIZATIONS, Options
 from hf_recycle.methods.schedule import PhaseSchedule
 from hf_recycle.methods.seeds import generator_for
 from hf_recycle.methods.selection import CRITERIA, Signals, select, select_globally
 from hf_recycle.neurons.optimizer import reset_state
-from hf_recycle.neurons.table import NeuronTable, Transition
+from hf_recycle.neurons.table import NeuronTable
 from hf_recycle.settings import RecyclingSettings
+from hf_recycle.transitions import begin
 
 
 @dataclass(frozen=True)
@@ -94,8 +97,12 @@ def run_phase(
         notes = ["too few eligible neurons" if len(c) < q else "" for c, q in zip(chosen, quotas, strict=True)]
 
     table.phases = phase
-    for position, index in zip(positions, chosen, strict=True):
+    written = [
         _recycle(table, position, index, settings, step, phase, smooth_steps, optimizer)
+        for position, index in zip(positions, chosen, strict=True)
+    ]
+    device = table.blocks[positions[0]].out_slice.device
+    check_agreement(checksum([*chosen, *itertools.chain(*written)]), f"the neurons recycled at step {step}", device)
     return [
         PhaseRecord(step, phase, table.blocks[position].name, request, int(mask.sum()), index.tolist(), note)
         for position, request, mask, index, note in zip(positions, requested, eligible, chosen, notes, strict=True)
@@ -124,10 +131,11 @@ def _recycle(
     phase: int,
     smooth_steps: int,
     optimizer,
-) -> None:
-    """Gives neurons `index` of one block new weights, at once or as a transition, and notes it in the table."""
+) -> list[Tensor]:
+    """Gives neurons `index` of one block new weights, at once or as a transition, notes it in the table, and returns
+    the new weights."""
     if not len(index):
-        return
+        return []
     block, state = table.blocks[position], table.states[position]
     generator = generator_for(settings.seed, step, position, "reinit")
     options = Options(noise_scale=settings.noise_scale)
@@ -135,11 +143,10 @@ def _recycle(
     if optimizer is not None:
         reset_state(optimizer, block, index, settings.optimizer_state)
     if smooth_steps:
-        new = {piece.role: values[piece.role].to(piece.parameter) for piece in block.slices}
-        started = Transition(index, torch.zeros_like(index), block.read(index), new)
-        state.transition = started if state.transition is None else state.transition.joined_with(started)
+        begin(block, state, index, values)
     else:
         block.write(index, values)
     state.counts[index] += 1
     state.last_phase[index] = phase
     state.last_step[index] = step
+    return list(values.values())

@@ -10,6 +10,7 @@ from hf_recycle.arguments import RecyclingArguments
 from hf_recycle.callbacks import MagnitudeCallback, MidpointLossCallback, RecyclingCallback
 from hf_recycle.callbacks.base import NeuronCallback
 from hf_recycle.checkpoints import CheckpointMixin
+from hf_recycle.engines import check_engine, drop_tied_aliases
 from hf_recycle.mlm.training import MaskedLanguageModelingMixin
 from hf_recycle.neurons.table import NeuronTable
 from hf_recycle.recorder import HistoryRecorder
@@ -35,7 +36,7 @@ class RecyclingTrainer(CheckpointMixin, MaskedLanguageModelingMixin):
     Raises:
         TypeError: if `args` is not a `RecyclingArguments`.
         ValueError: for what can't work, before training starts: a model without feed-forward blocks, `nn.DataParallel`,
-            FSDP or DeepSpeed.
+            FSDP version 1.
     """
 
     def __init__(self, model=None, args: RecyclingArguments | None = None, *positional, **kwargs):
@@ -54,9 +55,7 @@ class RecyclingTrainer(CheckpointMixin, MaskedLanguageModelingMixin):
         self.recorder = HistoryRecorder()
         super().__init__(model, args, *positional, **kwargs)
         self.neuron_callbacks = self._wire_callbacks()
-        if self.neuron_callbacks and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            engine = "FSDP" if self.is_fsdp_enabled else "DeepSpeed"
-            raise ValueError(f"{engine} shards the weights, which recycling can't work on yet: use one process or DDP.")
+        check_engine(self)
         self.neuron_table()  # a model without blocks is refused here
         seed = args.seed if args.data_seed is None else args.data_seed
         deterministic = args.deterministic_masking
@@ -135,6 +134,15 @@ class RecyclingTrainer(CheckpointMixin, MaskedLanguageModelingMixin):
         return self.recycling.immune() if self.recycling is not None else 0
 
     # ---- Training ----
+
+    def _prepare_for_training(self, *args, **kwargs):
+        # The last moment at which the model is not wrapped or sharded.
+        if self.recycling is not None:
+            for view in self.neuron_table().views:
+                view.learn_distribution()
+        if self.is_fsdp_enabled:
+            drop_tied_aliases(self.model)
+        return super()._prepare_for_training(*args, **kwargs)
 
     def train(self, *args, **kwargs):
         self.check_labels()

@@ -1,49 +1,131 @@
 """Carries the neurons in transition through one optimizer step (see `hf_recycle.methods.smooth`).
 
-Between steps the parameters hold the effective weights x; only while the optimizer steps do they hold x_new.
+Between steps the model computes with the effective weights x. What the optimizer updates is x_new: where masters are separate
+(DeepSpeed) they hold it all the time, elsewhere the parameters hold it only while the optimizer steps.
 """
 
+from collections.abc import Iterator
+
 import torch
+from torch import Tensor
 
 from hf_recycle.methods.smooth import interpolation, mix
-from hf_recycle.neurons.table import NeuronTable
+from hf_recycle.neurons.blocks import FeedForward
+from hf_recycle.neurons.storage import Fragments
+from hf_recycle.neurons.storage.plain import whole
+from hf_recycle.neurons.table import BlockState, NeuronTable
+from hf_recycle.neurons.transition import Transition
+
+
+def begin(block: FeedForward, state: BlockState, index: Tensor, values: dict[str, Tensor]) -> None:
+    """Starts the transition of neurons `index` `(n,)` to `values` `{role: (n, width)}`; the model computes on with the
+    old weights."""
+    old, new = {}, {}
+    for piece in block.slices:
+        storage = piece.storage
+        old[piece.role] = storage.read_forward(piece, index)
+        new[piece.role] = storage.cut(piece, index, values[piece.role])
+        if storage.separate_masters:
+            storage.write(piece, index, new[piece.role])
+    started = Transition(index, torch.zeros_like(index), old, new)
+    state.transition = started if state.transition is None else state.transition.joined_with(started)
+
+
+def settle(table: NeuronTable, smooth_steps: int) -> None:
+    """Takes transitions that were just loaded from a checkpoint into use, once the engine has taken over the model."""
+    for block, state in _in_transition(table):
+        if not state.transition.whole:
+            continue
+        transition = state.transition = state.transition.cut(block)
+        for piece in block.slices:
+            if piece.storage.separate_masters:
+                piece.storage.write(piece, transition.index, transition.new[piece.role])
+        _show(block, transition, smooth_steps)
 
 
 @torch.no_grad()
 def scale_gradients(table: NeuronTable, smooth_steps: int) -> None:
-    """Turns the gradients of x into those of x_new: times α. To be called once, before gradients are clipped."""
-    for block, state in zip(table.blocks, table.states, strict=True):
-        if state.transition is not None:
-            alpha = interpolation(state.transition.age, smooth_steps)
-            for piece in block.slices:
+    """Turns the gradients of x into those of x_new: times α. To be called once, before gradients are clipped. Gradients of
+    separate masters are scaled by `hook_gradients`."""
+    for block, state in _in_transition(table):
+        alpha = interpolation(state.transition.age, smooth_steps)
+        for piece in block.slices:
+            if not piece.storage.separate_masters:
                 piece.storage.scale_gradient(piece, state.transition.index, alpha)
+
+
+def hook_gradients(table: NeuronTable, smooth_steps: int) -> list[torch.utils.hooks.RemovableHandle]:
+    """Where masters are separate, scales the gradients of neurons in transition as they come out of the backward pass,
+    before the engine cuts and clips them."""
+    handles = []
+    for block, state in zip(table.blocks, table.states, strict=True):
+        for parameter in block.parameters():
+            pieces = [piece for piece in block.slices if piece.parameter is parameter]
+            if pieces[0].storage.separate_masters:
+                handles.append(parameter.register_hook(_ScaledGradient(pieces, state, smooth_steps)))
+    return handles
+
+
+class _ScaledGradient:
+    """A hook on a parameter; the gradient it sees is whole on each process."""
+
+    def __init__(self, pieces, state: BlockState, smooth_steps: int):
+        self._pieces, self._state, self._smooth_steps = pieces, state, smooth_steps
+
+    @torch.no_grad()
+    def __call__(self, gradient: Tensor) -> Tensor | None:
+        transition = self._state.transition
+        if transition is None:
+            return None
+        gradient = gradient.clone()
+        alpha = interpolation(transition.age, self._smooth_steps).to(gradient)
+        index = transition.index.to(gradient.device)
+        for piece in self._pieces:
+            for tile in whole(piece, gradient):
+                tile.values[index] *= alpha.unsqueeze(1)
+        return gradient
 
 
 @torch.no_grad()
 def show_new_weights(table: NeuronTable) -> None:
     """Puts x_new into the parameters. To be called right before the optimizer steps."""
-    for block, state in zip(table.blocks, table.states, strict=True):
-        if state.transition is not None:
-            block.write(state.transition.index, state.transition.new)
+    for block, state in _in_transition(table):
+        for piece in block.slices:
+            if not piece.storage.separate_masters:
+                piece.storage.write(piece, state.transition.index, state.transition.new[piece.role])
 
 
 @torch.no_grad()
 def show_effective_weights(table: NeuronTable, smooth_steps: int, *, advance: bool) -> None:
-    """Reads x_new back and puts the effective weights into the parameters. To be called right after the optimizer
-    stepped; neurons whose α reaches 1 leave their transition with exactly x_new.
+    """Reads x_new back and gives the model the effective weights. To be called right after the optimizer stepped;
+    neurons whose α reaches 1 leave their transition with exactly x_new.
 
     Args:
         advance: False for a skipped step, which α does not count.
     """
-    for block, state in zip(table.blocks, table.states, strict=True):
+    for block, state in _in_transition(table):
         transition = state.transition
-        if transition is None:
-            continue
-        transition.new = block.read(transition.index)
+        for piece in block.slices:
+            transition.new[piece.role] = piece.storage.read(piece, transition.index)
         transition.age += int(advance)
-        alpha = interpolation(transition.age, smooth_steps)
-        mixed = {role: mix(new, transition.old[role], alpha) for role, new in transition.new.items()}
-        block.write(transition.index, mixed)
-        going_on = alpha < 1
-        if not going_on.all():
-            state.transition = transition.only(going_on) if going_on.any() else None
+        alpha = _show(block, transition, smooth_steps)
+        if (alpha == 1).any():
+            state.transition = transition.only(block, alpha < 1)
+
+
+def _show(block: FeedForward, transition: Transition, smooth_steps: int) -> Tensor:
+    """Writes the effective weights where the model reads them; returns α `(n,)`."""
+    alpha = interpolation(transition.age, smooth_steps)
+    for piece in block.slices:
+        new, old = transition.new[piece.role], transition.old[piece.role]
+        mixed: Fragments = [
+            mix(*pair) for pair in zip(new, old, transition.held(block, piece.role, alpha), strict=True)
+        ]
+        piece.storage.write_forward(piece, transition.index, mixed)
+    return alpha
+
+
+def _in_transition(table: NeuronTable) -> Iterator[tuple[FeedForward, BlockState]]:
+    for block, state in zip(table.blocks, table.states, strict=True):
+        if state.transition is not None:
+            yield block, state

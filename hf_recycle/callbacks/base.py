@@ -46,8 +46,3 @@ class NeuronCallback(TrainerCallback):
     def scalars(self) -> dict[str, float]:
         """What to log now."""
         return {}
-
-
-def step_was_skipped(optimizer) -> bool:
-    """Whether the optimizer step just taken was skipped (fp16 overflow)."""
-    return bool(getattr(optimizer, "step_was_skipped", False))

@@ -3,9 +3,9 @@
 import torch
 from transformers.utils import logging
 
-from hf_recycle.callbacks.base import NeuronCallback, step_was_skipped
+from hf_recycle.callbacks.base import NeuronCallback
 from hf_recycle.methods.midpoint import MidpointLoss
-from hf_recycle.neurons.optimizer import learning_rates
+from hf_recycle.neurons.optimizer import StepWatch
 from hf_recycle.settings import MidpointSettings
 
 logger = logging.get_logger(__name__)
@@ -30,26 +30,30 @@ class MidpointLossCallback(NeuronCallback):
         super().__init__(**settings)
         chosen = self.settings
         self._method = MidpointLoss(chosen.distance, chosen.center, chosen.log, chosen.below_only)
-        self._rates: dict[int, float] | None = None
+        self._watch: StepWatch | None = None
         self._loss: torch.Tensor | None = None
         self._checked_for_effect = False
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         self.attach(model, state)
-        half = [p.dtype for block in self.table.blocks for p in block.parameters() if p.dtype.itemsize < 4]
+        if self._watch is not None:
+            self._watch.remove()
+        self._watch = StepWatch(optimizer)
+        half = [
+            piece.dtype
+            for block in self.table.blocks
+            for piece in block.slices
+            if piece.dtype.itemsize < 4 and not piece.storage.separate_masters
+        ]
         if self.settings.enabled and half:
             raise ValueError(
                 f"midpoint_weight={self.settings.weight} can't be used with {half[0]} weights, in which its small "
                 "steps are lost: load the model in float32 and train with bf16=True or fp16=True (autocast) instead."
             )
 
-    def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
-        # Here, because the scheduler moves on before on_step_end.
-        self._rates = None if step_was_skipped(optimizer) else learning_rates(optimizer)
-
     @torch.no_grad()
     def on_step_end(self, args, state, control, **kwargs):
-        if not self.settings.enabled or self._rates is None:
+        if not self.settings.enabled or not self._watch.taken:
             return
         losses, changed = [], []
         for block, neurons in zip(self.table.blocks, self.table.states, strict=True):
@@ -59,10 +63,12 @@ class MidpointLossCallback(NeuronCallback):
             losses.append(loss)
             for piece in (*block.in_slices, block.out_slice):
                 slope = out_slope if piece.role == "out" else in_slope
-                factors = 1 - self._rates.get(id(piece.parameter), 0.0) * self.settings.weight * slope
+                factors = 1 - self._watch.rate(piece) * self.settings.weight * slope
                 piece.storage.scale(piece, factors)
                 if not self._checked_for_effect:
-                    changed.append((factors != 1).any())
+                    highest = self._watch.highest_rate(piece)
+                    changed.append((1 - highest * self.settings.weight * slope != 1).any())
+        self._watch.reset()
         self._loss = torch.stack(losses).sum()
         if not self._checked_for_effect:
             self._checked_for_effect = True
@@ -71,6 +77,10 @@ class MidpointLossCallback(NeuronCallback):
                     f"midpoint_weight={self.settings.weight} changes no weight at this learning rate: the step is "
                     "below the resolution of the weights' dtype."
                 )
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._watch.remove()
+        self._watch = None
 
     def scalars(self) -> dict[str, float]:
         """The midpoint loss before the last step, unweighted, summed over blocks."""

@@ -4,14 +4,20 @@ from collections.abc import Callable
 
 from transformers.utils import logging
 
-from hf_recycle.callbacks.base import NeuronCallback, step_was_skipped
+from hf_recycle.callbacks.base import NeuronCallback
 from hf_recycle.methods.immunity import is_immune
 from hf_recycle.methods.schedule import PhaseSchedule, resolve_steps
 from hf_recycle.methods.seeds import generator_for
-from hf_recycle.neurons.optimizer import check_can_reset
+from hf_recycle.neurons.optimizer import StepWatch, check_can_reset
 from hf_recycle.phase import run_phase
 from hf_recycle.settings import RecyclingSettings
-from hf_recycle.transitions import scale_gradients, show_effective_weights, show_new_weights
+from hf_recycle.transitions import (
+    hook_gradients,
+    scale_gradients,
+    settle,
+    show_effective_weights,
+    show_new_weights,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -39,6 +45,8 @@ class RecyclingCallback(NeuronCallback):
         self.smooth_steps = 0
         self.loss_is_finite: Callable[[], bool] = lambda: True
         self._gradients_scaled = False
+        self._watch: StepWatch | None = None
+        self._hooks: list = []
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         self.attach(model, state)
@@ -50,6 +58,11 @@ class RecyclingCallback(NeuronCallback):
         if self.schedule is None:
             return
         check_can_reset(optimizer, settings.optimizer_state)
+        if self.smooth_steps:
+            self._let_go()
+            self._watch = StepWatch(optimizer)
+            self._hooks = hook_gradients(self.table, self.smooth_steps)
+            settle(self.table, self.smooth_steps)
         self._check_layers()
         self._say_what_is_odd()
         if state.global_step > 0 and self.table.phases == 0 and len(self.schedule.phases_until(state.global_step)):
@@ -101,10 +114,11 @@ class RecyclingCallback(NeuronCallback):
             self.scale_gradients()
             show_new_weights(self.table)
 
-    def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+    def on_optimizer_step(self, args, state, control, **kwargs):
         if self.smooth_steps:
             self._gradients_scaled = False
-            show_effective_weights(self.table, self.smooth_steps, advance=not step_was_skipped(optimizer))
+            show_effective_weights(self.table, self.smooth_steps, advance=self._watch.taken)
+            self._watch.reset()
 
     def on_step_end(self, args, state, control, optimizer=None, **kwargs):
         if self.schedule is None or not self.schedule.is_phase(state.global_step):
@@ -130,6 +144,16 @@ class RecyclingCallback(NeuronCallback):
             )
         for note in {record.note for record in records if record.note}:
             logger.warning(f"Step {state.global_step}: {note}.")
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._let_go()
+
+    def _let_go(self) -> None:
+        if self._watch is not None:
+            self._watch.remove()
+        for hook in self._hooks:
+            hook.remove()
+        self._watch, self._hooks = None, []
 
     def scalars(self) -> dict[str, float]:
         """Recycling events so far, share of neurons ever recycled, neurons in transition and immune neurons."""

@@ -62,8 +62,8 @@ def matched_normal(block: Block, index: Tensor, generator: torch.Generator, opti
     """N(mean, std) of all current weights of each matrix (article, "Modifying reinitialization distribution")"""
     values = block.sample_initial(len(index), generator, block.bias_roles)
     for role in block.weight_roles:
-        mean, std = (value.cpu() for value in block.mean_std(role))
-        noise = torch.randn(len(index), block.width(role), generator=generator, dtype=mean.dtype)
+        mean, std = (value.float().cpu() for value in block.mean_std(role))
+        noise = torch.randn(len(index), block.width(role), generator=generator)
         values[role] = mean + std * noise
     return values
 
@@ -77,7 +77,7 @@ def copy_noise(block: Block, index: Tensor, generator: torch.Generator, options:
     sources = pool[torch.randint(len(pool), (len(index),), generator=generator)]
     values = block.read(sources)
     for role in block.weight_roles:
-        _, std = block.mean_std(role)
-        noise = torch.randn(values[role].shape, generator=generator, dtype=std.dtype)
-        values[role] = values[role].cpu().to(std.dtype) + options.noise_scale * std.cpu() * noise
+        std = block.mean_std(role)[1].float().cpu()
+        noise = torch.randn(values[role].shape, generator=generator)
+        values[role] = values[role].cpu() + options.noise_scale * std * noise
     return values

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from hf_recycle.neurons.storage import PlainStorage, storage_of
+from hf_recycle.neurons.storage import Storage, storage_of
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,20 @@ class NeuronSlice:
         return self.attribute == "bias"
 
     @property
-    def storage(self) -> PlainStorage:
+    def width(self) -> int:
+        """Weights of a neuron in this slice; 1 for a bias."""
+        return 1 if self.is_bias else full_shape(self.parameter)[1 - self.dim]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.parameter.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.parameter.device
+
+    @property
+    def storage(self) -> Storage:
         return storage_of(self.parameter)
 
 
@@ -73,14 +86,13 @@ class FeedForward:
     def __getitem__(self, role: str) -> NeuronSlice:
         return next(piece for piece in self.slices if piece.role == role)
 
-    def norms(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    def norms(self) -> tuple[Tensor, Tensor]:
         """L2 norms of the neurons' in-rows (over both rows when gated) and out-columns, each `(d_ff,)`.
 
-        Computed in `dtype`, by default float32 or the parameter's dtype if that is wider.
+        Computed in float32, or in the parameter's dtype if that is wider.
         """
         out = self.out_slice
-        if dtype is None:
-            dtype = torch.promote_types(out.parameter.dtype, torch.float32)
+        dtype = torch.promote_types(out.parameter.dtype, torch.float32)
         parts = [piece.storage.norms(piece, dtype) for piece in self.in_slices]
         in_norm = parts[0] if len(parts) == 1 else torch.linalg.vector_norm(torch.stack(parts), dim=0)
         return in_norm, out.storage.norms(out, dtype)
@@ -90,18 +102,23 @@ class FeedForward:
 
         Source: *Neuron Recycling*, section "Magnitude".
         """
-        in_norm, out_norm = self.norms(torch.float32)
-        return in_norm * out_norm
+        in_norm, out_norm = self.norms()
+        return (in_norm * out_norm).to(torch.float32)
 
     def read(self, index: Tensor) -> dict[str, Tensor]:
         """Copies of the weights of neurons `index` `(n,)`: `{role: (n, width)}`, biases `(n,)`."""
-        return {piece.role: piece.storage.read(piece, index) for piece in self.slices}
+        return {piece.role: piece.storage.read_full(piece, index) for piece in self.slices}
 
     def write(self, index: Tensor, values: dict[str, Tensor]) -> None:
         """Overwrites the weights of neurons `index` `(n,)` in place; `values` as `read` returns them."""
         for piece in self.slices:
-            piece.storage.write(piece, index, values[piece.role])
+            piece.storage.write_full(piece, index, values[piece.role])
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The parameters the block's neurons lie in, each once."""
         return iter({id(piece.parameter): piece.parameter for piece in self.slices}.values())
+
+
+def full_shape(parameter: Tensor) -> torch.Size:
+    """The shape of a parameter, also where DeepSpeed ZeRO-3 has emptied it."""
+    return getattr(parameter, "ds_shape", parameter.shape)

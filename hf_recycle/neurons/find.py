@@ -1,11 +1,12 @@
 """Finds the feed-forward blocks of a model."""
 
 import itertools
+import re
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_recycle.neurons.blocks import FeedForward, NeuronSlice
+from hf_recycle.neurons.blocks import FeedForward, NeuronSlice, full_shape
 from hf_recycle.neurons.families import FAMILIES, Layout, known_layouts, parse_layout
 
 _ATTENTION = re.compile("attn|attention", re.IGNORECASE)
@@ -140,11 +141,11 @@ def _out_dim(linear: nn.Module) -> int:
 
 
 def _out_features(linear: nn.Module) -> int:
-    return linear.weight.shape[_out_dim(linear)]
+    return full_shape(linear.weight)[_out_dim(linear)]
 
 
 def _in_features(linear: nn.Module) -> int:
-    return linear.weight.shape[1 - _out_dim(linear)]
+    return full_shape(linear.weight)[1 - _out_dim(linear)]
 
 
 def _common_parent(paths: list[str]) -> str:

@@ -19,7 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from hf_recycle.neurons.blocks import FeedForward, NeuronSlice
+from hf_recycle.neurons.blocks import FeedForward, full_shape
+from hf_recycle.neurons.storage.plain import whole
 
 _aten = torch.ops.aten
 _DRAWS = {_aten.normal_.default, _aten.uniform_.default}
@@ -61,7 +62,7 @@ class InitialDistribution:
         # On the CPU, not on the meta device: there some initialisers (torch's trunc_normal_) do nothing.
         fresh = _fresh_instance(hollow, owner, recorder)
         self._block = block
-        self._widths = {piece.role: _width(piece) for piece in block.slices}
+        self._widths = {p.role: () if p.is_bias else (p.width,) for p in block.slices}
         self._recipes = {
             piece.role: recorder.recipe(getattr(fresh.get_submodule(paths[id(piece.module)]), piece.attribute))
             for piece in block.slices
@@ -97,14 +98,17 @@ class InitialDistribution:
         return drawn
 
     def _sample_instance(self, n: int, generator: torch.Generator, roles: Collection[str]) -> dict[str, Tensor]:
-        seed = int(torch.randint(2**62, (), generator=generator))
-        fresh = _fresh_instance(self._hollow, self._owner(), seed=seed)
-        drawn = {}
-        for piece in self._block.slices:
-            parameter = getattr(fresh.get_submodule(self._paths[id(piece.module)]), piece.attribute)
-            if piece.role in roles:
-                drawn[piece.role] = piece.storage.lines(piece, parameter)[:n].clone()
-        return drawn
+        parts: dict[str, list[Tensor]] = {role: [] for role in roles}
+        for start in range(0, max(n, 1), self._block.num_neurons):
+            seed = int(torch.randint(2**62, (), generator=generator))
+            fresh = _fresh_instance(self._hollow, self._owner(), seed=seed)
+            for piece in self._block.slices:
+                parameter = getattr(fresh.get_submodule(self._paths[id(piece.module)]), piece.attribute)
+                if piece.role in parts:
+                    [tile] = whole(piece, parameter)
+                    lines = tile.values[: n - start].clone()
+                    parts[piece.role].append(lines.squeeze(1) if piece.is_bias else lines)
+        return {role: torch.cat(lines) for role, lines in parts.items()}
 
 
 class _Recorder(TorchDispatchMode):
@@ -154,7 +158,7 @@ def _hollow_copy(module: nn.Module) -> nn.Module:
     """A copy of `module` without its weights: every tensor on the meta device."""
     memo: dict[int, object] = {}
     for parameter in module.parameters():
-        memo[id(parameter)] = nn.Parameter(torch.empty(parameter.shape, device="meta"))
+        memo[id(parameter)] = nn.Parameter(torch.empty(full_shape(parameter), device="meta"))
     for buffer in module.buffers():
         memo[id(buffer)] = torch.empty_like(buffer, device="meta")
     fresh = copy.deepcopy(module, memo)
@@ -181,9 +185,3 @@ def _fresh_instance(
         if owner is not None:
             fresh.apply(owner._init_weights)
     return fresh
-
-
-def _width(piece: NeuronSlice) -> tuple[int, ...]:
-    shape = list(piece.parameter.shape)
-    del shape[piece.dim]
-    return tuple(shape)

@@ -9,6 +9,7 @@ import transformers
 from torch import Tensor
 
 from hf_recycle.neurons.blocks import FeedForward, NeuronSlice
+from hf_recycle.neurons.storage.tiles import Tile
 
 FIRST, SECOND, SHARED = "first", "second", "shared"
 
@@ -52,12 +53,6 @@ def check_can_reset(optimizer, mode: str) -> None:
         _layout_of(unwrap_optimizer(optimizer))
 
 
-def learning_rates(optimizer) -> dict[int, float | Tensor]:
-    """The current learning rate of each parameter, by `id(parameter)`."""
-    groups = unwrap_optimizer(optimizer).param_groups
-    return {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
-
-
 @torch.no_grad()
 def reset_state(optimizer, block: FeedForward, index: Tensor, mode: str) -> None:
     """Resets the optimizer state of neurons `index` `(n,)` of a block, in place.
@@ -74,37 +69,76 @@ def reset_state(optimizer, block: FeedForward, index: Tensor, mode: str) -> None
     optimizer = unwrap_optimizer(optimizer)
     layout = _layout_of(optimizer)
     for piece in block.slices:
-        state = optimizer.state.get(piece.parameter, {})
-        for key, value in state.items():
+        for key, value in piece.storage.optimizer_state(optimizer, piece).items():
             kind = layout.get(key)
-            if kind is None and isinstance(value, Tensor) and value.shape == piece.parameter.shape:
+            if kind is None and isinstance(value, list):
                 raise ValueError(_refusal(optimizer, f"its state {key!r} is unknown"))
-            if kind in (None, SHARED) or not isinstance(value, Tensor):
+            tiles = _tiles(piece, kind, value)
+            if tiles is None:
                 continue
-            lines = _lines(piece, kind, value)
-            if lines is not None:
-                _reset_lines(lines, index.to(lines.device), SECOND if kind != FIRST and mode == "reset" else FIRST)
+            # With every neuron reborn there are no others to learn the scale of gradients from but the old ones.
+            mean = kind != FIRST and mode == "reset"
+            width = 1 if kind in (_ROWS, _COLUMNS) else piece.width
+            value = piece.storage.mean_of_others(piece, tiles, index, width) if mean else 0.0
+            piece.storage.fill(tiles, index, value)
 
 
-def _lines(piece: NeuronSlice, kind: str, value: Tensor) -> Tensor | None:
-    """The part of one state tensor that belongs to the slice's neurons, neurons first; None if it has none."""
+def _tiles(piece: NeuronSlice, kind: str | None, value: list[Tile] | Tensor | None) -> list[Tile] | None:
+    """The part of one state entry that belongs to the slice's neurons; None if it has none."""
     if kind in (_ROWS, _COLUMNS):
-        if (piece.dim == 0) != (kind == _ROWS):
+        if (piece.dim == 0) != (kind == _ROWS) or value is None:
             return None  # averaged over neurons: it belongs to no single one
-        value = value.reshape(-1)
-        return value.narrow(0, piece.offset, piece.length)
-    return piece.storage.lines(piece, value)
+        return [Tile(value.view(-1, 1).narrow(0, piece.offset, piece.length), 0, 0)]
+    return value if isinstance(value, list) and kind in (FIRST, SECOND) else None
 
 
-def _reset_lines(lines: Tensor, index: Tensor, kind: str) -> None:
-    if kind == FIRST:
-        lines.index_fill_(0, index, 0)
-        return
-    others = torch.ones(len(lines), dtype=torch.bool, device=lines.device).index_fill_(0, index, False)
-    # With every neuron reborn there are no others to learn the scale of gradients from but the old ones.
-    mean_over = lines[others] if others.any() else lines
-    mean = mean_over.to(torch.promote_types(lines.dtype, torch.float32)).mean()
-    lines.index_fill_(0, index, mean.to(lines.dtype))
+class StepWatch:
+    """Learns from the optimizer itself whether it stepped and with which learning rates.
+
+    Trainer events can't tell: DeepSpeed steps inside backward, its scheduler moves on before they fire, and Accelerate
+    misreports skipped steps of fused optimizers.
+
+    Args:
+        optimizer: the optimizer, wrapped or not.
+
+    Attributes:
+        taken: whether a step was taken since the last `reset`.
+    """
+
+    def __init__(self, optimizer):
+        self._optimizer = unwrap_optimizer(optimizer)
+        self._handle = self._optimizer.register_step_pre_hook(self._before_step)
+        self.reset()
+
+    def reset(self) -> None:
+        self.taken = False
+        self._rates: dict[int, float | Tensor] = {}
+
+    def remove(self) -> None:
+        """Stops watching."""
+        self._handle.remove()
+
+    def _before_step(self, optimizer, args, kwargs) -> None:
+        # A fused optimizer is called for a step that it will skip, with the gradient scaler's verdict.
+        overflow = getattr(optimizer, "found_inf", None)
+        if overflow is not None and bool(overflow):
+            return
+        self.taken = True
+        # By the group's identity: DeepSpeed steps one group at a time and swaps the lists for that.
+        self._rates |= {id(group): group["lr"] for group in optimizer.param_groups}
+
+    def rate(self, piece: NeuronSlice) -> float | Tensor:
+        """The learning rate the last step had for a slice's parameter; 0 for a parameter that is not optimized."""
+        group = piece.storage.group_of(piece, self._optimizer)
+        return self._rates.get(id(self._optimizer.param_groups[group]), 0.0) if group >= 0 else 0.0
+
+    def highest_rate(self, piece: NeuronSlice) -> float | Tensor:
+        """The learning rate that the parameter's schedule starts from or warms up to."""
+        group = piece.storage.group_of(piece, self._optimizer)
+        if group < 0:
+            return 0.0
+        found = self._optimizer.param_groups[group]
+        return found.get("initial_lr", found["lr"])
 
 
 def _layout_of(optimizer: torch.optim.Optimizer) -> dict[str, str]:

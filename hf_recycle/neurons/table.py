@@ -11,43 +11,7 @@ from torch import Tensor, nn
 from hf_recycle.neurons.blocks import FeedForward
 from hf_recycle.neurons.find import find_feed_forwards
 from hf_recycle.neurons.initial import InitialDistribution
-
-
-@dataclass
-class Transition:
-    """Neurons on their way from old to new weights.
-
-    Attributes:
-        index: int64 `(n,)`.
-        age: int64 `(n,)`, optimizer steps since the phase.
-        old, new: `{role: (n, width)}` on the parameters' device.
-    """
-
-    index: Tensor
-    age: Tensor
-    old: dict[str, Tensor]
-    new: dict[str, Tensor]
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    def joined_with(self, other: "Transition") -> "Transition":
-        return Transition(
-            torch.cat([self.index, other.index]),
-            torch.cat([self.age, other.age]),
-            {role: torch.cat([values, other.old[role]]) for role, values in self.old.items()},
-            {role: torch.cat([values, other.new[role]]) for role, values in self.new.items()},
-        )
-
-    def only(self, keep: Tensor) -> "Transition":
-        """The neurons for which `keep`, bool `(n,)`, is true."""
-
-        def pick(values: Tensor) -> Tensor:
-            return values[keep.to(values.device)]
-
-        old = {role: pick(values) for role, values in self.old.items()}
-        new = {role: pick(values) for role, values in self.new.items()}
-        return Transition(self.index[keep], self.age[keep], old, new)
+from hf_recycle.neurons.transition import Transition
 
 
 @dataclass
@@ -91,6 +55,10 @@ class BlockView:
     def distribution(self) -> InitialDistribution:
         return InitialDistribution(self._model(), self.block)
 
+    def learn_distribution(self) -> None:
+        """Learns the initial distribution now; a model that is sharded already has forgotten it."""
+        _ = self.distribution
+
     @property
     def num_neurons(self) -> int:
         return self.block.num_neurons
@@ -104,8 +72,7 @@ class BlockView:
         return [piece.role for piece in self.block.slices if piece.is_bias]
 
     def width(self, role: str) -> int:
-        piece = self.block[role]
-        return piece.storage.lines(piece).shape[1]
+        return self.block[role].width
 
     def sample_initial(
         self, n: int, generator: torch.Generator, roles: Collection[str] | None = None
@@ -175,7 +142,7 @@ class NeuronTable:
         return {block.name: block.magnitudes().cpu() for block in self.blocks}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All of it as CPU tensors, for `recycling_state.safetensors`."""
+        """All of it as CPU tensors, for `recycling_state.safetensors`; to be called on every process."""
         tensors = {"trainer/phases": torch.tensor([self.phases], dtype=torch.int64)}
         for block, state in zip(self.blocks, self.states, strict=True):
             tensors[f"{block.name}/counts"] = state.counts
@@ -186,9 +153,8 @@ class NeuronTable:
             prefix = f"{block.name}/transition"
             tensors[f"{prefix}/index"] = state.transition.index
             tensors[f"{prefix}/age"] = state.transition.age
-            for role in state.transition.old:
-                tensors[f"{prefix}/old/{role}"] = state.transition.old[role]
-                tensors[f"{prefix}/new/{role}"] = state.transition.new[role]
+            for side, lines in zip(("old", "new"), state.transition.lines(block), strict=True):
+                tensors |= {f"{prefix}/{side}/{role}": values for role, values in lines.items()}
         return {key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}
 
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
@@ -227,11 +193,11 @@ def _load_transition(block: FeedForward, prefix: str, tensors: dict[str, Tensor]
     for side, values in sides.items():
         for piece in block.slices:
             found = tensors.get(f"{prefix}/{side}/{piece.role}")
-            expected = piece.storage.lines(piece).shape[1:]
+            expected = () if piece.is_bias else (piece.width,)
             if found is None or found.shape != (n, *expected) or not found.isfinite().all():
-                raise ValueError(f"{prefix}/{side}/{piece.role} must hold {n} finite lines of shape {tuple(expected)}.")
-            values[piece.role] = found.to(piece.parameter)
-    return Transition(index.clone(), age.clone(), sides["old"], sides["new"])
+                raise ValueError(f"{prefix}/{side}/{piece.role} must hold {n} finite lines of shape {expected}.")
+            values[piece.role] = found.to(piece.dtype)
+    return Transition(index.clone(), age.clone(), sides["old"], sides["new"], whole=True)
 
 
 _tables: "weakref.WeakKeyDictionary[nn.Module, NeuronTable]" = weakref.WeakKeyDictionary()

@@ -1,0 +1,25 @@
+"""How the lines of a `NeuronSlice` are stored: as plain tensors, as DTensors, or by DeepSpeed ZeRO."""
+
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from hf_recycle.neurons.storage.base import Fragments, Storage
+from hf_recycle.neurons.storage.dtensor import DTensorStorage
+from hf_recycle.neurons.storage.plain import PlainStorage
+from hf_recycle.neurons.storage.zero import PartitionedZeroStorage, ReplicatedZeroStorage
+
+__all__ = ["Fragments", "Storage", "storage_of"]
+
+_PLAIN, _DTENSOR = PlainStorage(), DTensorStorage()
+_REPLICATED_ZERO, _PARTITIONED_ZERO = ReplicatedZeroStorage(), PartitionedZeroStorage()
+
+
+def storage_of(parameter: Tensor) -> Storage:
+    """The storage of a parameter, as it is now: engines take parameters over when training begins."""
+    if isinstance(parameter, DTensor):
+        return _DTENSOR
+    if hasattr(parameter, "ds_id"):
+        return _PARTITIONED_ZERO
+    if hasattr(parameter, "_hp_mapping"):
+        return _REPLICATED_ZERO
+    return _PLAIN

@@ -1,0 +1,168 @@
+"""What can be done with the lines of a slice, however they are stored."""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from hf_recycle.neurons.storage.tiles import Tile
+
+if TYPE_CHECKING:
+    from hf_recycle.neurons.blocks import NeuronSlice
+
+# Lines of a half-precision parameter that are upcast at a time: bounds the copy that a float32 norm of them needs.
+_LINES_UPCAST_AT_ONCE = 1024
+
+Fragments = list[Tensor]
+"""What this process holds of some lines: for each of its tiles, the rows of those lines that lie in it."""
+
+
+class Storage:
+    """Operations on the lines of one `NeuronSlice`, written over its tiles.
+
+    Two copies of a weight are told apart. The *master* is what the optimizer updates; the *forward* copy is what the model
+    computes with. For most engines they are one and the same memory; DeepSpeed keeps both.
+
+    Methods with "full" in their name take or give whole lines `(n, width)` (a bias: `(n,)`), the same on every process;
+    fragments stay where they are. Communication: `norms` and `mean_std` O(d_ff), `read_full` O(n · width), the others none.
+    """
+
+    separate_masters = False
+    sharded = True
+
+    # ---- What a storage class has to say ----
+
+    def tiles(self, piece: "NeuronSlice") -> list[Tile]:
+        """This process' tiles of the master weights."""
+        raise NotImplementedError
+
+    def gradient_tiles(self, piece: "NeuronSlice") -> list[Tile]:
+        """The same of the gradient; none if there is no gradient."""
+        raise NotImplementedError
+
+    def optimizer_state(self, optimizer: torch.optim.Optimizer, piece: "NeuronSlice") -> dict[str, list[Tile] | Tensor]:
+        """What the optimizer keeps for the parameter: entries laid out like it as tiles, others as they are."""
+        raise NotImplementedError
+
+    def sum_over_processes(self, piece: "NeuronSlice", values: Tensor) -> Tensor:
+        """Sum of `values` over the processes that hold the other tiles."""
+        raise NotImplementedError
+
+    def publish(self, piece: "NeuronSlice", index: Tensor) -> None:
+        """Brings the forward copy of lines `index` `(n,)` up to date with the master."""
+
+    def write_forward(self, piece: "NeuronSlice", index: Tensor, fragments: Fragments) -> None:
+        """Overwrites the forward copy of lines `index` `(n,)`; where masters are separate, those stay."""
+        self.write(piece, index, fragments)
+
+    def read_forward(self, piece: "NeuronSlice", index: Tensor) -> Fragments:
+        """The forward copy of lines `index` `(n,)`, cut like the master's tiles."""
+        return self.read(piece, index)
+
+    def group_of(self, piece: "NeuronSlice", optimizer: torch.optim.Optimizer) -> int:
+        """Number of the optimizer's parameter group that the parameter belongs to; -1 for none (a frozen one)."""
+        parameter = piece.parameter
+        for number, group in enumerate(optimizer.param_groups):
+            if any(other is parameter for other in group["params"]):
+                return number
+        return -1
+
+    # ---- Written once ----
+
+    def norms(self, piece: "NeuronSlice", dtype: torch.dtype) -> Tensor:
+        """L2 norm of every line, computed in `dtype`: `(d_ff,)`."""
+        tiles = self.tiles(piece)
+        if not self.sharded:
+            return _norms(tiles[0].values, dtype)
+        squares = torch.zeros(piece.length, dtype=dtype, device=piece.device)
+        for tile in tiles:
+            squares[tile.neurons] += _norms(tile.values, dtype).square()
+        return self.sum_over_processes(piece, squares).sqrt()
+
+    def mean_std(self, piece: "NeuronSlice") -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation over all the lines, as scalars in float64."""
+        count = piece.length * piece.width
+        values = [tile.values for tile in self.tiles(piece)]
+        mean = self._sum(piece, (v.sum(dtype=torch.float64) for v in values)) / count
+        # Deviations in the weights' own precision or float32; only their sum needs more.
+        deviations = ((v.to(torch.promote_types(v.dtype, torch.float32)) - mean.to(v.device)).square() for v in values)
+        square = self._sum(piece, (d.sum(dtype=torch.float64) for d in deviations))
+        return mean, (square / max(count - 1, 1)).sqrt()
+
+    def _sum(self, piece: "NeuronSlice", parts: Iterable[Tensor]) -> Tensor:
+        total = torch.zeros((), dtype=torch.float64, device=piece.device)
+        for part in parts:
+            total += part
+        return self.sum_over_processes(piece, total)
+
+    def read(self, piece: "NeuronSlice", index: Tensor) -> Fragments:
+        """Copies of what this process holds of lines `index` `(n,)`."""
+        return [tile.values.index_select(0, tile.rows(index)[1]) for tile in self.tiles(piece)]
+
+    def write(self, piece: "NeuronSlice", index: Tensor, fragments: Fragments) -> None:
+        """Overwrites what this process holds of lines `index` `(n,)`, cast to the parameter's dtype."""
+        for tile, values in zip(self.tiles(piece), fragments, strict=True):
+            tile.values.index_copy_(0, tile.rows(index)[1], values.to(tile.values))
+
+    def cut(self, piece: "NeuronSlice", index: Tensor, lines: Tensor) -> Fragments:
+        """The fragments of whole lines `(n, width)`."""
+        lines = lines.reshape(len(index), piece.width)
+        fragments = []
+        for tile in self.tiles(piece):
+            held = tile.rows(index)[0]
+            fragments.append(lines.to(tile.values.device)[held, tile.features].to(tile.values.dtype))
+        return fragments
+
+    def join(self, piece: "NeuronSlice", index: Tensor, fragments: Fragments) -> Tensor:
+        """The whole lines `(n, width)` (a bias: `(n,)`) of fragments, on every process."""
+        lines = torch.zeros(len(index), piece.width, dtype=piece.dtype, device=piece.device)
+        for tile, values in zip(self.tiles(piece), fragments, strict=True):
+            lines[tile.rows(index)[0], tile.features] = values.to(lines)
+        lines = self.sum_over_processes(piece, lines)
+        return lines.squeeze(1) if piece.is_bias else lines
+
+    def read_full(self, piece: "NeuronSlice", index: Tensor) -> Tensor:
+        """A copy of lines `index` `(n,)`: `(n, width)` (a bias: `(n,)`)."""
+        return self.join(piece, index, self.read(piece, index))
+
+    def write_full(self, piece: "NeuronSlice", index: Tensor, lines: Tensor) -> None:
+        """Overwrites lines `index` `(n,)`, master and forward copy, with `lines` `(n, width)` (a bias: `(n,)`)."""
+        self.write(piece, index, self.cut(piece, index, lines))
+        self.publish(piece, index)
+
+    def scale(self, piece: "NeuronSlice", factors: Tensor) -> None:
+        """Multiplies every line by its factor, `factors` `(d_ff,)`, master and forward copy."""
+        for tile in self.tiles(piece):
+            tile.values.mul_(factors[tile.neurons].to(tile.values).unsqueeze(1))
+
+    def scale_gradient(self, piece: "NeuronSlice", index: Tensor, factors: Tensor) -> None:
+        """Multiplies the gradient of lines `index` `(n,)`, if there is one, by `factors` `(n,)`, in place."""
+        for tile in self.gradient_tiles(piece):
+            held, rows = tile.rows(index)
+            picked = tile.values.index_select(0, rows)
+            tile.values.index_copy_(0, rows, picked * factors.to(picked)[held].unsqueeze(1))
+
+    def fill(self, tiles: list[Tile], index: Tensor, value: Tensor | float) -> None:
+        """Sets lines `index` `(n,)` of some tiles (of optimizer state) to one number."""
+        for tile in tiles:
+            rows = tile.rows(index)[1]
+            tile.values.index_fill_(0, rows, value if isinstance(value, float) else value.to(tile.values))
+
+    def mean_of_others(self, piece: "NeuronSlice", tiles: list[Tile], index: Tensor, width: int) -> Tensor:
+        """Mean over the entries (`width` for each neuron) of the neurons not in `index` `(n,)`; over all entries if
+        there are no others."""
+        others = torch.ones(piece.length, dtype=torch.bool)
+        others[index] = False
+        if not others.any():
+            others[:] = True
+        sums = (
+            tile.values[others[tile.neurons].to(tile.values.device)].sum(dtype=torch.float64) for tile in tiles
+        )
+        return self._sum(piece, sums) / (int(others.sum()) * width)
+
+
+def _norms(values: Tensor, dtype: torch.dtype) -> Tensor:
+    # vector_norm upcasts the whole of its argument first; in chunks, that copy stays small.
+    chunks = [values] if values.dtype == dtype else values.split(_LINES_UPCAST_AT_ONCE)
+    return torch.cat([torch.linalg.vector_norm(chunk, dim=1, dtype=dtype) for chunk in chunks])

@@ -1,0 +1,158 @@
+"""DeepSpeed ZeRO. The optimizer updates float32 masters, flattened and cut over processes; the model computes with copies.
+
+Stages 1 and 2 keep a whole copy of the model on each process, stage 3 a partition of it. In both, a process holds of each
+parameter one range of its flattened master.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hf_recycle.neurons.storage.base import Fragments, Storage
+from hf_recycle.neurons.storage.plain import whole
+from hf_recycle.neurons.storage.tiles import Tile, columns_of, tiles_of_range
+
+if TYPE_CHECKING:
+    from hf_recycle.neurons.blocks import NeuronSlice
+
+
+class ZeroStorage(Storage):
+    """What the stages share."""
+
+    separate_masters = True
+
+    def gradient_tiles(self, piece: "NeuronSlice") -> list[Tile]:
+        # DeepSpeed steps inside backward: gradients are scaled by hooks on the parameters, before they are cut.
+        raise NotImplementedError("DeepSpeed gives no access to gradients between backward and the step")
+
+    def sum_over_processes(self, piece: "NeuronSlice", values: Tensor) -> Tensor:
+        dist.all_reduce(values)
+        return values
+
+
+class ReplicatedZeroStorage(ZeroStorage):
+    """Stages 1 and 2: cut masters, whole copies."""
+
+    def tiles(self, piece: "NeuronSlice") -> list[Tile]:
+        return _mapped(piece, None)
+
+    def optimizer_state(self, optimizer, piece: "NeuronSlice") -> dict[str, list[Tile] | Tensor]:
+        # By key on every process, though some hold nothing of this parameter: means are taken together.
+        mapping = piece.parameter._hp_mapping
+        held = {} if mapping is None else mapping.optim_fragment
+        keys = sorted({key for state in optimizer.state.values() for key, v in state.items() if _is_flat(v)} | set(held))
+        return {key: _mapped(piece, key) for key in keys}
+
+    def group_of(self, piece: "NeuronSlice", optimizer) -> int:
+        groups = piece.parameter._zero_optimizer.bit16_groups
+        return next((i for i, group in enumerate(groups) if any(p is piece.parameter for p in group)), -1)
+
+    def publish(self, piece: "NeuronSlice", index: Tensor) -> None:
+        self.write_forward(piece, index, self.read(piece, index))
+
+    def write_forward(self, piece: "NeuronSlice", index: Tensor, fragments: Fragments) -> None:
+        lines = self.join(piece, index, fragments).reshape(len(index), -1)
+        [tile] = whole(piece, piece.parameter)
+        tile.values.index_copy_(0, index.to(lines.device), lines.to(tile.values))
+
+    def read_forward(self, piece: "NeuronSlice", index: Tensor) -> Fragments:
+        [tile] = whole(piece, piece.parameter)
+        lines = tile.values.index_select(0, index.to(tile.values.device))
+        return self.cut(piece, index, lines)
+
+    def scale(self, piece: "NeuronSlice", factors: Tensor) -> None:
+        super().scale(piece, factors)
+        # Each process scales its own copy. In half precision that rounds once more than a copy of the scaled master
+        # would, until the engine's next step copies the masters again; in float32 it is the same.
+        [tile] = whole(piece, piece.parameter)
+        scaled = tile.values.float() * factors.to(tile.values.device, torch.float32).unsqueeze(1)
+        tile.values.copy_(scaled)
+
+
+class PartitionedZeroStorage(ZeroStorage):
+    """Stage 3: cut masters, copies cut alike."""
+
+    def tiles(self, piece: "NeuronSlice") -> list[Tile]:
+        return _partitioned(piece, _master(piece.parameter))
+
+    def optimizer_state(self, optimizer, piece: "NeuronSlice") -> dict[str, list[Tile] | Tensor]:
+        parameter = piece.parameter
+        group, _, _ = _position(parameter)
+        flat = parameter._z3_optimizer.fp32_partitioned_groups_flat[group]
+        state = optimizer.state.get(flat, {})
+        return {
+            key: _partitioned(piece, _master(parameter, key)) if _is_flat(value) else value
+            for key, value in state.items()
+        }
+
+    def group_of(self, piece: "NeuronSlice", optimizer) -> int:
+        zero = piece.parameter._z3_optimizer
+        return zero.sub_group_to_group_id[_position(piece.parameter)[0]]
+
+    def publish(self, piece: "NeuronSlice", index: Tensor) -> None:
+        self.write_forward(piece, index, self.read(piece, index))
+
+    def write_forward(self, piece: "NeuronSlice", index: Tensor, fragments: Fragments) -> None:
+        for tile, values in zip(_partitioned(piece, piece.parameter.ds_tensor), fragments, strict=True):
+            tile.values.index_copy_(0, tile.rows(index)[1], values.to(tile.values))
+        _refresh(piece.parameter)
+
+    def read_forward(self, piece: "NeuronSlice", index: Tensor) -> Fragments:
+        return [
+            tile.values.index_select(0, tile.rows(index)[1])
+            for tile in _partitioned(piece, piece.parameter.ds_tensor)
+        ]
+
+    def scale(self, piece: "NeuronSlice", factors: Tensor) -> None:
+        super().scale(piece, factors)
+        copies = _partitioned(piece, piece.parameter.ds_tensor)
+        for master, copied in zip(self.tiles(piece), copies, strict=True):
+            copied.values.copy_(master.values)
+        _refresh(piece.parameter)
+
+
+def _is_flat(value: object) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 1 and value.numel() > 1
+
+
+def _mapped(piece: "NeuronSlice", key: str | None) -> list[Tile]:
+    """Tiles of this process' fragment of the master (or of one optimizer state) of a parameter, stages 1 and 2."""
+    parameter = piece.parameter
+    mapping = parameter._hp_mapping
+    if mapping is None:
+        return []
+    if key is not None and key not in mapping.optim_fragment:
+        return []
+    fragment = mapping.get_hp_fragment(key).detach()
+    return list(tiles_of_range(piece, fragment, mapping.lp_fragment_address.start, columns_of(parameter.shape)))
+
+
+def _position(parameter) -> tuple[int, int, int]:
+    zero = parameter._z3_optimizer
+    return zero.grad_position[zero.get_param_id(parameter)]
+
+
+def _master(parameter, key: str | None = None) -> Tensor:
+    """This process' partition of the master, or of one optimizer state, stage 3."""
+    zero = parameter._z3_optimizer
+    group, offset, length = _position(parameter)
+    flat = zero.fp32_partitioned_groups_flat[group]
+    return (flat if key is None else zero.optimizer.state[flat][key]).detach().narrow(0, offset, length)
+
+
+def _partitioned(piece: "NeuronSlice", partition: Tensor) -> list[Tile]:
+    """Tiles of a stage 3 partition, without the padding behind the last one."""
+    parameter = piece.parameter
+    partition = partition.detach()
+    start = dist.get_rank() * partition.numel()
+    held = max(0, min(partition.numel(), parameter.ds_numel - start))
+    return list(tiles_of_range(piece, partition[:held], start, columns_of(parameter.ds_shape)))
+
+
+def _refresh(parameter) -> None:
+    """Small parameters that stage 3 keeps gathered are gathered anew, as the engine does after a step."""
+    if parameter.ds_persist and parameter.data.numel() == parameter.ds_numel:
+        parameter.partition([parameter])
+        parameter.all_gather([parameter])

@@ -1,0 +1,84 @@
+"""Neurons on their way from old to new weights: where both are kept.
+
+Each process keeps only what its tiles hold of them. In a checkpoint they are whole lines, the same for every engine and
+number of processes.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_recycle.neurons.blocks import FeedForward
+from hf_recycle.neurons.storage import Fragments
+
+
+@dataclass
+class Transition:
+    """Some neurons of one block in transition.
+
+    Attributes:
+        index: int64 `(n,)`.
+        age: int64 `(n,)`, optimizer steps since the phase.
+        old, new: the weights before and after, by role, as fragments; as whole lines `(n, width)` (biases `(n,)`)
+            while `whole`.
+        whole: just loaded from a checkpoint, and not yet cut to what this process holds.
+    """
+
+    index: Tensor
+    age: Tensor
+    old: dict[str, Fragments] | dict[str, Tensor]
+    new: dict[str, Fragments] | dict[str, Tensor]
+    whole: bool = False
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def joined_with(self, other: "Transition") -> "Transition":
+        def join(first: dict[str, Fragments], second: dict[str, Fragments]) -> dict[str, Fragments]:
+            return {
+                role: [torch.cat(pair) for pair in zip(fragments, second[role], strict=True)]
+                for role, fragments in first.items()
+            }
+
+        index, age = torch.cat([self.index, other.index]), torch.cat([self.age, other.age])
+        return Transition(index, age, join(self.old, other.old), join(self.new, other.new))
+
+    def only(self, block: FeedForward, keep: Tensor) -> "Transition | None":
+        """The neurons for which `keep`, bool `(n,)`, is true; None if there are none."""
+        if not keep.any():
+            return None
+
+        def pick(sides: dict[str, Fragments]) -> dict[str, Fragments]:
+            return {
+                piece.role: [
+                    values[rows] for values, rows in zip(sides[piece.role], self.held(block, piece.role, keep), strict=True)
+                ]
+                for piece in block.slices
+            }
+
+        return Transition(self.index[keep], self.age[keep], pick(self.old), pick(self.new))
+
+    def held(self, block: FeedForward, role: str, values: Tensor) -> Fragments:
+        """What belongs to the rows of each fragment out of `values` `(n,)`, one for each neuron."""
+        piece = block[role]
+        tiles = piece.storage.tiles(piece)
+        return [values.to(tile.values.device)[tile.rows(self.index)[0]] for tile in tiles]
+
+    def cut(self, block: FeedForward) -> "Transition":
+        """A just loaded transition, cut to what this process holds."""
+
+        def cut(lines: dict[str, Tensor]) -> dict[str, Fragments]:
+            return {piece.role: piece.storage.cut(piece, self.index, lines[piece.role]) for piece in block.slices}
+
+        return Transition(self.index, self.age, cut(self.old), cut(self.new)) if self.whole else self
+
+    def lines(self, block: FeedForward) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Old and new weights as whole lines, `{role: (n, width)}` (biases `(n,)`), on every process."""
+        if self.whole:
+            return self.old, self.new
+
+        def join(fragments: dict[str, Fragments]) -> dict[str, Tensor]:
+            return {piece.role: piece.storage.join(piece, self.index, fragments[piece.role]) for piece in block.slices}
+
+        return join(self.old), join(self.new)
