@@ -31,6 +31,7 @@ class MidpointLossCallback(NeuronCallback):
         chosen = self.settings
         self._method = MidpointLoss(chosen.distance, chosen.center, chosen.log, chosen.below_only)
         self._rates: dict[int, float] | None = None
+        self._highest_rates: dict[int, float] = {}
         self._loss: torch.Tensor | None = None
         self._checked_for_effect = False
 
@@ -46,6 +47,8 @@ class MidpointLossCallback(NeuronCallback):
     def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
         # Here, because the scheduler moves on before on_step_end.
         self._rates = None if step_was_skipped(optimizer) else learning_rates(optimizer)
+        if not self._checked_for_effect:
+            self._highest_rates = learning_rates(optimizer, highest=True)
 
     @torch.no_grad()
     def on_step_end(self, args, state, control, **kwargs):
@@ -62,7 +65,8 @@ class MidpointLossCallback(NeuronCallback):
                 factors = 1 - self._rates.get(id(piece.parameter), 0.0) * self.settings.weight * slope
                 piece.storage.scale(piece, factors)
                 if not self._checked_for_effect:
-                    changed.append((factors != 1).any())
+                    highest = self._highest_rates.get(id(piece.parameter), 0.0)
+                    changed.append((1 - highest * self.settings.weight * slope != 1).any())
         self._loss = torch.stack(losses).sum()
         if not self._checked_for_effect:
             self._checked_for_effect = True

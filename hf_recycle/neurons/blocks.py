@@ -73,14 +73,13 @@ class FeedForward:
     def __getitem__(self, role: str) -> NeuronSlice:
         return next(piece for piece in self.slices if piece.role == role)
 
-    def norms(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    def norms(self) -> tuple[Tensor, Tensor]:
         """L2 norms of the neurons' in-rows (over both rows when gated) and out-columns, each `(d_ff,)`.
 
-        Computed in `dtype`, by default float32 or the parameter's dtype if that is wider.
+        Computed in float32, or in the parameter's dtype if that is wider.
         """
         out = self.out_slice
-        if dtype is None:
-            dtype = torch.promote_types(out.parameter.dtype, torch.float32)
+        dtype = torch.promote_types(out.parameter.dtype, torch.float32)
         parts = [piece.storage.norms(piece, dtype) for piece in self.in_slices]
         in_norm = parts[0] if len(parts) == 1 else torch.linalg.vector_norm(torch.stack(parts), dim=0)
         return in_norm, out.storage.norms(out, dtype)
@@ -90,8 +89,8 @@ class FeedForward:
 
         Source: *Neuron Recycling*, section "Magnitude".
         """
-        in_norm, out_norm = self.norms(torch.float32)
-        return in_norm * out_norm
+        in_norm, out_norm = self.norms()
+        return (in_norm * out_norm).to(torch.float32)
 
     def read(self, index: Tensor) -> dict[str, Tensor]:
         """Copies of the weights of neurons `index` `(n,)`: `{role: (n, width)}`, biases `(n,)`."""

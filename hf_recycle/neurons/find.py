@@ -1,6 +1,7 @@
 """Finds the feed-forward blocks of a model."""
 
 import itertools
+import re
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D

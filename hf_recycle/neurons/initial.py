@@ -97,14 +97,15 @@ class InitialDistribution:
         return drawn
 
     def _sample_instance(self, n: int, generator: torch.Generator, roles: Collection[str]) -> dict[str, Tensor]:
-        seed = int(torch.randint(2**62, (), generator=generator))
-        fresh = _fresh_instance(self._hollow, self._owner(), seed=seed)
-        drawn = {}
-        for piece in self._block.slices:
-            parameter = getattr(fresh.get_submodule(self._paths[id(piece.module)]), piece.attribute)
-            if piece.role in roles:
-                drawn[piece.role] = piece.storage.lines(piece, parameter)[:n].clone()
-        return drawn
+        parts: dict[str, list[Tensor]] = {role: [] for role in roles}
+        for start in range(0, max(n, 1), self._block.num_neurons):
+            seed = int(torch.randint(2**62, (), generator=generator))
+            fresh = _fresh_instance(self._hollow, self._owner(), seed=seed)
+            for piece in self._block.slices:
+                parameter = getattr(fresh.get_submodule(self._paths[id(piece.module)]), piece.attribute)
+                if piece.role in parts:
+                    parts[piece.role].append(piece.storage.lines(piece, parameter)[: n - start].clone())
+        return {role: torch.cat(lines) for role, lines in parts.items()}
 
 
 class _Recorder(TorchDispatchMode):

@@ -52,10 +52,12 @@ def check_can_reset(optimizer, mode: str) -> None:
         _layout_of(unwrap_optimizer(optimizer))
 
 
-def learning_rates(optimizer) -> dict[int, float | Tensor]:
-    """The current learning rate of each parameter, by `id(parameter)`."""
+def learning_rates(optimizer, *, highest: bool = False) -> dict[int, float | Tensor]:
+    """The current learning rate of each parameter, by `id(parameter)`; with `highest` the one that a schedule starts
+    from or warms up to."""
     groups = unwrap_optimizer(optimizer).param_groups
-    return {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
+    rates = [group.get("initial_lr", group["lr"]) if highest else group["lr"] for group in groups]
+    return {id(p): rate for group, rate in zip(groups, rates, strict=True) for p in group["params"]}
 
 
 @torch.no_grad()

@@ -26,9 +26,7 @@ BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
 _DPI = 120
 
 
-def draw_figures(
-    history: RecyclingHistory, folder: str | Path, *, unigram_entropy: float | None = None
-) -> list[Path]:
+def draw_figures(history: RecyclingHistory, folder: str | Path, *, unigram_entropy: float | None = None) -> list[Path]:
     """Draw the figures that `history` has data for, as PNG files in `folder` (made if missing).
 
     `loss.png`, `magnitudes.png`, `recycle_counts.png`, `ages.png`: a figure without data is left out.
@@ -121,15 +119,11 @@ def magnitudes_figure(history: RecyclingHistory) -> Figure | None:
     grid = np.linspace(low, high, 97)
     images = {block: _density(records[records["block"] == block], grid) for block in blocks}
     # One colour scale as well; the densest of all cells is often a single early record.
-    top = max(
-        1e-6, float(np.quantile(np.concatenate([image[1].ravel() for image in images.values()]), 0.999))
-    )
+    top = max(1e-6, float(np.quantile(np.concatenate([image[1].ravel() for image in images.values()]), 0.999)))
     mesh = None
     for panel, block in zip(panels.ravel(), blocks, strict=False):
         edges, shares, steps, middle, inner = images[block]
-        mesh = panel.pcolormesh(
-            edges, grid, shares, cmap="cividis", norm=PowerNorm(0.5, 0, top), rasterized=True
-        )
+        mesh = panel.pcolormesh(edges, grid, shares, cmap="cividis", norm=PowerNorm(0.5, 0, top), rasterized=True)
         line = {"color": "white", "lw": 1.3, "solid_capstyle": "butt"}
         if len(steps) == 1:
             steps, middle, inner = edges, np.repeat(middle, 2), np.repeat(inner, 2, axis=1)
@@ -147,7 +141,8 @@ def magnitudes_figure(history: RecyclingHistory) -> Figure | None:
     figure.supxlabel("optimizer steps", fontsize=10)
     figure.supylabel("magnitude  ‖w_in‖ · ‖w_out‖", fontsize=10)
     bar = figure.colorbar(mesh, ax=panels, extend="max", pad=0.02, fraction=0.04, aspect=30)
-    bar.set_label(f"share of the block's neurons, per {grid[1] - grid[0]:.2g} of magnitude", fontsize=9)
+    bar.set_label(f"share of the block's neurons\nper {grid[1] - grid[0]:.2g} of magnitude", fontsize=9)
+    bar.ax.tick_params(labelsize=8)
     bar.ax.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.3g}%")
     legend = panels[0, 0].legend(loc="upper left", fontsize=7, framealpha=0.75, facecolor="#00224e")
     for text in legend.get_texts():
@@ -171,7 +166,7 @@ def recycle_counts_figure(history: RecyclingHistory) -> Figure | None:
     above.tick_params(labelbottom=True)
     share = 100 * total / total.sum()
     for place, number, percent in zip(places, total, share, strict=True):
-        text = f"{number:,}\n{percent:.3g}%" if number else "0"
+        text = f"{number:,}\n{_percent(percent)}" if number else "0"
         above.annotate(text, (place, number), (0, 2), textcoords="offset points", ha="center", fontsize=8)
     if total.max() > 20 * max(1, total[total > 0].min()):
         above.set_yscale("symlog", linthresh=1)
@@ -222,9 +217,13 @@ def ages_figure(history: RecyclingHistory) -> Figure | None:
         return None
     figure, axes = _one_panel(8, 4)
     bins = np.linspace(0, max(1, int(recycled.max())), 31)
-    axes.hist(recycled, bins=bins, color=BLUE)
+    numbers, _, _ = axes.hist(recycled, bins=bins, color=BLUE)
+    if numbers.max() > 20 * numbers[numbers > 0].min():
+        axes.set_yscale("symlog", linthresh=1)
     axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     axes.set(xlabel="optimizer steps since the neuron was last recycled", ylabel="neurons")
+    if axes.get_yscale() != "linear":
+        axes.set_ylabel("neurons (log scale)")
     never = len(ages) - len(recycled)
     axes.set_title(
         f"Ages of recycled neurons at step {history.stats['step']:,}\n"
@@ -232,6 +231,10 @@ def ages_figure(history: RecyclingHistory) -> Figure | None:
         fontsize=11,
     )
     return figure
+
+
+def _percent(percent: float) -> str:
+    return f"{percent:.1f}%" if percent >= 0.1 else "<0.1%"
 
 
 def _density(records: pd.DataFrame, grid: np.ndarray) -> tuple[np.ndarray, ...]:

@@ -1,0 +1,37 @@
+"""The README's table of arguments, made from the settings. `python -m hf_recycle.cli.argument_table README.md` renews it."""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+from transformers import TrainingArguments
+
+from hf_recycle.arguments import RecyclingArguments
+
+BEGIN, END = "<!-- arguments: begin -->", "<!-- arguments: end -->"
+
+
+def argument_table() -> str:
+    """Markdown: one row for each argument that `RecyclingArguments` adds to `TrainingArguments`."""
+    inherited = {field.name for field in dataclasses.fields(TrainingArguments)}
+    rows = ["| argument | default | meaning |", "|---|---|---|"]
+    for field in dataclasses.fields(RecyclingArguments):
+        if field.name not in inherited:
+            meaning = field.metadata["help"].replace("|", "\\|")
+            default = "`seed`" if field.name == "recycle_seed" else f"`{field.default}`"
+            rows.append(f"| `{field.name}` | {default} | {meaning} |")
+    return "\n".join(rows)
+
+
+def renew(text: str) -> str:
+    """`text` with what lies between the markers replaced by the table."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"the text has no {BEGIN} ... {END}")
+    return f"{before}{BEGIN}\n{argument_table()}\n{END}{after}"
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        Path(name).write_text(renew(Path(name).read_text(encoding="utf-8")), encoding="utf-8")

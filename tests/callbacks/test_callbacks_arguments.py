@@ -1,0 +1,136 @@
+"""`RecyclingArguments`: one field for every setting, with the name, default and checks that users rely on."""
+
+import dataclasses
+
+import pytest
+from transformers import HfArgumentParser, TrainingArguments
+
+from hf_recycle import RecyclingArguments
+from hf_recycle.settings import METHODS, MagnitudeSettings, MidpointSettings, RecyclingSettings
+
+# The interface as it is documented.
+DOCUMENTED = {
+    "recycle_steps": None,
+    "recycle_start": 0,
+    "recycle_end": None,
+    "recycle_fraction": 0.01,
+    "recycle_fraction_schedule": "constant",
+    "recycle_selection": "low_magnitude",
+    "recycle_scope": "layer",
+    "recycle_reinit": "initial",
+    "recycle_noise_scale": 0.05,
+    "recycle_immunity": 0,
+    "recycle_smooth_steps": 0,
+    "recycle_optimizer_state": "reset",
+    "recycle_layers": None,
+    "recycle_seed": 42,  # that is `seed`
+    "midpoint_weight": 0.0,
+    "midpoint_distance": "l1",
+    "midpoint_center": "mean",
+    "midpoint_log": False,
+    "midpoint_below_only": False,
+    "magnitude_steps": None,
+    "masked_head": True,
+}
+
+
+@pytest.fixture
+def make(tmp_path):
+    def build(**arguments) -> RecyclingArguments:
+        return RecyclingArguments(output_dir=str(tmp_path), use_cpu=True, **arguments)
+
+    return build
+
+
+def test_documented_names_and_defaults(make):
+    arguments = make()
+    assert {name: getattr(arguments, name) for name in DOCUMENTED} == DOCUMENTED
+
+
+def test_no_other_fields_of_a_method():
+    inherited = {item.name for item in dataclasses.fields(TrainingArguments)}
+    own = {item.name for item in dataclasses.fields(RecyclingArguments)} - inherited
+    prefixes = tuple(method.prefix for method in METHODS)
+    assert {name for name in own if name.startswith(prefixes)} == set(DOCUMENTED) - {"masked_head"}
+
+
+def test_fields_mirror_the_settings(make):
+    """Name, default, type and help of every setting."""
+    flat = {item.name: item for item in dataclasses.fields(RecyclingArguments)}
+    count = 0
+    for method in METHODS:
+        for item in dataclasses.fields(method):
+            field = flat[method.prefix + item.name]
+            assert field.default == item.default
+            assert field.default_factory == item.default_factory
+            assert field.type == item.type
+            assert field.metadata["help"] == item.metadata["help"]
+            count += 1
+        arguments = make()
+        expected = method(**({"seed": 42} if method is RecyclingSettings else {}))
+        assert arguments.method_settings(method) == expected
+    assert count == len(DOCUMENTED) - 1
+
+
+def test_values_arrive_in_the_settings(make):
+    arguments = make(recycle_steps=5, recycle_layers=[1], midpoint_weight=0.5, magnitude_steps=0.1)
+    assert arguments.method_settings(RecyclingSettings).layers == [1]
+    assert arguments.method_settings(RecyclingSettings).enabled
+    assert arguments.method_settings(MidpointSettings).weight == 0.5
+    assert arguments.method_settings(MagnitudeSettings).steps == 0.1
+    assert arguments.any_method
+    assert not make().any_method
+    flat = arguments.method_arguments()
+    assert flat["recycle_steps"] == 5
+    assert set(DOCUMENTED) <= set(flat)
+
+
+def test_the_seed_of_the_training_is_the_default(make):
+    assert make(seed=7).recycle_seed == 7
+    assert make(seed=7, recycle_seed=3).recycle_seed == 3
+    assert make(seed=7, recycle_seed=0).recycle_seed == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"recycle_fraction": 0}, r"recycle_fraction=0 is not allowed: it must be a number in \(0, 1\]"),
+        ({"recycle_fraction": 1.5}, r"recycle_fraction=1\.5 is not allowed"),
+        ({"recycle_steps": 1.5}, r"recycle_steps=1\.5 is not allowed: it must be an integer number of steps"),
+        ({"recycle_start": 20, "recycle_end": 10}, "recycle_start=20 is after recycle_end=10"),
+        ({"recycle_selection": "x"}, "recycle_selection='x' is not allowed: it must be one of low_magnitude"),
+        ({"recycle_reinit": "x"}, "recycle_reinit='x' is not allowed: it must be one of initial"),
+        ({"recycle_immunity": -1}, "recycle_immunity=-1 is not allowed: it must be an integer >= 0"),
+        ({"recycle_smooth_steps": 1.5}, r"recycle_smooth_steps=1\.5 is not allowed"),
+        ({"recycle_optimizer_state": "x"}, "recycle_optimizer_state='x' is not allowed: it must be one of reset"),
+        ({"midpoint_weight": -1}, "midpoint_weight=-1 is not allowed: it must be a number >= 0"),
+        ({"midpoint_distance": "l3"}, "midpoint_distance='l3' is not allowed: it must be one of l1, l2"),
+        ({"magnitude_steps": 2.5}, r"magnitude_steps=2\.5 is not allowed"),
+    ],
+)
+def test_messages_name_the_field_the_value_and_what_is_allowed(make, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make(**arguments)
+
+
+@pytest.mark.parametrize("value", [None, 0, 1, 1.0, 0.5, 100_000, 0.0001])
+def test_steps_that_are_allowed(make, value):
+    assert make(recycle_steps=value, magnitude_steps=value).recycle_steps == value
+
+
+@pytest.mark.parametrize("bounds", [(0, 0), (10, 10), (0.5, 100), (100, 0.5), (1, None), (0, 0.5)])
+def test_bounds_that_may_be_right(make, bounds):
+    """A fraction and a number of steps can't be compared before the length of training is known."""
+    start, end = bounds
+    make(recycle_start=start, recycle_end=end)
+
+
+def test_every_argument_can_be_parsed_from_a_command_line(make, tmp_path):
+    parser = HfArgumentParser(RecyclingArguments)
+    line = f"--output_dir {tmp_path} --use_cpu --recycle_steps 10 --recycle_fraction 0.1 --recycle_layers 0 2"
+    line += " --recycle_end 0.5 --midpoint_weight 1e-7 --midpoint_log --masked_head false --recycle_immunity 2"
+    (arguments,) = parser.parse_args_into_dataclasses(line.split())
+    assert (arguments.recycle_steps, arguments.recycle_fraction, arguments.recycle_layers) == (10, 0.1, [0, 2])
+    assert (arguments.recycle_end, arguments.midpoint_weight, arguments.midpoint_log) == (0.5, 1e-7, True)
+    assert arguments.masked_head is False
+    assert arguments.recycle_immunity == 2

@@ -1,0 +1,220 @@
+"""Finding blocks: by family, by pattern, by shape."""
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from hf_recycle import find_feed_forwards
+from hf_recycle.neurons.families import FAMILIES, Layout, parse_layout
+
+
+def test_names_order_and_size(family):
+    blocks = find_feed_forwards(family.build(d_ff=42))
+    assert tuple(block.name for block in blocks) == family.block_names
+    assert [block.num_neurons for block in blocks] == [42] * len(blocks)
+    assert all(block.gated == family.gated for block in blocks)
+
+
+def test_slices_are_the_projections(family):
+    """Each slice is the parameter of the very layer that the family's source names; `attention.output.dense` and
+    the bias of the out-projection belong to no neuron."""
+    model = family.build()
+    for block in find_feed_forwards(model):
+        holder = model.get_submodule(block.name)
+        ins = [holder.get_submodule(path) for path in family.ins]
+        expected = [p for linear in ins for p in (linear.weight, linear.bias) if p is not None]
+        expected.append(holder.get_submodule(family.out).weight)
+        assert {id(p) for p in block.parameters()} == {id(p) for p in expected}
+
+
+def test_name_is_the_smallest_common_module(family):
+    model = family.build()
+    for block in find_feed_forwards(model):
+        holder = model.get_submodule(block.name)
+        layers = [holder.get_submodule(path) for path in (*family.ins, family.out)]
+        for child in holder.children():
+            inside = set(map(id, child.modules()))
+            assert not all(id(layer) in inside for layer in layers)
+
+
+def test_d_ff_equal_to_d_model_is_no_trap(family):
+    """Shapes cannot tell the projections from attention then; names must."""
+    blocks = find_feed_forwards(family.build(d_model=16, d_ff=16))
+    assert tuple(block.name for block in blocks) == family.block_names
+
+
+def test_every_registered_family_has_a_test_or_shares_a_layout(family):
+    model_type = family.build().config.model_type
+    assert model_type in FAMILIES
+
+
+def test_a_bare_base_model_and_a_wrapped_one():
+    config = transformers.BertConfig(
+        vocab_size=30, hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2
+    )
+    assert [b.name for b in find_feed_forwards(transformers.BertModel(config))] == [
+        "encoder.layer.0",
+        "encoder.layer.1",
+    ]
+    wrapped = nn.Module()
+    wrapped.inner = transformers.BertModel(config)
+    assert [b.name for b in find_feed_forwards(wrapped)] == ["inner.encoder.layer.0", "inner.encoder.layer.1"]
+
+
+def test_encoder_and_decoder_of_a_composite_model():
+    """The decoder's cross-attention also has an `output.dense`."""
+    config = transformers.BertConfig(
+        vocab_size=30, hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2
+    )
+    both = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(config, config)
+    names = [block.name for block in find_feed_forwards(transformers.EncoderDecoderModel(both))]
+    assert names == ["encoder.encoder.layer.0", "decoder.bert.encoder.layer.0"]
+
+
+def test_more_than_ten_layers_keep_their_order(family_named):
+    names = [block.name for block in find_feed_forwards(family_named("bert").build(layers=12))]
+    assert names == [f"bert.encoder.layer.{i}" for i in range(12)]
+
+
+# ---- pattern ----
+
+
+def test_pattern_overrides_the_registry(family_named):
+    """A user may point at other layers than the registry would."""
+    model = family_named("bert").build(d_ff=42)
+    blocks = find_feed_forwards(model, "attention.self.query -> attention.output.dense")
+    assert [(block.name, block.num_neurons) for block in blocks] == [
+        ("bert.encoder.layer.0.attention", 16),
+        ("bert.encoder.layer.1.attention", 16),
+    ]
+
+
+def test_patterns_plain_gated_and_fused(plain_net, family_named):
+    assert [b.name for b in find_feed_forwards(plain_net(), "first -> second")] == ["blocks.0", "blocks.1"]
+    gated = find_feed_forwards(plain_net(gated=True), " first + gate->second ")
+    assert [b.name for b in gated] == ["blocks.0", "blocks.1"]
+    assert gated[0].gated
+    modern = find_feed_forwards(family_named("modernbert").build(d_ff=42), "fused:Wi -> Wo")
+    assert [(b.num_neurons, b.gated) for b in modern] == [(42, True)] * 2
+
+
+@pytest.mark.parametrize("pattern", ["", "fc1", "fc1 ->", "-> fc2", "a + b + c -> d", "fused:a + b -> c", "a + -> c"])
+def test_malformed_pattern_says_which_forms_there_are(plain_net, pattern):
+    with pytest.raises(ValueError, match=r"ff_pattern=.*must have the form 'in -> out'") as error:
+        find_feed_forwards(plain_net(), pattern)
+    assert repr(pattern) in str(error.value)
+
+
+def test_pattern_that_matches_nothing_lists_candidates(plain_net):
+    with pytest.raises(ValueError, match=r"ff_pattern='fc1 -> fc2' matches nothing") as error:
+        find_feed_forwards(plain_net(d_model=6, d_ff=20), "fc1 -> fc2")
+    assert "blocks.0.first -> blocks.0.second (6 -> 20 -> 6)" in str(error.value)
+
+
+def test_parse_layout():
+    assert parse_layout("a.b -> c") == Layout(("a.b",), "c")
+    assert parse_layout("fused: a->c") == Layout(("a",), "c", fused=True)
+
+
+# ---- by shape ----
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_unknown_torch_model_by_shape(plain_net, gated):
+    blocks = find_feed_forwards(plain_net(d_model=6, d_ff=20, layers=3, gated=gated))
+    assert [(b.name, b.num_neurons, b.gated) for b in blocks] == [(f"blocks.{i}", 20, gated) for i in range(3)]
+
+
+def test_unknown_sequential_model():
+    model = nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 6))
+    (block,) = find_feed_forwards(model)
+    assert block.name == ""
+    assert block.num_neurons == 9
+    assert block["in"].parameter is model[0].weight
+
+
+def test_torch_transformer_encoder_by_shape():
+    layer = nn.TransformerEncoderLayer(8, 2, dim_feedforward=20)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    blocks = find_feed_forwards(model)
+    assert [(b.name, b.num_neurons) for b in blocks] == [("layers.0", 20), ("layers.1", 20)]
+
+
+def test_models_of_transformers_outside_the_registry():
+    shape = {"vocab_size": 40, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "pad_token_id": 0}
+    opt = transformers.OPTForCausalLM(transformers.OPTConfig(**shape, ffn_dim=20, word_embed_proj_dim=8))
+    neox = transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**shape, intermediate_size=20))
+    for model, names, first in (
+        (opt, "model.decoder.layers.{}", "fc1"),
+        (neox, "gpt_neox.layers.{}.mlp", "dense_h_to_4h"),
+    ):
+        assert "opt" not in FAMILIES
+        assert "gpt_neox" not in FAMILIES
+        blocks = find_feed_forwards(model)
+        assert [(b.name, b.num_neurons) for b in blocks] == [(names.format(i), 20) for i in range(2)]
+        assert blocks[0]["in"].parameter is model.get_submodule(f"{names.format(0)}.{first}").weight
+
+
+def test_unlisted_model_type_with_a_known_layout():
+    """GPT-Neo names its layers as GPT-2 does, but with nn.Linear."""
+    config = transformers.GPTNeoConfig(
+        vocab_size=40, hidden_size=8, num_layers=2, num_heads=2, intermediate_size=20, attention_types=[[["global"], 2]]
+    )
+    blocks = find_feed_forwards(transformers.GPTNeoForCausalLM(config))
+    assert [(b.name, b.num_neurons) for b in blocks] == [("transformer.h.0.mlp", 20), ("transformer.h.1.mlp", 20)]
+    assert blocks[0]["in"].dim == 0
+
+
+class _WideAttention(nn.Module):
+    """Grouped-query attention whose heads are together wider than the model: q widens, o narrows, as a block would."""
+
+    def __init__(self):
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = nn.Linear(8, 24), nn.Linear(8, 4), nn.Linear(8, 4)
+        self.o_proj = nn.Linear(24, 8)
+
+
+class _BottleneckAdapter(nn.Module):
+    """Narrows first and widens then: a shape turned inside out."""
+
+    def __init__(self):
+        super().__init__()
+        self.down, self.up = nn.Linear(8, 2), nn.Linear(2, 8)
+
+
+def _layer(**extra: nn.Module) -> nn.Module:
+    return nn.ModuleDict({**extra, "ff": nn.Sequential(nn.Linear(8, 20), nn.ReLU(), nn.Linear(20, 8))})
+
+
+def test_an_adapter_is_no_block():
+    model = nn.ModuleList([_layer(adapter=_BottleneckAdapter())])
+    assert [block.name for block in find_feed_forwards(model)] == ["0.ff"]
+
+
+def test_wide_attention_is_no_block():
+    model = nn.ModuleList([_layer(self_attn=_WideAttention())])
+    assert [block.name for block in find_feed_forwards(model)] == ["0.ff"]
+
+
+def test_a_flat_layer_with_wide_attention():
+    """The pair lies directly in the layer, beside the attention module (as in OPT)."""
+    layer = nn.ModuleDict({"self_attn": _WideAttention(), "wide": nn.Linear(8, 20), "narrow": nn.Linear(20, 8)})
+    assert [(b.name, b.num_neurons) for b in find_feed_forwards(nn.ModuleList([layer]))] == [("0", 20)]
+
+
+def test_no_block_lists_candidates_or_says_there_are_none():
+    with pytest.raises(ValueError, match=r"No feed-forward block was found in Linear.*no pair of linear layers"):
+        find_feed_forwards(nn.Linear(4, 4))
+    square = nn.ModuleDict({"a": nn.Linear(5, 5), "b": nn.Linear(5, 5)})
+    with pytest.raises(ValueError, match=r"pairs of linear layers that could be a block: a -> b \(5 -> 5 -> 5\)"):
+        find_feed_forwards(square)
+
+
+def test_integer_weights_are_no_neurons(plain_net):
+    """A quantised layer is not to be written to."""
+    model = plain_net()
+    for block in model.blocks:
+        block.first.weight = nn.Parameter(torch.ones(20, 6, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match="No feed-forward block"):
+        find_feed_forwards(model)

@@ -1,0 +1,172 @@
+"""The state of a model's neurons: one per model, saved and read back, refused when it does not fit."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+
+from hf_recycle.methods.schedule import PhaseSchedule
+from hf_recycle.neurons.table import NeuronTable
+from hf_recycle.phase import run_phase
+from hf_recycle.settings import RecyclingSettings
+from hf_recycle.transitions import show_effective_weights, show_new_weights
+
+
+def recycled(model, phases=2, smooth_steps=7) -> NeuronTable:
+    """A table with counts, and with transitions of two ages."""
+    table = NeuronTable.of(model)
+    settings = RecyclingSettings(steps=1, fraction=0.2, seed=0)
+    for step in range(1, phases + 1):
+        show_new_weights(table)
+        show_effective_weights(table, max(smooth_steps, 1), advance=True)
+        run_phase(table, settings, PhaseSchedule(1, 1, 99, 99, 0.2), step, smooth_steps=smooth_steps)
+    return table
+
+
+def test_one_table_per_model(plain_net, family):
+    model = family.build()
+    table = NeuronTable.of(model)
+    assert NeuronTable.of(model) is table
+    assert NeuronTable.of(plain_net()) is not table
+    assert tuple(table.counts) == family.block_names
+
+
+@pytest.mark.parametrize("name", ["bert", "modernbert"])
+def test_the_table_goes_with_its_model(family_named, name):
+    """Also after fresh weights were drawn, by replay (BERT) and by a fresh instance (ModernBERT)."""
+    model = family_named(name).build()
+    table = recycled(model)
+    watched, weight = weakref.ref(table), weakref.ref(model)
+    del table
+    gc.collect()
+    assert watched() is not None
+    del model
+    gc.collect()
+    assert weight() is None
+    assert watched() is None
+
+
+def test_a_model_without_blocks():
+    with pytest.raises(ValueError, match="No feed-forward block"):
+        NeuronTable.of(torch.nn.Linear(3, 3))
+
+
+def test_fresh_and_reset(plain_net):
+    model = plain_net()
+    table = recycled(model)
+    weights = model.blocks[0].first.weight.clone()
+    assert table.phases == 2
+    assert table.in_transition == 16
+    table.reset()
+    assert table.phases == 0
+    assert table.in_transition == 0
+    assert all(not counts.any() for counts in table.counts.values())
+    assert torch.equal(model.blocks[0].first.weight, weights)
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "modernbert"])
+def test_round_trip(family_named, name):
+    family = family_named(name)
+    model, other = family.build(), family.build()
+    table = recycled(model)
+    saved = table.state_dict()
+    assert all(value.device.type == "cpu" and value.is_contiguous() for value in saved.values())
+    restored = NeuronTable.of(other)
+    restored.load_state_dict(saved)
+    assert restored.phases == 2
+    for mine, theirs in zip(table.states, restored.states, strict=True):
+        assert torch.equal(mine.counts, theirs.counts)
+        assert torch.equal(mine.last_phase, theirs.last_phase)
+        assert torch.equal(mine.last_step, theirs.last_step)
+        assert mine.counts.any()
+        assert torch.equal(mine.transition.index, theirs.transition.index)
+        assert torch.equal(mine.transition.age, theirs.transition.age)
+        assert mine.transition.age.unique().tolist() == [0, 1]
+        for side in ("old", "new"):
+            values, expected = getattr(theirs.transition, side), getattr(mine.transition, side)
+            assert values.keys() == expected.keys()
+            assert all(torch.equal(values[role], expected[role]) for role in values)
+    again = restored.state_dict()
+    assert saved.keys() == again.keys()
+    assert all(torch.equal(saved[key], again[key]) for key in saved)
+
+
+def test_what_is_saved_is_a_copy(plain_net):
+    """And so is what is read."""
+    model = plain_net()
+    table = recycled(model)
+    saved = table.state_dict()
+    before = {key: value.clone() for key, value in saved.items()}
+    table.states[0].counts += 1
+    table.states[0].transition.age += 1
+    assert all(torch.equal(saved[key], before[key]) for key in saved)
+    table.load_state_dict(saved)
+    table.states[0].counts += 1
+    table.states[0].transition.age += 1
+    assert all(torch.equal(saved[key], before[key]) for key in saved)
+
+
+def test_continuing_from_a_saved_state_is_the_same_to_the_bit(plain_net):
+    model, other = plain_net(), plain_net()
+    table = recycled(model)
+    other.load_state_dict(model.state_dict())
+    restored = NeuronTable.of(other)
+    restored.load_state_dict(table.state_dict())
+    for step in range(3, 12):
+        for each in (table, restored):
+            show_new_weights(each)
+            show_effective_weights(each, 7, advance=True)
+            settings = RecyclingSettings(steps=1, fraction=0.2, immunity=2, selection="random", seed=0)
+            run_phase(each, settings, PhaseSchedule(1, 1, 99, 99, 0.2), step, smooth_steps=7)
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("key", "change"),
+    [
+        ("blocks.0/counts", lambda v: v[:-1]),
+        ("blocks.0/counts", None),
+        ("blocks.1/last_phase", lambda v: v[None]),
+        ("blocks.1/last_step", lambda v: torch.cat([v, v])),
+        ("blocks.1/last_step", None),
+        ("blocks.0/transition/index", lambda v: v.clone().index_fill_(0, torch.tensor([0]), int(v[1]))),
+        ("blocks.0/transition/index", lambda v: v + 20),
+        ("blocks.0/transition/index", lambda v: v - 100),
+        ("blocks.0/transition/index", lambda v: v[:-1]),
+        ("blocks.0/transition/index", lambda v: v.float()),
+        ("blocks.0/transition/index", lambda v: v[:0]),
+        ("blocks.0/transition/age", None),
+        ("blocks.0/transition/age", lambda v: v[1:]),
+        ("blocks.0/transition/age", lambda v: v - 5),
+        ("blocks.0/transition/age", lambda v: v.float()),
+        ("blocks.0/transition/old/in", None),
+        ("blocks.0/transition/old/in", lambda v: v[:, 1:]),
+        ("blocks.0/transition/new/in.bias", lambda v: v * float("nan")),
+        ("blocks.0/transition/new/out", lambda v: v / 0),
+        ("blocks.0/transition/new/out", lambda v: v[1:]),
+    ],
+)
+def test_what_does_not_fit_is_refused_whole(plain_net, key, change):
+    """The message names the entry; the table stays as it was."""
+    table = recycled(plain_net())
+    saved = table.state_dict()
+    fresh = NeuronTable.of(plain_net())
+    if change is None:
+        del saved[key]
+    else:
+        saved[key] = change(saved[key])
+    entry = key.rsplit("/", 1)[0] if "/index" in key or "/age" in key else key
+    with pytest.raises(ValueError, match=entry.replace(".", r"\.")):
+        fresh.load_state_dict(saved)
+    assert fresh.phases == 0
+    assert fresh.in_transition == 0
+    assert not any(counts.any() for counts in fresh.counts.values())
+
+
+def test_another_models_state_is_refused(plain_net):
+    saved = recycled(plain_net(d_ff=20)).state_dict()
+    with pytest.raises(ValueError, match=r"blocks\.0/counts has shape \(20,\), expected \(24,\)"):
+        NeuronTable.of(plain_net(d_ff=24)).load_state_dict(saved)
+    with pytest.raises(ValueError, match=r"blocks\.2/counts is missing"):
+        NeuronTable.of(plain_net(d_ff=20, layers=3)).load_state_dict(saved)
