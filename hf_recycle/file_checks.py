@@ -74,9 +74,7 @@ def check_blocks(path: Path, blocks: Any) -> None:
         if not _is_count(size) or not 0 < size < 2**31:
             fail(path, f"num_neurons of block {name} is {_show(size)} where a number from 1 is expected")
         if not isinstance(block.get("gated"), bool):
-            fail(
-                path, f"gated of block {name} is {_show(block.get('gated'))} where true or false is expected"
-            )
+            fail(path, f"gated of block {name} is {_show(block.get('gated'))} where true or false is expected")
     if len(set(names)) < len(names):
         fail(path, "two blocks have the same name")
 

@@ -35,7 +35,8 @@ from hf_recycle.file_checks import (
     check_version,
     fail,
 )
-from hf_recycle.history_checks import check_history, check_parquet_metadata
+from hf_recycle.history_checks import check_claims, check_history
+from hf_recycle.parquet_footer import read_footer
 from hf_recycle.recorder import HISTORY_SCHEMA
 
 __all__ = [
@@ -68,7 +69,7 @@ _MAX_STATE = 64 * 2**30
 _MAX_TEXT = 4 * MAX_NAME  # bytes of one name or note of the history
 _MAX_TEXTS = 2**30  # bytes of all texts of one of its columns
 _CHECKSUM = "sha256"
-_TEXT_COLUMNS = ("kind", "block", "note", "metrics.list.element.name")
+_TEXT_COLUMNS = ["kind", "block", "note", "metrics.list.element.name"]
 
 Folder = str | os.PathLike[str]
 
@@ -118,9 +119,7 @@ def read_stats(folder: Folder) -> dict[str, Any]:
     return stats
 
 
-def write_state(
-    folder: Folder, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
-) -> Path:
+def write_state(folder: Folder, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> Path:
     """Write `recycling_state.safetensors`; returns its path.
 
     Args:
@@ -167,9 +166,7 @@ def write_history(folder: Folder, table: pa.Table) -> Path:
     """Write `recycling_history.parquet` from `HistoryRecorder.to_table()`; returns its path."""
     path = Path(folder, HISTORY_FILE)
     check_history(path, table)
-    table = table.replace_schema_metadata(
-        {"format_version": str(FORMAT_VERSION), "package_version": package_version()}
-    )
+    table = table.replace_schema_metadata({"format_version": str(FORMAT_VERSION), "package_version": package_version()})
     return _replace(
         path, lambda temporary: pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
     )
@@ -184,27 +181,25 @@ def read_history(folder: Folder, blocks: Sequence[Mapping[str, Any]] | None = No
     path = Path(folder, HISTORY_FILE)
     _check_size(path, _MAX_PARQUET)
     try:
+        claims = read_footer(path)
+        check_claims(path, claims)
+        if pq.read_schema(path).names != HISTORY_SCHEMA.names:
+            fail(path, "its columns are not those of a recycling history")
         # Text stays dictionary-encoded until its length is known: one long text that a million rows share
         # takes no room in the file and would take all of the memory.
-        with pq.ParquetFile(
-            path, read_dictionary=_TEXT_COLUMNS, page_checksum_verification=True, memory_map=False
-        ) as file:
-            check_parquet_metadata(path, file.metadata)
-            if file.schema_arrow.names != HISTORY_SCHEMA.names:
-                fail(path, "its columns are not those of a recycling history")
+        with pq.ParquetFile(path, read_dictionary=_TEXT_COLUMNS, page_checksum_verification=True) as file:
             table = file.read()
         table.validate(full=True)
         for column in ("kind", "block", "note"):
             _check_texts(path, table[column].chunks)
         _check_texts(path, [chunk.flatten().field("name") for chunk in table["metrics"].chunks])
         table = table.replace_schema_metadata(None).cast(HISTORY_SCHEMA)
-        rows = file.metadata.num_rows
     except RecyclingFileError:
         raise
     except Exception as error:  # a damaged file makes the parser raise many things
         fail(path, f"it can't be read as parquet ({_first_line(error)})")
-    if len(table) != rows:
-        fail(path, f"it claims {rows:,} rows and holds {len(table):,}")
+    if len(table) != claims.num_rows:
+        fail(path, f"it claims {claims.num_rows:,} rows and holds {len(table):,}")
     check_history(path, table, blocks)
     return table
 

@@ -150,9 +150,7 @@ def find_checkpoint(folder: str | os.PathLike[str]) -> Path:
     complete = [child for _, child in sorted(found) if not _missing(child)]
     if not complete:
         where = "its checkpoints hold no complete set either" if found else "it holds no checkpoints either"
-        fail(
-            folder, f"it has no {CONFIG_FILE}, and {where}", "name a folder that a RecyclingTrainer has saved"
-        )
+        fail(folder, f"it has no {CONFIG_FILE}, and {where}", "name a folder that a RecyclingTrainer has saved")
     return complete[-1]
 
 
@@ -171,9 +169,7 @@ def _download(repo: str, revision: str | None, token: str | None) -> Path:
         try:
             path = Path(hf_hub_download(repo, name, revision=revision, token=token))
         except HFValidationError:
-            fail(
-                repo, "it is neither a folder here nor the name of a repository", "check the path or the name"
-            )
+            fail(repo, "it is neither a folder here nor the name of a repository", "check the path or the name")
         except GatedRepoError:
             fail(where, "access to this repository is restricted", "ask for access on its page and log in")
         except RepositoryNotFoundError:
@@ -183,12 +179,8 @@ def _download(repo: str, revision: str | None, token: str | None) -> Path:
         except LocalEntryNotFoundError:
             fail(where, f"{name} is not in the cache and the Hub can't be reached", "try again when online")
         except EntryNotFoundError:
-            fail(
-                where, f"the repository has no {name}", "name a repository that hf_recycle has published into"
-            )
-        except (
-            Exception
-        ) as error:  # the client lets the errors of its HTTP library through, whichever that is
+            fail(where, f"the repository has no {name}", "name a repository that hf_recycle has published into")
+        except Exception as error:  # the client lets the errors of its HTTP library through, whichever that is
             fail(where, f"{name} can't be downloaded ({type(error).__name__})", "try again later")
         if folder is None:
             folder = path.parent

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
 
 from hf_recycle.file_checks import MAX_NAME, check_version, fail
+from hf_recycle.parquet_footer import ParquetClaims
 from hf_recycle.recorder import HISTOGRAM_BINS, HISTORY_SCHEMA, QUANTILE_LEVELS, rows_of_kind
 
 MAX_ROWS = 5_000_000
@@ -28,23 +28,18 @@ MAX_BYTES = 4 * 2**30
 """Most bytes the file may claim to hold once decompressed."""
 
 
-def check_parquet_metadata(path: Path, metadata: pq.FileMetaData) -> None:
+def check_claims(path: Path, claims: ParquetClaims) -> None:
     """Refuse a history by what its footer claims, before any of its data is read."""
-    keys = metadata.metadata or {}
-    try:
-        version = int(keys.get(b"format_version", b""))
-    except ValueError:
-        version = None
-    check_version(path, version, keys.get(b"package_version", b"").decode("ascii", "replace"))
-    if not 0 <= metadata.num_rows <= MAX_ROWS:
-        fail(path, f"it claims {metadata.num_rows:,} rows and a history has at most {MAX_ROWS:,}")
-    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
-    if sum(group.num_rows for group in groups) != metadata.num_rows:
+    version = claims.metadata.get("format_version", "")
+    number = int(version) if version.isascii() and version.isdigit() and len(version) < 10 else version
+    check_version(path, number, claims.metadata.get("package_version"))
+    if claims.num_rows > MAX_ROWS:
+        fail(path, f"it claims {claims.num_rows:,} rows and a history has at most {MAX_ROWS:,}")
+    if sum(claims.row_group_rows) != claims.num_rows:
         fail(path, "its row groups do not add up to its number of rows")
-    columns = [group.column(i) for group in groups for i in range(group.num_columns)]
-    if any(not 0 <= column.num_values <= MAX_VALUES for column in columns):
+    if max(claims.column_values, default=0) > MAX_VALUES:
         fail(path, f"a column claims more than {MAX_VALUES:,} values")
-    if sum(max(0, column.total_uncompressed_size) for column in columns) > MAX_BYTES:
+    if sum(claims.column_bytes) > MAX_BYTES:
         fail(path, f"it claims more than {MAX_BYTES // 2**30} GiB of data")
 
 

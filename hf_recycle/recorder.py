@@ -166,8 +166,7 @@ def metric_values(table: pa.Table) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     codes = names.indices.to_numpy(zero_copy_only=False)
     values = flat.field("value").to_numpy(zero_copy_only=False)
     return {
-        name: (steps[codes == code], values[codes == code])
-        for code, name in enumerate(names.dictionary.to_pylist())
+        name: (steps[codes == code], values[codes == code]) for code, name in enumerate(names.dictionary.to_pylist())
     }
 
 

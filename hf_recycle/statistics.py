@@ -56,9 +56,7 @@ def summarize(
         },
         "recycling_events": sum(block["recycling_events"] for block in blocks),
         "times_recycled": times_recycled(counts),
-        "losses": {
-            name: _course(*logged[name], best=np.argmin) for name in ("loss", "eval_loss") if name in logged
-        },
+        "losses": {name: _course(*logged[name], best=np.argmin) for name in ("loss", "eval_loss") if name in logged},
         "blocks": blocks,
         "extra": dict(extra or {}),
     }

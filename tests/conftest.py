@@ -25,6 +25,12 @@ def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "error::DeprecationWarning:hf_recycle.*")
 
 
+@pytest.fixture(autouse=True)
+def _seeded():
+    """The same random models in every run."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(params=family_table.FAMILIES, ids=lambda family: family.name)
 def family(request) -> family_table.Family:
     """Every family in turn."""

@@ -1,4 +1,4 @@
-"""Recipes: flat YAML files of arguments, found by path or by short name and merged left to right."""
+"""Recipes: flat YAML files of arguments, found by path or short name, merged left to right."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -83,16 +83,33 @@ def read_recipe(path: Path) -> dict[str, Any]:
 def load_recipes(names: Sequence[str]) -> Recipe:
     """Merge recipes left to right: a later one wins. A value of null takes an argument back to its default.
 
+    A recipe may begin with the arguments of others: its key `include` names one or a list of them.
+
     Raises:
-        UserError: see `find_recipe` and `read_recipe`.
+        UserError: see `find_recipe` and `read_recipe`; or a recipe that includes itself.
     """
     recipe = Recipe()
     for name in names:
-        path = find_recipe(name)
-        for key, value in read_recipe(path).items():
-            recipe.values[key] = value
-            recipe.sources[key] = str(path)
+        _merge(recipe, find_recipe(name), ())
     return recipe
+
+
+def _merge(recipe: Recipe, path: Path, inside: tuple[Path, ...]) -> None:
+    """Lay the arguments of `path` over `recipe`, those of the recipes it includes first."""
+    if path.resolve() in inside:
+        raise UserError(f"recipe {path} includes itself; take its name out of include")
+    values = read_recipe(path)
+    included = values.pop("include", None) or []
+    included = [included] if isinstance(included, str) else included
+    if not isinstance(included, list) or not all(isinstance(name, str) for name in included):
+        raise UserError(f"recipe {path}: include={included!r} must be the name of a recipe or a list of names")
+    for name in included:
+        beside = path.parent / name
+        other = beside if beside.suffix in _SUFFIXES and beside.is_file() else find_recipe(name)
+        _merge(recipe, other, (*inside, path.resolve()))
+    for key, value in values.items():
+        recipe.values[key] = value
+        recipe.sources[key] = str(path)
 
 
 def run_name(names: Sequence[str]) -> str:

@@ -217,9 +217,13 @@ def ages_figure(history: RecyclingHistory) -> Figure | None:
         return None
     figure, axes = _one_panel(8, 4)
     bins = np.linspace(0, max(1, int(recycled.max())), 31)
-    axes.hist(recycled, bins=bins, color=BLUE)
+    numbers, _, _ = axes.hist(recycled, bins=bins, color=BLUE)
+    if numbers.max() > 20 * numbers[numbers > 0].min():
+        axes.set_yscale("symlog", linthresh=1)
     axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     axes.set(xlabel="optimizer steps since the neuron was last recycled", ylabel="neurons")
+    if axes.get_yscale() != "linear":
+        axes.set_ylabel("neurons (log scale)")
     never = len(ages) - len(recycled)
     axes.set_title(
         f"Ages of recycled neurons at step {history.stats['step']:,}\n"

@@ -50,20 +50,14 @@ def _losses(history: RecyclingHistory, unigram_entropy: float | None) -> list[st
         if not len(values):
             continue
         first, last = values.iloc[0], values.iloc[-1]
-        line = (
-            f"  {label:<17}{first:.4f} → {last:.4f} nats"
-            if len(values) > 1
-            else f"  {label:<17}{last:.4f} nats"
-        )
+        line = f"  {label:<17}{first:.4f} → {last:.4f} nats" if len(values) > 1 else f"  {label:<17}{last:.4f} nats"
         if column == "eval_loss":
             line += f", perplexity {_perplexity(last)}"
             if "eval_accuracy" in logs and logs["eval_accuracy"].notna().any():
                 line += f", accuracy {100 * logs['eval_accuracy'].dropna().iloc[-1]:.2f}%"
         lines.append(line)
     if unigram_entropy is not None:
-        lines.append(
-            f"  {'unigram entropy':<17}{unigram_entropy:.4f} nats (knowing only how frequent tokens are)"
-        )
+        lines.append(f"  {'unigram entropy':<17}{unigram_entropy:.4f} nats (knowing only how frequent tokens are)")
     return lines
 
 
@@ -112,10 +106,7 @@ def _magnitudes(history: RecyclingHistory) -> list[str]:
     for block in shown:
         mine = records[records["block"] == block].sort_values("step", kind="stable")["quantiles"]
         first, last = mine.iloc[0], mine.iloc[-1]
-        cells = [
-            f"{first[i]:>7.3g} → {last[i]:<7.3g}"
-            for i in (QUANTILE_LEVELS.index(q) for q in (0.01, 0.5, 0.99))
-        ]
+        cells = [f"{first[i]:>7.3g} → {last[i]:<7.3g}" for i in (QUANTILE_LEVELS.index(q) for q in (0.01, 0.5, 0.99))]
         lines.append(f"  {names[block]:<44}{''.join(cells)}".rstrip())
     return lines
 

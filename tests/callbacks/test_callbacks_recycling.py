@@ -2,9 +2,11 @@
 
 import copy
 import logging
+from typing import ClassVar
 
 import pytest
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from transformers import TrainerCallback
 
 from hf_recycle import RecyclingCallback
@@ -159,6 +161,29 @@ def test_gradient_accumulation_does_not_advance_the_transition(bert, train):
     callback = RecyclingCallback(steps=10, end=10, fraction=0.05, smooth_steps=5)
     train(bert, [callback, ages], gradient_accumulation_steps=4, per_device_train_batch_size=2)
     assert {step: age for step, age in ages.seen.items() if age is not None} == {10 + j: [j, j] for j in range(5)}
+
+
+def test_skipped_steps_do_not_advance_the_transition(bert, train):
+    """fp16 overflow at steps 12 and 13, as Accelerate's optimizer tells it: a transition of 5 steps takes 7."""
+
+    class Overflow(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+            skipped = state.global_step + 1 in (12, 13)
+            type(optimizer).step_was_skipped = property(lambda _: skipped)
+
+    class InTransition(TrainerCallback):
+        steps: ClassVar[list[int]] = []
+
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            if NeuronTable.of(model).in_transition:
+                self.steps.append(state.global_step)
+
+    original = AcceleratedOptimizer.step_was_skipped
+    try:
+        train(bert, [Overflow(), RecyclingCallback(steps=10, end=10, smooth_steps=5, fraction=0.1), InTransition()])
+    finally:
+        AcceleratedOptimizer.step_was_skipped = original
+    assert InTransition.steps == list(range(10, 17))
 
 
 def test_a_second_training_of_the_same_model_starts_afresh(bert, train):

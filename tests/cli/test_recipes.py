@@ -130,3 +130,25 @@ def test_nothing_is_written_in_both_a_scale_and_a_method():
 
 def names_a_model(name):
     return "model_type" in load_recipes([name]).values
+
+
+def test_a_recipe_may_include_others(recipe):
+    recipe("seed: 1\nmax_steps: 10\n", "base.yaml")
+    recipe("max_steps: 20\n", "longer.yaml")
+    path = recipe("include: [base.yaml, longer.yaml, plain]\nseed: 5\nrecycle_fraction: 0.5\n", "mine.yaml")
+    merged = load_recipes([str(path)])
+    assert (merged.values["seed"], merged.values["max_steps"], merged.values["recycle_fraction"]) == (5, 20, 0.5)
+    assert merged.values["recycle_steps"] == read_recipe(find_recipe("plain"))["recycle_steps"]
+    assert "include" not in merged.values
+    assert merged.sources["max_steps"].endswith("longer.yaml")
+
+
+def test_includes_that_cannot_work(recipe):
+    recipe("include: b.yaml\n", "a.yaml")
+    path = recipe("include: a.yaml\n", "b.yaml")
+    with pytest.raises(UserError, match="includes itself"):
+        load_recipes([str(path)])
+    with pytest.raises(UserError, match=r"include=\{'a': 1\} must be the name of a recipe"):
+        load_recipes([str(recipe("include: {a: 1}\n"))])
+    with pytest.raises(UserError, match="recipe 'nowhere' is neither"):
+        load_recipes([str(recipe("include: nowhere\n"))])

@@ -159,8 +159,8 @@ def test_immunity_by_brute_force(plain_net, selection, immunity):
 
 
 def test_the_published_cycle(plain_net):
-    """10% of 2,048 neurons in 7 phases. The vicious cycle takes the reborn ones nearly every time; with N = 2 (published
-    as 3) one neuron can be recycled three times and never more."""
+    """10% of 2,048 neurons in 7 phases. The vicious cycle takes the reborn ones nearly every time; with N = 2
+    (published as 3) one neuron can be recycled three times and never more."""
     highest = {}
     for immunity in (0, 2, 6):
         model = plain_net(d_model=4, d_ff=2048, layers=1)

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_recycle import find_feed_forwards, neuron_magnitudes
 
-PICKED = (0, 17, 41)  # first, some, last
+PICKED = (0, 17, 23, 41)  # first, some, last
 
 
 def logits_without_neuron(family, model, block_name, i):
@@ -32,15 +32,17 @@ def test_any_one_part_at_zero_silences_just_that_neuron(family, perturb):
     model = perturb(family.build())
     original = family.logits(model)
     for block in find_feed_forwards(model):
+        matter = 0  # a ReLU may be off for every token
         for i in PICKED:
             index = torch.tensor([i])
             expected = logits_without_neuron(family, model, block.name, i)
-            assert not torch.allclose(expected, original, atol=1e-4), "the neuron must matter"
+            matter += not torch.allclose(expected, original, atol=1e-4)
             kept = block.read(index)
             for roles in ((role, f"{role}.bias") for role in (*family.roles, "out")):
                 block.write(index, {k: torch.zeros_like(v) if k in roles else v for k, v in kept.items()})
                 torch.testing.assert_close(family.logits(model), expected, atol=2e-6, rtol=1e-5)
             block.write(index, kept)
+        assert matter >= 2
     torch.testing.assert_close(family.logits(model), original, atol=0, rtol=0)
 
 

@@ -101,7 +101,7 @@ def test_patterns_plain_gated_and_fused(plain_net, family_named):
 
 @pytest.mark.parametrize("pattern", ["", "fc1", "fc1 ->", "-> fc2", "a + b + c -> d", "fused:a + b -> c", "a + -> c"])
 def test_malformed_pattern_says_which_forms_there_are(plain_net, pattern):
-    with pytest.raises(ValueError, match="ff_pattern=.*must have the form 'in -> out'") as error:
+    with pytest.raises(ValueError, match=r"ff_pattern=.*must have the form 'in -> out'") as error:
         find_feed_forwards(plain_net(), pattern)
     assert repr(pattern) in str(error.value)
 
@@ -204,7 +204,7 @@ def test_a_flat_layer_with_wide_attention():
 
 
 def test_no_block_lists_candidates_or_says_there_are_none():
-    with pytest.raises(ValueError, match="No feed-forward block was found in Linear.*no pair of linear layers"):
+    with pytest.raises(ValueError, match=r"No feed-forward block was found in Linear.*no pair of linear layers"):
         find_feed_forwards(nn.Linear(4, 4))
     square = nn.ModuleDict({"a": nn.Linear(5, 5), "b": nn.Linear(5, 5)})
     with pytest.raises(ValueError, match=r"pairs of linear layers that could be a block: a -> b \(5 -> 5 -> 5\)"):

@@ -40,7 +40,7 @@ def test_as_in_a_newly_built_model(family):
     for position, name in enumerate(family.block_names):
         drawn = sample(model, position, seed=position)
         weights, biases, out = family.matrices(new, name)
-        reference = {role: w for role, w in zip(family.roles, weights, strict=True)} | {"out": out.T}
+        reference = dict(zip(family.roles, weights, strict=True)) | {"out": out.T}
         reference |= {f"{r}.bias": b for r, b in zip(family.roles, biases, strict=True) if b is not None}
         assert drawn.keys() == reference.keys()
         for role, expected in reference.items():

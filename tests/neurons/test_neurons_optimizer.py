@@ -8,7 +8,7 @@ import transformers
 from torch import nn
 
 from hf_recycle import find_feed_forwards
-from hf_recycle.neurons.optimizer import check_can_reset, reset_state, unwrap_optimizer
+from hf_recycle.neurons.optimizer import check_can_reset, learning_rates, reset_state, unwrap_optimizer
 
 OPTIMIZERS = {
     "adamw": lambda p: torch.optim.AdamW(p, foreach=False),
@@ -212,6 +212,12 @@ def test_known_optimizers_pass_the_check_and_unwrap(family_named):
             check_can_reset(Wrapped(Wrapped(make(parameters))), mode)
     inner = torch.optim.SGD(parameters)
     assert unwrap_optimizer(Wrapped(Wrapped(inner))) is inner
+
+
+def test_learning_rates_of_groups():
+    a, b = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([{"params": [a], "lr": 0.5}, {"params": [b]}], lr=0.25)
+    assert learning_rates(Wrapped(optimizer)) == {id(a): 0.5, id(b): 0.25}
 
 
 def largest_step(mode: str, beta2: float) -> tuple[float, int]:
