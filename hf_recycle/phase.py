@@ -26,7 +26,8 @@ class PhaseRecord:
         step: optimizer step.
         phase: number of the phase, from 1 (of a skipped phase: the number it would have had).
         block: name of the block.
-        requested: neurons that the settings ask for (in global scope: those of this block that were chosen).
+        requested: neurons that the settings ask for, also of a skipped phase (in global scope: those of this block
+            that were chosen).
         eligible: neurons that could be chosen.
         recycled: indices of the chosen neurons, ascending.
         note: why fewer were recycled than requested, or empty.
@@ -76,9 +77,12 @@ def run_phase(
 
     reason = _reason_to_skip(magnitudes, loss_is_finite)
     if reason:
+        requested = quotas
+        if settings.scope == "global":
+            requested, reason = [0] * len(positions), f"{reason} ({quotas[0]} requested over all blocks)"
         return [
-            PhaseRecord(step, phase, table.blocks[position].name, 0, int(mask.sum()), [], reason)
-            for position, mask in zip(positions, eligible, strict=True)
+            PhaseRecord(step, phase, table.blocks[position].name, request, int(mask.sum()), [], reason)
+            for position, request, mask in zip(positions, requested, eligible, strict=True)
         ]
 
     scores = [

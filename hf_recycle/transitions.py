@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_recycle.methods.smooth import interpolation, mix
-from hf_recycle.neurons.blocks import FeedForward
+from hf_recycle.neurons.blocks import FeedForward, NeuronSlice
 from hf_recycle.neurons.storage import Fragments
 from hf_recycle.neurons.storage.plain import whole
 from hf_recycle.neurons.table import BlockState, NeuronTable
@@ -58,23 +58,23 @@ def hook_gradients(table: NeuronTable, smooth_steps: int) -> list[torch.utils.ho
     """Where masters are separate, scales the gradients of neurons in transition as they come out of the backward pass,
     before the engine cuts and clips them."""
     handles = []
-    for block, state in zip(table.blocks, table.states, strict=True):
+    for position, block in enumerate(table.blocks):
         for parameter in block.parameters():
             pieces = [piece for piece in block.slices if piece.parameter is parameter]
             if pieces[0].storage.separate_masters:
-                handles.append(parameter.register_hook(_ScaledGradient(pieces, state, smooth_steps)))
+                handles.append(parameter.register_hook(_ScaledGradient(pieces, table, position, smooth_steps)))
     return handles
 
 
 class _ScaledGradient:
     """A hook on a parameter; the gradient it sees is whole on each process."""
 
-    def __init__(self, pieces, state: BlockState, smooth_steps: int):
-        self._pieces, self._state, self._smooth_steps = pieces, state, smooth_steps
+    def __init__(self, pieces: list[NeuronSlice], table: NeuronTable, position: int, smooth_steps: int):
+        self._pieces, self._table, self._position, self._smooth_steps = pieces, table, position, smooth_steps
 
     @torch.no_grad()
     def __call__(self, gradient: Tensor) -> Tensor | None:
-        transition = self._state.transition
+        transition = self._table.states[self._position].transition
         if transition is None:
             return None
         gradient = gradient.clone()

@@ -106,7 +106,7 @@ class StepWatch:
     """
 
     def __init__(self, optimizer):
-        self._optimizer = unwrap_optimizer(optimizer)
+        self._wrapped, self._optimizer = optimizer, unwrap_optimizer(optimizer)
         self._handle = self._optimizer.register_step_pre_hook(self._before_step)
         self.reset()
 
@@ -124,17 +124,19 @@ class StepWatch:
         if overflow is not None and bool(overflow):
             return
         self.taken = True
-        # By the group's identity: DeepSpeed steps one group at a time and swaps the lists for that.
-        self._rates |= {id(group): group["lr"] for group in optimizer.param_groups}
+        # By the group's identity: DeepSpeed steps one group at a time and swaps the lists for that. Copies: a scheduler
+        # changes a rate that is a tensor in place.
+        rates = ((id(group), group["lr"]) for group in optimizer.param_groups)
+        self._rates |= {group: rate.clone() if isinstance(rate, Tensor) else rate for group, rate in rates}
 
     def rate(self, piece: NeuronSlice) -> float | Tensor:
         """The learning rate the last step had for a slice's parameter; 0 for a parameter that is not optimized."""
-        group = piece.storage.group_of(piece, self._optimizer)
+        group = piece.storage.group_of(piece, self._wrapped)
         return self._rates.get(id(self._optimizer.param_groups[group]), 0.0) if group >= 0 else 0.0
 
     def highest_rate(self, piece: NeuronSlice) -> float | Tensor:
         """The learning rate that the parameter's schedule starts from or warms up to."""
-        group = piece.storage.group_of(piece, self._optimizer)
+        group = piece.storage.group_of(piece, self._wrapped)
         if group < 0:
             return 0.0
         found = self._optimizer.param_groups[group]

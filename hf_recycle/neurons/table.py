@@ -138,8 +138,11 @@ class NeuronTable:
         return sum(len(state.transition) for state in self.states if state.transition is not None)
 
     def magnitudes(self) -> dict[str, Tensor]:
-        """`{block name: float32 (d_ff,)}` on the CPU."""
-        return {block.name: block.magnitudes().cpu() for block in self.blocks}
+        """`{block name: float32 (d_ff,)}` on the CPU, of the weights that the model computes with."""
+        return {
+            block.name: _effective_magnitudes(block, state).cpu()
+            for block, state in zip(self.blocks, self.states, strict=True)
+        }
 
     def state_dict(self) -> dict[str, Tensor]:
         """All of it as CPU tensors, for `recycling_state.safetensors`; to be called on every process."""
@@ -180,6 +183,18 @@ class NeuronTable:
         if f"{prefix}/index" in tensors:
             state.transition = _load_transition(block, prefix, tensors)
         return state
+
+
+def _effective_magnitudes(block: FeedForward, state: BlockState) -> Tensor:
+    magnitudes = block.magnitudes()
+    if state.transition is None or not block.out_slice.storage.separate_masters:
+        return magnitudes
+    # The masters of neurons in transition hold their new weights.
+    index = state.transition.index
+    lines = {p.role: p.storage.join(p, index, p.storage.read_forward(p, index)) for p in block.slices if not p.is_bias}
+    out = lines.pop("out").float().norm(dim=1)
+    magnitudes[index.to(magnitudes.device)] = torch.cat(list(lines.values()), dim=1).float().norm(dim=1) * out
+    return magnitudes
 
 
 def _load_transition(block: FeedForward, prefix: str, tensors: dict[str, Tensor]) -> Transition:

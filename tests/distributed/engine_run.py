@@ -1,9 +1,11 @@
-"""One training run on one engine, started by torchrun or alone; process 0 writes what came out.
+"""Training runs on one engine, started by torchrun or alone; process 0 writes what came out.
 
-    [torchrun --nproc_per_node N] engine_run.py ENGINE METHOD FOLDER [--resume CHECKPOINT] [--steps N]
+    [torchrun --nproc_per_node N] engine_run.py ENGINE FOLDER METHOD[:resume] ...
+
+With `:resume`, a second trainer resumes from the checkpoint in the middle and must come to the same end. Several runs in one
+launch, because starting the processes takes longer than the runs.
 """
 
-import argparse
 import os
 import sys
 from pathlib import Path
@@ -13,6 +15,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "trainer"))
 sys.path.insert(0, str(Path(__file__).parent))
 from matrix import ENGINES, GLOBAL_BATCH, METHODS  # noqa: E402
+
+STEPS, MIDDLE = 10, 5
 
 
 def pretend_an_accelerator() -> None:
@@ -24,54 +28,42 @@ def pretend_an_accelerator() -> None:
     original = state.AcceleratorState.__init__
 
     def patched(self, *args, **kwargs):
+        # Every new reference to the shared state takes the distributed type over from the process state again.
         original(self, *args, **kwargs)
-        if kwargs.get("fsdp_plugin") is not None and self.distributed_type == DistributedType.MULTI_CPU:
+        plugin = kwargs.get("fsdp_plugin") or self.__dict__.get("fsdp_plugin")
+        if plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
             self.distributed_type = DistributedType.FSDP
-            self.fsdp_plugin = kwargs["fsdp_plugin"]
+            self.fsdp_plugin = plugin
 
     state.AcceleratorState.__init__ = patched
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("engine")
-    parser.add_argument("method")
-    parser.add_argument("folder")
-    parser.add_argument("--resume")
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--accumulation", type=int, default=1)
-    options = parser.parse_args()
-
-    torch.set_num_threads(1)
-    engine = ENGINES[options.engine]
-    os.environ |= engine.environment
-    if engine.pretend:
-        pretend_an_accelerator()
-
+def run(engine_name: str, method: str, folder: Path, resume: Path | None = None, accumulation: int = 1, **overrides):
     from tiny_runs import masked_sentences, tiny_bert
 
     from hf_recycle import RecyclingArguments, RecyclingTrainer
 
     processes = int(os.environ.get("WORLD_SIZE", 1))
     args = RecyclingArguments(
-        output_dir=options.folder,
-        max_steps=options.steps,
-        per_device_train_batch_size=GLOBAL_BATCH // processes // options.accumulation,
-        gradient_accumulation_steps=options.accumulation,
-        per_device_eval_batch_size=3,
-        learning_rate=1e-2,
-        # Large, so that Adam does not blow up the rounding of gradients that are zero (those of key biases).
-        adam_epsilon=1e-3,
-        # DeepSpeed would decay biases too.
-        weight_decay=0.0,
-        max_grad_norm=0.5,
-        logging_steps=1,
-        save_steps=1,
-        use_cpu=True,
-        disable_tqdm=True,
-        magnitude_steps=5,
-        **engine.arguments(options.folder),
-        **METHODS[options.method],
+        output_dir=str(folder),
+        **{
+            "max_steps": STEPS,
+            "per_device_train_batch_size": GLOBAL_BATCH // processes // accumulation,
+            "gradient_accumulation_steps": accumulation,
+            "per_device_eval_batch_size": 3,
+            "learning_rate": 1e-2,
+            # Large, so that Adam does not blow up the rounding of gradients that are zero (those of key biases).
+            "adam_epsilon": 1e-3,
+            "max_grad_norm": 0.5,
+            "logging_steps": 1,
+            "save_steps": MIDDLE,
+            "use_cpu": True,
+            "disable_tqdm": True,
+            "magnitude_steps": MIDDLE,
+        }
+        | ENGINES[engine_name].arguments(str(folder))
+        | METHODS[method]
+        | overrides,
     )
     trainer = RecyclingTrainer(
         model=tiny_bert(dropout=0.0),
@@ -79,23 +71,34 @@ def main() -> None:
         train_dataset=masked_sentences(64),
         eval_dataset=masked_sentences(11, seed=4),
     )
-    trainer.train(resume_from_checkpoint=options.resume)
+    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     assert trainer.accelerator.num_processes == processes
-    metrics = trainer.evaluate()
-    magnitudes = trainer.neuron_table().magnitudes()
-    state = trainer.neuron_table().state_dict()
+    result = {
+        "losses": [row["loss"] for row in trainer.state.log_history if "loss" in row],
+        "evaluation": {key: value for key, value in trainer.evaluate().items() if key in ("eval_loss", "eval_accuracy")},
+        "magnitudes": trainer.neuron_table().magnitudes(),
+        "state": trainer.neuron_table().state_dict(),
+        "history": [row for row in trainer.recorder.to_table().to_pylist() if row["kind"] == "phase"],
+        "engine": trainer.accelerator.distributed_type.value,
+        "shards": sorted({type(parameter).__name__ for parameter in trainer.model.parameters()}),
+    }
     if trainer.is_world_process_zero():
-        torch.save(
-            {
-                "losses": [row["loss"] for row in trainer.state.log_history if "loss" in row],
-                "evaluation": {k: metrics[k] for k in ("eval_loss", "eval_accuracy")},
-                "magnitudes": magnitudes,
-                "state": state,
-                "history": trainer.recorder.to_table().to_pylist(),
-                "engine": str(trainer.accelerator.distributed_type),
-            },
-            Path(options.folder, "result.pt"),
-        )
+        torch.save(result, folder / "result.pt")
+    return trainer
+
+
+def main() -> None:
+    engine, folder = sys.argv[1], Path(sys.argv[2])
+    torch.set_num_threads(1)
+    os.environ |= ENGINES[engine].environment
+    if ENGINES[engine].pretend:
+        pretend_an_accelerator()
+    for word in sys.argv[3:]:
+        method, _, resume = word.partition(":")
+        trainer = run(engine, method, folder / method)
+        if resume:
+            middle = folder / method / f"checkpoint-{MIDDLE}"
+            trainer = run(engine, method, folder / f"{method}-resumed", resume=middle)
     trainer.end()
 
 

@@ -64,7 +64,7 @@ ENGINES = {
     "zero3": Engine("DeepSpeed ZeRO-3", arguments=_zero(3)),
 }
 
-# Weights drawn with a wide spread and high fractions, so that a selection has a margin against rounding.
+# Methods, as training arguments.
 METHODS = {
     "off": {},
     "plain": {"recycle_steps": 3, "recycle_fraction": 0.1},

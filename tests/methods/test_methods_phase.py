@@ -242,6 +242,7 @@ def test_non_finite_magnitudes_skip_the_phase(plain_net, poison, smooth_steps):
     moments = [s["exp_avg_sq"].clone() for s in optimizer.state.values()]
     records = run.phase()
     assert [record.recycled for record in records] == [[], []]
+    assert [record.requested for record in records] == [4, 4]
     assert {record.note for record in records} == {"skipped: some magnitudes are not finite"}
     after = model.state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items())
@@ -262,6 +263,16 @@ def test_a_non_finite_loss_skips_the_phase(plain_net):
     assert run.table.phases == 0
     # The next one works, and it is the first.
     assert {record.phase for record in run.phase()} == {1}
+
+
+def test_a_skipped_phase_says_what_it_would_have_taken(plain_net):
+    """Per block, also where the quota of a phase is a fraction; over all blocks in global scope."""
+    run = Run(plain_net(d_ff=20, layers=2), fraction=0.02)
+    requested = [[record.requested for record in run.phase(loss_is_finite=False)] for _ in range(4)]
+    assert requested == [[0, 0], [0, 0], [1, 1], [0, 0]]
+    records = Run(plain_net(d_ff=20, layers=3), fraction=0.1, scope="global").phase(loss_is_finite=False)
+    assert [(record.requested, record.eligible, record.recycled) for record in records] == [(0, 20, [])] * 3
+    assert {record.note for record in records} == {"skipped: the loss is not finite (6 requested over all blocks)"}
 
 
 def test_a_skipped_phase_does_not_use_up_immunity(plain_net):

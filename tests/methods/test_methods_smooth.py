@@ -118,7 +118,8 @@ def test_fifty_steps_of_clipped_adamw(state, skipped):
             transition = table.states[0].transition
             fresh = transition.age == 0
             assert transition.index[fresh].tolist() == record.recycled
-            values = {role: v[fresh] for role, v in transition.new.items()}
+            _, new = transition.lines(table.blocks[0])
+            values = {role: v[fresh] for role, v in new.items()}
             explicit.recycle(torch.tensor(record.recycled), values, state)
         if table.states[0].transition is not None:
             ages_together.add(len(table.states[0].transition.age.unique()))
@@ -144,7 +145,7 @@ def test_alpha_reaches_one_after_exactly_the_steps_asked_for():
     model = net()
     table, index = start(model, smooth_steps=4)
     block, state = table.blocks[0], table.states[0]
-    old, new = block.read(index), state.transition.new
+    old, new = block.read(index), state.transition.lines(block)[1]
     for j in (1, 2, 3):
         show_new_weights(table)
         assert all(torch.equal(v, new[role]) for role, v in block.read(index).items())
@@ -201,7 +202,7 @@ def test_one_step_of_interpolation():
     """The forward pass right after the phase is the old one; after one optimizer step it is over."""
     model = net()
     table, index = start(model, smooth_steps=1)
-    new = table.states[0].transition.new
+    _, new = table.states[0].transition.lines(table.blocks[0])
     show_new_weights(table)
     show_effective_weights(table, 1, advance=True)
     assert table.states[0].transition is None

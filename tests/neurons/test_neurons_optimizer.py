@@ -8,7 +8,7 @@ import transformers
 from torch import nn
 
 from hf_recycle import find_feed_forwards
-from hf_recycle.neurons.optimizer import check_can_reset, learning_rates, reset_state, unwrap_optimizer
+from hf_recycle.neurons.optimizer import StepWatch, check_can_reset, reset_state, unwrap_optimizer
 
 OPTIMIZERS = {
     "adamw": lambda p: torch.optim.AdamW(p, foreach=False),
@@ -156,6 +156,10 @@ class Wrapped:
     def __init__(self, optimizer):
         self.optimizer = optimizer
 
+    @property
+    def param_groups(self):
+        return self.optimizer.param_groups
+
 
 class Lion(torch.optim.Optimizer):
     """Unknown, with state of its own."""
@@ -214,10 +218,112 @@ def test_known_optimizers_pass_the_check_and_unwrap(family_named):
     assert unwrap_optimizer(Wrapped(Wrapped(inner))) is inner
 
 
-def test_learning_rates_of_groups():
-    a, b = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
-    optimizer = torch.optim.SGD([{"params": [a], "lr": 0.5}, {"params": [b]}], lr=0.25)
-    assert learning_rates(Wrapped(optimizer)) == {id(a): 0.5, id(b): 0.25}
+# ---- StepWatch ----
+
+
+def watched(optimizer_class=torch.optim.SGD, wrap=lambda optimizer: optimizer, lr=0.25, **options):
+    """A block whose in-rows, out-columns and biases are in a group of rate `lr / 2`, in one of `lr`, and nowhere."""
+    model = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 3))
+    groups = [{"params": [model[0].weight], "lr": lr / 2}, {"params": [model[2].weight]}]
+    optimizer = optimizer_class(groups, lr=lr, **options)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    return find_feed_forwards(model)[0], optimizer, StepWatch(wrap(optimizer))
+
+
+def rates(watch, block):
+    return {piece.role: float(watch.rate(piece)) for piece in block.slices}
+
+
+@pytest.mark.parametrize("wrap", [lambda o: o, lambda o: Wrapped(Wrapped(o))])
+def test_each_slice_has_the_rate_of_its_group(wrap):
+    """A parameter that is not optimized has rate 0."""
+    block, optimizer, watch = watched(wrap=wrap)
+    assert rates(watch, block) == {"in": 0, "in.bias": 0, "out": 0}
+    optimizer.step()
+    assert rates(watch, block) == {"in": 0.125, "in.bias": 0, "out": 0.25}
+    watch.reset()
+    assert rates(watch, block) == {"in": 0, "in.bias": 0, "out": 0}
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_the_rate_is_that_of_the_step_not_the_next_one(as_tensor):
+    """The scheduler has moved on when the rate is asked for; a rate that is a tensor it changes in place."""
+    lr = torch.tensor(0.25, dtype=torch.float64) if as_tensor else 0.25
+    block, optimizer, watch = watched(torch.optim.Adam, lr=lr, foreach=False)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: [1.0, 0.5, 2.0, 0.0][step])
+    for factor in (1.0, 0.5, 2.0):
+        watch.reset()
+        optimizer.step()
+        scheduler.step()
+        assert rates(watch, block) == {"in": 0.125 * factor, "in.bias": 0, "out": 0.25 * factor}
+
+
+def test_highest_rate():
+    """What a schedule starts from, or warms up to; without a schedule, the rate."""
+    block, optimizer, watch = watched()
+    assert {piece.role: watch.highest_rate(piece) for piece in block.slices} == {"in": 0.125, "in.bias": 0, "out": 0.25}
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: step / 10)
+    for _ in range(3):
+        assert {p.role: watch.highest_rate(p) for p in block.slices} == {"in": 0.125, "in.bias": 0, "out": 0.25}
+        optimizer.step()
+        scheduler.step()
+
+
+def test_taken_since_the_last_reset():
+    block, optimizer, watch = watched()
+    assert not watch.taken
+    optimizer.zero_grad(set_to_none=False)
+    assert not watch.taken
+    optimizer.step()
+    assert watch.taken
+    watch.reset()
+    assert not watch.taken
+    assert rates(watch, block) == {"in": 0, "in.bias": 0, "out": 0}
+    for _ in range(2):  # each later step is seen as the first was
+        optimizer.step()
+        assert watch.taken
+        watch.reset()
+
+
+def test_a_watch_that_was_removed_sees_nothing():
+    _, optimizer, watch = watched()
+    other = StepWatch(optimizer)
+    watch.remove()
+    optimizer.step()
+    assert not watch.taken
+    assert other.taken
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_that_the_gradient_scaler_skips_is_not_taken(fused):
+    """The scaler does not call an ordinary optimizer; a fused one it calls with `found_inf`."""
+    block, optimizer, watch = watched(torch.optim.AdamW, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    before = block["in"].parameter.detach().clone()
+    for broken in (False, True, False):
+        scaler.scale(torch.ones(()))  # which sets the scaler up
+        for piece in block.slices:
+            piece.parameter.grad = torch.ones_like(piece.parameter)
+            piece.parameter.grad.flatten()[0] = float("inf") if broken else 1.0
+        scaler.step(optimizer)
+        scaler.update()
+        after = block["in"].parameter.detach().clone()
+        assert torch.equal(before, after) is broken
+        assert watch.taken is not broken
+        assert rates(watch, block) == {"in": 0.0 if broken else 0.125, "in.bias": 0, "out": 0.0 if broken else 0.25}
+        watch.reset()
+        before = after
+
+
+def test_found_inf_of_a_step_that_is_not_skipped():
+    """A fused optimizer gets it at every step; in most it is 0."""
+    _, optimizer, watch = watched(torch.optim.AdamW, fused=True)
+    optimizer.grad_scale = None
+    for verdict in (1.0, 0.0):
+        optimizer.found_inf = torch.tensor(verdict)
+        optimizer.step()
+        assert watch.taken is (verdict == 0.0)
 
 
 def largest_step(mode: str, beta2: float) -> tuple[float, int]:

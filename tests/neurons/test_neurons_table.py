@@ -10,7 +10,7 @@ from hf_recycle.methods.schedule import PhaseSchedule
 from hf_recycle.neurons.table import NeuronTable
 from hf_recycle.phase import run_phase
 from hf_recycle.settings import RecyclingSettings
-from hf_recycle.transitions import show_effective_weights, show_new_weights
+from hf_recycle.transitions import settle, show_effective_weights, show_new_weights
 
 
 def recycled(model, phases=2, smooth_steps=7) -> NeuronTable:
@@ -75,7 +75,7 @@ def test_round_trip(family_named, name):
     restored = NeuronTable.of(other)
     restored.load_state_dict(saved)
     assert restored.phases == 2
-    for mine, theirs in zip(table.states, restored.states, strict=True):
+    for block, mine, theirs in zip(table.blocks, table.states, restored.states, strict=True):
         assert torch.equal(mine.counts, theirs.counts)
         assert torch.equal(mine.last_phase, theirs.last_phase)
         assert torch.equal(mine.last_step, theirs.last_step)
@@ -83,13 +83,17 @@ def test_round_trip(family_named, name):
         assert torch.equal(mine.transition.index, theirs.transition.index)
         assert torch.equal(mine.transition.age, theirs.transition.age)
         assert mine.transition.age.unique().tolist() == [0, 1]
-        for side in ("old", "new"):
-            values, expected = getattr(theirs.transition, side), getattr(mine.transition, side)
-            assert values.keys() == expected.keys()
-            assert all(torch.equal(values[role], expected[role]) for role in values)
+        for transition in (theirs.transition, theirs.transition.cut(block)):
+            sides = zip(transition.lines(block), mine.transition.lines(block), strict=True)
+            for values, expected in sides:
+                assert values.keys() == expected.keys()
+                assert all(torch.equal(values[role], expected[role]) for role in values)
     again = restored.state_dict()
-    assert saved.keys() == again.keys()
+    settle(restored, 7)
+    settled = restored.state_dict()
+    assert saved.keys() == again.keys() == settled.keys()
     assert all(torch.equal(saved[key], again[key]) for key in saved)
+    assert all(torch.equal(saved[key], settled[key]) for key in saved)
 
 
 def test_what_is_saved_is_a_copy(plain_net):
@@ -113,6 +117,9 @@ def test_continuing_from_a_saved_state_is_the_same_to_the_bit(plain_net):
     other.load_state_dict(model.state_dict())
     restored = NeuronTable.of(other)
     restored.load_state_dict(table.state_dict())
+    settle(restored, 7)
+    # The weights of the checkpoint are the effective ones already.
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
     for step in range(3, 12):
         for each in (table, restored):
             show_new_weights(each)

@@ -11,8 +11,8 @@ from hf_recycle.neurons.storage.tiles import Tile
 if TYPE_CHECKING:
     from hf_recycle.neurons.blocks import NeuronSlice
 
-# Lines of a half-precision parameter that are upcast at a time: bounds the copy that a float32 norm of them needs.
-_LINES_UPCAST_AT_ONCE = 1024
+# Entries of a half-precision parameter that are upcast at a time: bounds the copy that a float32 norm of them needs.
+_ENTRIES_UPCAST_AT_ONCE = 1 << 20
 
 Fragments = list[Tensor]
 """What this process holds of some lines: for each of its tiles, the rows of those lines that lie in it."""
@@ -60,8 +60,9 @@ class Storage:
         """The forward copy of lines `index` `(n,)`, cut like the master's tiles."""
         return self.read(piece, index)
 
-    def group_of(self, piece: "NeuronSlice", optimizer: torch.optim.Optimizer) -> int:
-        """Number of the optimizer's parameter group that the parameter belongs to; -1 for none (a frozen one)."""
+    def group_of(self, piece: "NeuronSlice", optimizer) -> int:
+        """Number of the parameter group of the optimizer (wrapped as it may be) that the parameter belongs to; -1 for
+        none (a frozen one)."""
         parameter = piece.parameter
         for number, group in enumerate(optimizer.param_groups):
             if any(other is parameter for other in group["params"]):
@@ -164,5 +165,6 @@ class Storage:
 
 def _norms(values: Tensor, dtype: torch.dtype) -> Tensor:
     # vector_norm upcasts the whole of its argument first; in chunks, that copy stays small.
-    chunks = [values] if values.dtype == dtype else values.split(_LINES_UPCAST_AT_ONCE)
+    lines = max(1, _ENTRIES_UPCAST_AT_ONCE // max(values.shape[1], 1))
+    chunks = [values] if values.dtype == dtype else values.split(lines)
     return torch.cat([torch.linalg.vector_norm(chunk, dim=1, dtype=dtype) for chunk in chunks])

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate
 
 from hf_recycle.neurons.storage.base import Storage
 from hf_recycle.neurons.storage.tiles import Tile, columns_of, runs, tiles_of_rectangle
@@ -57,19 +57,30 @@ def _local_tiles(piece: "NeuronSlice", tensor: DTensor) -> list[Tile]:
 
 
 def _owned(tensor: DTensor, dim: int, size: int) -> Tensor:
-    """Which indices of one dimension this process holds. Asked of DTensor itself, by sharding a row of numbers in the
-    same way (nothing is communicated), so that nested and strided shardings are right too."""
+    """Which indices of one dimension this process holds, int64 `(n,)` on the CPU."""
+    mesh, coordinate = tensor.device_mesh, tensor.device_mesh.get_coordinate()
     numbers = torch.arange(size)
-    placements = tuple(_moved(placement, dim) for placement in tensor.placements)
-    if all(isinstance(placement, Replicate) for placement in placements):
-        return numbers
-    numbers = numbers.to(tensor.device_mesh.device_type)
-    return distribute_tensor(numbers, tensor.device_mesh, placements, src_data_rank=None).to_local().cpu()
+    for mesh_dim in _order_of_cuts(tensor, dim):
+        chunks = numbers.chunk(mesh.size(mesh_dim))
+        # More processes than indices: the last ones hold none.
+        numbers = chunks[coordinate[mesh_dim]] if coordinate[mesh_dim] < len(chunks) else numbers[:0]
+    return numbers
 
 
-def _moved(placement, dim: int):
-    """The placement of a one-dimensional tensor that is sharded as the tensor's dimension `dim` is."""
-    if isinstance(placement, Replicate) or placement.dim != dim:
-        return Replicate()
-    split_factor = getattr(placement, "split_factor", None)
-    return type(placement)(0) if split_factor is None else type(placement)(0, split_factor=split_factor)
+def _order_of_cuts(tensor: DTensor, dim: int) -> list[int]:
+    """The mesh dimensions that cut one dimension of a tensor, in the order in which they cut.
+
+    Usually that is their own order. A strided sharding (FSDP2 of what tensor parallelism has cut already) comes after
+    mesh dimensions to its right; `split_factor` is the number of parts that those have made. DTensor's own way to shard
+    a tensor like that holds for even sizes only.
+    """
+    order: list[int] = []
+    for mesh_dim, placement in reversed(list(enumerate(tensor.placements))):
+        if isinstance(placement, Replicate) or placement.dim != dim:
+            continue
+        parts, position = getattr(placement, "split_factor", 1), 0
+        while parts > 1 and position < len(order):
+            parts //= tensor.device_mesh.size(order[position])
+            position += 1
+        order.insert(position, mesh_dim)
+    return order

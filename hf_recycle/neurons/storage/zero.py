@@ -46,7 +46,7 @@ class ReplicatedZeroStorage(ZeroStorage):
         return {key: _mapped(piece, key) for key in keys}
 
     def group_of(self, piece: "NeuronSlice", optimizer) -> int:
-        groups = piece.parameter._zero_optimizer.bit16_groups
+        groups = _with(optimizer, "bit16_groups").bit16_groups
         return next((i for i, group in enumerate(groups) if any(p is piece.parameter for p in group)), -1)
 
     def publish(self, piece: "NeuronSlice", index: Tensor) -> None:
@@ -111,6 +111,13 @@ class PartitionedZeroStorage(ZeroStorage):
         for master, copied in zip(self.tiles(piece), copies, strict=True):
             copied.values.copy_(master.values)
         _refresh(piece.parameter)
+
+
+def _with(optimizer, attribute: str):
+    """The wrapper around an optimizer that has an attribute."""
+    while not hasattr(optimizer, attribute):
+        optimizer = optimizer.optimizer
+    return optimizer
 
 
 def _is_flat(value: object) -> bool:
