@@ -17,6 +17,7 @@ from transformers.training_args import ParallelMode
 from transformers.utils import logging
 
 from hf_recycle import files
+from hf_recycle.history_checks import check_agreement
 from hf_recycle.neurons.table import NeuronTable
 from hf_recycle.recorder import HistoryRecorder
 from hf_recycle.settings import METHODS
@@ -183,7 +184,9 @@ class CheckpointMixin(Trainer):
             raise files.RecyclingFileError(
                 f"{Path(folder, files.STATE_FILE)} does not fit the model: {error}"
             ) from None
-        self.use_recorder(HistoryRecorder.from_table(files.read_history(folder, config["blocks"])))
+        history = files.read_history(folder, config["blocks"])
+        check_agreement(Path(folder), config, tensors, history)
+        self.use_recorder(HistoryRecorder.from_table(history))
         if _RUNNING_LOSS in tensors and _LAST_LOGGED in tensors:
             self._resumed_loss = float(tensors[_RUNNING_LOSS][0]), int(tensors[_LAST_LOGGED][0])
 

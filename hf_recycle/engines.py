@@ -22,8 +22,8 @@ def drop_tied_aliases(model: nn.Module) -> None:
     """Removes second names of parameters that the output embeddings hold, before FSDP2 shards the model.
 
     BERT and its kin register the decoder's bias twice, on the decoder and on the head around it, and compute with the
-    decoder's only. FSDP2 puts decoder and head into different groups, and a parameter in two groups is an error. The name
-    that goes is one that `from_pretrained` ties again.
+    decoder's only. FSDP2 puts decoder and head into different groups, and a parameter in two groups is an error. The
+    name that goes is one that `from_pretrained` ties again.
     """
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if output is None:

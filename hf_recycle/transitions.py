@@ -1,7 +1,7 @@
 """Carries the neurons in transition through one optimizer step (see `hf_recycle.methods.smooth`).
 
-Between steps the model computes with the effective weights x. What the optimizer updates is x_new: where masters are separate
-(DeepSpeed) they hold it all the time, elsewhere the parameters hold it only while the optimizer steps.
+Between steps the model computes with the effective weights x. What the optimizer updates is x_new: where masters are
+separate (DeepSpeed) they hold it all the time, elsewhere the parameters hold it only while the optimizer steps.
 """
 
 from collections.abc import Iterator
@@ -45,8 +45,8 @@ def settle(table: NeuronTable, smooth_steps: int) -> None:
 
 @torch.no_grad()
 def scale_gradients(table: NeuronTable, smooth_steps: int) -> None:
-    """Turns the gradients of x into those of x_new: times α. To be called once, before gradients are clipped. Gradients of
-    separate masters are scaled by `hook_gradients`."""
+    """Turns the gradients of x into those of x_new: times α. To be called once, before gradients are clipped. Gradients
+    of separate masters are scaled by `hook_gradients`."""
     for block, state in _in_transition(table):
         alpha = interpolation(state.transition.age, smooth_steps)
         for piece in block.slices:

@@ -1,4 +1,7 @@
-"""The README's table of arguments, made from the settings. `python -m hf_recycle.cli.argument_table README.md` renews it."""
+"""The README's table of arguments, made from the settings.
+
+`python -m hf_recycle.cli.argument_table README.md` renews it.
+"""
 
 import dataclasses
 import sys

@@ -67,12 +67,12 @@ class Run:
         """Train, evaluate, save, and on the main process print the summary and draw the figures."""
         trainer = self.trainer
         result = trainer.train(resume_from_checkpoint=self.checkpoint)
-        trainer.save_model()
-        trainer.save_state()
         trainer.save_metrics("train", result.metrics, combined=False)
         if trainer.eval_dataset is not None:
-            metrics = trainer.evaluate()
-            trainer.save_metrics("eval", metrics, combined=False)
+            trainer.save_metrics("eval", trainer.evaluate(), combined=False)
+        # After the evaluation, which belongs to the history that is saved with the model.
+        trainer.save_model()
+        trainer.save_state()
         if trainer.is_world_process_zero():
             _report(Path(trainer.args.output_dir), self.floor)
 
@@ -161,7 +161,7 @@ def _report(folder: Path, floor: float | None) -> None:
     from hf_recycle.report.summary import summary_text
 
     history = RecyclingHistory.from_pretrained(folder)
-    figures = draw_figures(history, folder / "figures")
+    figures = draw_figures(history, folder / "figures", unigram_entropy=floor)
     print(summary_text(history, unigram_entropy=floor, model_folder=str(folder)))
     if figures:
         print(f"figures: {folder / 'figures'}", file=sys.stdout)

@@ -209,9 +209,10 @@ def _load_transition(block: FeedForward, prefix: str, tensors: dict[str, Tensor]
         for piece in block.slices:
             found = tensors.get(f"{prefix}/{side}/{piece.role}")
             expected = () if piece.is_bias else (piece.width,)
-            if found is None or found.shape != (n, *expected) or not found.isfinite().all():
+            fits = found is not None and found.is_floating_point() and found.shape == (n, *expected)
+            if not fits or not found.isfinite().all():
                 raise ValueError(f"{prefix}/{side}/{piece.role} must hold {n} finite lines of shape {expected}.")
-            values[piece.role] = found.to(piece.dtype)
+            values[piece.role] = found.clone()  # in the precision of the masters, which may be more than the model's
     return Transition(index.clone(), age.clone(), sides["old"], sides["new"], whole=True)
 
 

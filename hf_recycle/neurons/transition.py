@@ -51,10 +51,8 @@ class Transition:
 
         def pick(sides: dict[str, Fragments]) -> dict[str, Fragments]:
             return {
-                piece.role: [
-                    values[rows] for values, rows in zip(sides[piece.role], self.held(block, piece.role, keep), strict=True)
-                ]
-                for piece in block.slices
+                role: [values[rows] for values, rows in zip(fragments, self.held(block, role, keep), strict=True)]
+                for role, fragments in sides.items()
             }
 
         return Transition(self.index[keep], self.age[keep], pick(self.old), pick(self.new))

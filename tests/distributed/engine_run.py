@@ -2,8 +2,8 @@
 
     [torchrun --nproc_per_node N] engine_run.py ENGINE FOLDER METHOD[:resume] ...
 
-With `:resume`, a second trainer resumes from the checkpoint in the middle and must come to the same end. Several runs in one
-launch, because starting the processes takes longer than the runs.
+With `:resume`, a second trainer resumes from the checkpoint in the middle and must come to the same end. Several runs
+in one launch, because starting the processes takes longer than the runs.
 """
 
 import os
@@ -14,7 +14,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "trainer"))
 sys.path.insert(0, str(Path(__file__).parent))
-from matrix import ENGINES, GLOBAL_BATCH, METHODS  # noqa: E402
+from matrix import ENGINES, GLOBAL_BATCH, METHODS
 
 STEPS, MIDDLE = 10, 5
 
@@ -75,7 +75,7 @@ def run(engine_name: str, method: str, folder: Path, resume: Path | None = None,
     assert trainer.accelerator.num_processes == processes
     result = {
         "losses": [row["loss"] for row in trainer.state.log_history if "loss" in row],
-        "evaluation": {key: value for key, value in trainer.evaluate().items() if key in ("eval_loss", "eval_accuracy")},
+        "evaluation": {k: v for k, v in trainer.evaluate().items() if k in ("eval_loss", "eval_accuracy")},
         "magnitudes": trainer.neuron_table().magnitudes(),
         "state": trainer.neuron_table().state_dict(),
         "history": [row for row in trainer.recorder.to_table().to_pylist() if row["kind"] == "phase"],

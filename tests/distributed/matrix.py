@@ -1,4 +1,4 @@
-"""The engines and methods that must work together: the tests run over this list, and the table in the docs comes from it."""
+"""The engines and methods that must work together; the tests run over this list."""
 
 import json
 from collections.abc import Callable

@@ -149,6 +149,7 @@ def test_continuing_from_a_saved_state_is_the_same_to_the_bit(plain_net):
         ("blocks.0/transition/age", lambda v: v.float()),
         ("blocks.0/transition/old/in", None),
         ("blocks.0/transition/old/in", lambda v: v[:, 1:]),
+        ("blocks.0/transition/old/in", lambda v: v.long()),
         ("blocks.0/transition/new/in.bias", lambda v: v * float("nan")),
         ("blocks.0/transition/new/out", lambda v: v / 0),
         ("blocks.0/transition/new/out", lambda v: v[1:]),
@@ -169,6 +170,18 @@ def test_what_does_not_fit_is_refused_whole(plain_net, key, change):
     assert fresh.phases == 0
     assert fresh.in_transition == 0
     assert not any(counts.any() for counts in fresh.counts.values())
+
+
+def test_lines_in_transition_keep_the_precision_they_were_saved_in(plain_net):
+    """DeepSpeed's masters are float32 beside half-precision weights; other engines cut lines to the weights'."""
+    saved = recycled(plain_net()).state_dict()
+    table = NeuronTable.of(plain_net().bfloat16())
+    table.load_state_dict(saved)
+    again = table.state_dict()
+    assert all(torch.equal(saved[key], again[key]) for key in saved)
+    settle(table, 7)
+    for side in table.states[0].transition.lines(table.blocks[0]):
+        assert {lines.dtype for lines in side.values()} == {torch.bfloat16}
 
 
 def test_another_models_state_is_refused(plain_net):

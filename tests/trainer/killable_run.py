@@ -3,8 +3,8 @@
     python killable_run.py OUTPUT_DIR KILL [KILL ...]
 
 Each KILL is a call count: the process dies right before its n-th file operation of that attempt (writing a tensor file,
-renaming, syncing, or starting an optimizer step). The last line printed is a digest of the final weights and neuron state.
-Attempts are forked children, so that the imports are paid for once.
+renaming, syncing, or starting an optimizer step). The last line printed is a digest of the final weights and neuron
+state. Attempts are forked children, so that the imports are paid for once.
 """
 
 import hashlib

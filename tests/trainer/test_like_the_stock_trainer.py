@@ -11,7 +11,6 @@ from tiny_runs import (
     tiny_modernbert,
 )
 from transformers import DataCollatorForLanguageModeling, Trainer, default_data_collator
-
 from transformers.utils import logging
 
 from hf_recycle import RecyclingTrainer
@@ -122,9 +121,7 @@ def test_full_logits_where_they_are_asked_for(arguments):
         shapes.append(prediction.predictions.shape)
         return {"seen": 1.0}
 
-    trainer = RecyclingTrainer(
-        model=tiny_bert(), args=arguments(), eval_dataset=data, compute_metrics=compute_metrics
-    )
+    trainer = RecyclingTrainer(model=tiny_bert(), args=arguments(), eval_dataset=data, compute_metrics=compute_metrics)
     with_metrics = trainer.evaluate()
     predicted = trainer.predict(data)
     assert shapes == [(8, 12, 64), (8, 12, 64)]

@@ -213,7 +213,8 @@ def test_another_shape_is_named(train, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["recycling_config.json", "recycling_state.safetensors", "recycling_history.parquet", "recycling_stats.json"]
+    "name",
+    ["recycling_config.json", "recycling_state.safetensors", "recycling_history.parquet", "recycling_stats.json"],
 )
 @pytest.mark.parametrize("damage", ["absent", "truncated", "garbage"])
 def test_damaged_files_are_refused(name, damage, train):
@@ -229,6 +230,21 @@ def test_damaged_files_are_refused(name, damage, train):
         path.write_bytes(b"\x80\x04garbage" * 50)
     with pytest.raises(RecyclingFileError, match=name):
         train("next", resume=str(path.parent), **METHODS["plain"])
+
+
+def test_a_hand_edited_state_is_refused(train):
+    """Well-formed, and contradicting the history."""
+    from hf_recycle.files import read_state, write_state
+
+    first = train(save_strategy="steps", save_steps=5, **METHODS["plain"])
+    folder = Path(first.args.output_dir, "checkpoint-5")
+    tensors, _ = read_state(folder)
+    for column in ("counts", "last_phase", "last_step"):
+        key = f"bert.encoder.layer.0/{column}"
+        tensors[key] = tensors[key].roll(1)
+    write_state(folder, tensors)
+    with pytest.raises(RecyclingFileError, match=r"counts of block bert.encoder.layer.0 .* contradicts"):
+        train("next", resume=str(folder), **METHODS["plain"])
 
 
 def test_a_checkpoint_loads_with_plain_transformers(train):

@@ -21,11 +21,12 @@ Fragments = list[Tensor]
 class Storage:
     """Operations on the lines of one `NeuronSlice`, written over its tiles.
 
-    Two copies of a weight are told apart. The *master* is what the optimizer updates; the *forward* copy is what the model
-    computes with. For most engines they are one and the same memory; DeepSpeed keeps both.
+    Two copies of a weight are told apart. The *master* is what the optimizer updates; the *forward* copy is what the
+    model computes with. For most engines they are one and the same memory; DeepSpeed keeps both.
 
-    Methods with "full" in their name take or give whole lines `(n, width)` (a bias: `(n,)`), the same on every process;
-    fragments stay where they are. Communication: `norms` and `mean_std` O(d_ff), `read_full` O(n · width), the others none.
+    Methods with "full" in their name take or give whole lines `(n, width)` (a bias: `(n,)`), the same on every
+    process; fragments stay where they are. Communication: `norms` and `mean_std` O(d_ff), `read_full` O(n · width), the
+    others none.
     """
 
     separate_masters = False
@@ -117,7 +118,9 @@ class Storage:
 
     def join(self, piece: "NeuronSlice", index: Tensor, fragments: Fragments) -> Tensor:
         """The whole lines `(n, width)` (a bias: `(n,)`) of fragments, on every process."""
-        lines = torch.zeros(len(index), piece.width, dtype=piece.dtype, device=piece.device)
+        # Masters are float32 whatever the parameter is, also for a process that holds none of them.
+        dtype = torch.promote_types(piece.dtype, torch.float32) if self.separate_masters else piece.dtype
+        lines = torch.zeros(len(index), piece.width, dtype=dtype, device=piece.device)
         for tile, values in zip(self.tiles(piece), fragments, strict=True):
             lines[tile.rows(index)[0], tile.features] = values.to(lines)
         lines = self.sum_over_processes(piece, lines)
@@ -157,9 +160,7 @@ class Storage:
         others[index] = False
         if not others.any():
             others[:] = True
-        sums = (
-            tile.values[others[tile.neurons].to(tile.values.device)].sum(dtype=torch.float64) for tile in tiles
-        )
+        sums = (tile.values[others[tile.neurons].to(tile.values.device)].sum(dtype=torch.float64) for tile in tiles)
         return self._sum(piece, sums) / (int(others.sum()) * width)
 
 

@@ -1,10 +1,11 @@
 """Tiles: what one process holds of the lines of a `NeuronSlice`.
 
-A slice is a matrix of `d_ff` lines × `width` features, whatever the parameter's own layout. A process holds some rectangles
-of it: the whole, a band of neurons, a band of features, or the pieces that a range of the flattened parameter cuts out. All
-the work of the storage classes is to say which; everything else is written once, over tiles.
+A slice is a matrix of `d_ff` lines × `width` features, whatever the parameter's own layout. A process holds some
+rectangles of it: the whole, a band of neurons, a band of features, or the pieces that a range of the flattened
+parameter cuts out. All the work of the storage classes is to say which; everything else is written once, over tiles.
 """
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -84,7 +85,7 @@ def runs(numbers: Tensor) -> Iterator[tuple[int, int, int]]:
         return
     breaks = (numbers.diff() != 1).nonzero().flatten() + 1
     bounds = [0, *breaks.tolist(), len(numbers)]
-    for begin, end in zip(bounds, bounds[1:], strict=False):
+    for begin, end in itertools.pairwise(bounds):
         yield begin, int(numbers[begin]), end - begin
 
 

@@ -1,7 +1,8 @@
-"""DeepSpeed ZeRO. The optimizer updates float32 masters, flattened and cut over processes; the model computes with copies.
+"""DeepSpeed ZeRO.
 
-Stages 1 and 2 keep a whole copy of the model on each process, stage 3 a partition of it. In both, a process holds of each
-parameter one range of its flattened master.
+The optimizer updates float32 masters, flattened and cut over processes; the model computes with copies. Stages 1 and 2
+keep a whole copy of the model on each process, stage 3 a partition of it. In both, a process holds of each parameter
+one range of its flattened master.
 """
 
 from typing import TYPE_CHECKING
@@ -42,8 +43,8 @@ class ReplicatedZeroStorage(ZeroStorage):
         # By key on every process, though some hold nothing of this parameter: means are taken together.
         mapping = piece.parameter._hp_mapping
         held = {} if mapping is None else mapping.optim_fragment
-        keys = sorted({key for state in optimizer.state.values() for key, v in state.items() if _is_flat(v)} | set(held))
-        return {key: _mapped(piece, key) for key in keys}
+        keys = {key for state in optimizer.state.values() for key, value in state.items() if _is_flat(value)}
+        return {key: _mapped(piece, key) for key in sorted(keys | set(held))}
 
     def group_of(self, piece: "NeuronSlice", optimizer) -> int:
         groups = _with(optimizer, "bit16_groups").bit16_groups
@@ -101,8 +102,7 @@ class PartitionedZeroStorage(ZeroStorage):
 
     def read_forward(self, piece: "NeuronSlice", index: Tensor) -> Fragments:
         return [
-            tile.values.index_select(0, tile.rows(index)[1])
-            for tile in _partitioned(piece, piece.parameter.ds_tensor)
+            tile.values.index_select(0, tile.rows(index)[1]) for tile in _partitioned(piece, piece.parameter.ds_tensor)
         ]
 
     def scale(self, piece: "NeuronSlice", factors: Tensor) -> None:
