@@ -19,6 +19,9 @@ $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) torch
 	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) --editable '.[test,lint,tensorboard]'
+	# Without its compiled kernels, which a CPU has no use for; its setup imports torch, hence no build isolation.
+	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) setuptools wheel ninja
+	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --constraint $(CONSTRAINTS) --no-build-isolation deepspeed
 	touch $@
 
 .PHONY: install
