@@ -1,11 +1,14 @@
 """`RecyclingTrainer`: a Hugging Face Trainer with the methods of this package."""
 
+import json
+import zlib
 from dataclasses import fields
 from typing import Any
 
 import torch
 from transformers.utils import logging
 
+from hf_recycle.agreement import check_agreement
 from hf_recycle.arguments import RecyclingArguments
 from hf_recycle.callbacks import MagnitudeCallback, MidpointLossCallback, RecyclingCallback
 from hf_recycle.callbacks.base import NeuronCallback
@@ -136,6 +139,8 @@ class RecyclingTrainer(CheckpointMixin, MaskedLanguageModelingMixin):
     # ---- Training ----
 
     def _prepare_for_training(self, *args, **kwargs):
+        settings = json.dumps(self.recycling_arguments(), sort_keys=True, default=str)
+        check_agreement(zlib.crc32(settings.encode()), "the settings of the methods", self.args.device)
         # The last moment at which the model is not wrapped or sharded.
         if self.recycling is not None:
             for view in self.neuron_table().views:

@@ -1,9 +1,11 @@
 """Training runs on one engine, started by torchrun or alone; process 0 writes what came out.
 
-    [torchrun --nproc_per_node N] engine_run.py ENGINE FOLDER METHOD[:resume] ...
+    [torchrun --nproc_per_node N] engine_run.py ENGINE FOLDER METHOD[:resume|:accumulate|:disagree] ...
 
-With `:resume`, a second trainer resumes from the checkpoint in the middle and must come to the same end. Several runs
-in one launch, because starting the processes takes longer than the runs.
+`:resume`: a second trainer resumes from the checkpoint in the middle and must come to the same end. `:accumulate`: the
+global batch is made of two accumulated ones. `:disagree`: process 1 gets other settings than process 0. `:drift`: the
+weights of process 1 change silently. Several runs in one launch, because starting the processes takes longer than the
+runs.
 """
 
 import os
@@ -11,6 +13,7 @@ import sys
 from pathlib import Path
 
 import torch
+from transformers import TrainerCallback
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "trainer"))
 sys.path.insert(0, str(Path(__file__).parent))
@@ -38,7 +41,16 @@ def pretend_an_accelerator() -> None:
     state.AcceleratorState.__init__ = patched
 
 
-def run(engine_name: str, method: str, folder: Path, resume: Path | None = None, accumulation: int = 1, **overrides):
+def run(
+    engine_name: str,
+    method: str,
+    folder: Path,
+    *,
+    resume: Path | None = None,
+    accumulation: int = 1,
+    drift: bool = False,
+    **overrides,
+):
     from tiny_runs import masked_sentences, tiny_bert
 
     from hf_recycle import RecyclingArguments, RecyclingTrainer
@@ -71,6 +83,8 @@ def run(engine_name: str, method: str, folder: Path, resume: Path | None = None,
         train_dataset=masked_sentences(64),
         eval_dataset=masked_sentences(11, seed=4),
     )
+    if drift:
+        trainer.add_callback(_Drift(trainer))
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     assert trainer.accelerator.num_processes == processes
     result = {
@@ -87,6 +101,19 @@ def run(engine_name: str, method: str, folder: Path, resume: Path | None = None,
     return trainer
 
 
+class _Drift(TrainerCallback):
+    """Silently changes the weights of one process, as a wrong random generator would."""
+
+    def __init__(self, trainer):
+        self._trainer = trainer
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            block = self._trainer.neuron_table().blocks[0]
+            with torch.no_grad():
+                block.slices[0].parameter[:8] *= 3
+
+
 def main() -> None:
     engine, folder = sys.argv[1], Path(sys.argv[2])
     torch.set_num_threads(1)
@@ -94,9 +121,14 @@ def main() -> None:
     if ENGINES[engine].pretend:
         pretend_an_accelerator()
     for word in sys.argv[3:]:
-        method, _, resume = word.partition(":")
-        trainer = run(engine, method, folder / method)
-        if resume:
+        method, _, how = word.partition(":")
+        if how == "accumulate":
+            trainer = run(engine, method, folder / f"{method}-accumulated", accumulation=2)
+            continue
+        odd = os.environ.get("RANK") == "1"
+        overrides = {"recycle_fraction": 0.5} if how == "disagree" and odd else {}
+        trainer = run(engine, method, folder / method, drift=how == "drift" and odd, **overrides)
+        if how == "resume":
             middle = folder / method / f"checkpoint-{MIDDLE}"
             trainer = run(engine, method, folder / f"{method}-resumed", resume=middle)
     trainer.end()

@@ -14,10 +14,11 @@ from safetensors.torch import load_file
 SCRIPT = Path(__file__).with_name("engine_run.py")
 DISTRIBUTED = [name for name in ENGINES if name != "single"]
 # Resumed in mid-transition: the hardest case.
-RUNS = [name if name != "smooth" else "smooth:resume" for name in METHODS]
+RUNS = [name if name != "smooth" else "smooth:resume" for name in METHODS] + ["off:accumulate"]
 
 
-def launch(engine: str, folder: Path, words: list[str], processes: int) -> Path:
+def launch(engine: str, folder: Path, words: list[str], processes: int, fails: bool = False) -> Path | str:
+    """Runs `engine_run.py`; returns the folder, or what the processes said if the run has to fail."""
     if engine.startswith("zero"):
         pytest.importorskip("deepspeed", reason="DeepSpeed is not installed (make test installs it)")
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
@@ -29,8 +30,11 @@ def launch(engine: str, folder: Path, words: list[str], processes: int) -> Path:
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     # The traceback of the process that failed first; torchrun says much more.
-    told = [line for line in result.stderr.splitlines() if line.startswith("[rank")]
-    assert result.returncode == 0, "\n".join(told[-80:]) or result.stderr[-6000:]
+    told = "\n".join([line for line in result.stderr.splitlines() if line.startswith("[rank")][-80:])
+    if fails:
+        assert result.returncode != 0
+        return told
+    assert result.returncode == 0, told or result.stderr[-6000:]
     return folder
 
 
@@ -83,6 +87,25 @@ def test_same_as_one_process(engine, method, runs):
     if method in ("plain", "immunity_matched", "smooth"):
         assert sum(len(row["recycled"]) for row in found[0]["history"]) > 10
     assert_same_outcome(outcome(runs("single"), method), found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", list(ENGINES))
+def test_accumulation_is_part_of_the_batch(engine, runs):
+    """Uneven numbers of masked tokens in every part: means of parts would differ."""
+    assert_same_outcome(outcome(runs("single"), "off"), outcome(runs(engine), "off-accumulated"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("plain:disagree", "The processes disagree about the settings of the methods"),
+        ("plain:drift", "The processes disagree about the neurons recycled at step 3"),
+    ],
+)
+def test_processes_that_disagree_are_stopped(word, message, tmp_path):
+    assert message in launch("ddp", tmp_path, [word], processes=2, fails=True)
 
 
 @pytest.mark.slow
