@@ -97,6 +97,17 @@ def test_accumulation_is_part_of_the_batch(engine, runs):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [("single", "ddp"), ("ddp", "single")])
+def test_resume_with_another_number_of_processes(before, after, runs, tmp_path):
+    """1 → 2 and 2 → 1, in mid-transition, on the same global batch."""
+    checkpoint = runs(before) / "smooth" / "checkpoint-5"
+    folder = launch(after, tmp_path, [f"smooth:from={checkpoint}"], 1 if after == "single" else 2)
+    expected, found = outcome(runs("single"), "smooth"), outcome(folder, "smooth-changed")
+    assert len(found[0]["losses"]) == len(expected[0]["losses"])
+    assert_same_outcome(expected, found)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("word", "message"),
     [
