@@ -2,6 +2,7 @@
 
 import math
 
+import datasets
 import pytest
 import torch
 from tiny_runs import assert_same_weights, losses, masked_sentences, sentences, tiny_bert
@@ -311,3 +312,27 @@ def test_compiled_public_names():
 
     for name in hf_recycle.__all__:
         assert getattr(hf_recycle, name) is not None
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_every_pass_over_the_data_has_its_own_masks(streaming, arguments, tokenizer):
+    """Two passes over the same eight samples in the same order: the same tokens, other masks."""
+    seen = []
+
+    class Spy(RecyclingTrainer):
+        def training_step(self, model, inputs, *args, **kwargs):
+            seen.append(torch.where(inputs["labels"] == -100, inputs["input_ids"], inputs["labels"]))
+            seen.append(inputs["labels"] != -100)
+            return super().training_step(model, inputs, *args, **kwargs)
+
+    data = datasets.Dataset.from_list(sentences(8))
+    Spy(
+        model=tiny_bert(),
+        args=arguments(max_steps=4, train_sampling_strategy="sequential"),
+        train_dataset=data.to_iterable_dataset() if streaming else data,
+        data_collator=DataCollatorForLanguageModeling(tokenizer),
+    ).train()
+    tokens, masks = seen[::2], seen[1::2]
+    for first, second in ((0, 2), (1, 3)):
+        assert torch.equal(tokens[first], tokens[second])
+        assert not torch.equal(masks[first], masks[second])
