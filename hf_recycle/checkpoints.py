@@ -196,6 +196,8 @@ class CheckpointMixin(Trainer):
             # of the uninterrupted run.
             running_loss, self._globalstep_last_logged = self._resumed_loss
             self._tr_loss += running_loss
+            # The train_loss that is reported at the end is a mean over the steps of this call alone.
+            self._total_loss_scalar -= running_loss
             self._resumed_loss = None
         super()._run_epoch(*args, **kwargs)
 

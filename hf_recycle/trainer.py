@@ -12,6 +12,7 @@ from hf_recycle.agreement import check_agreement
 from hf_recycle.arguments import RecyclingArguments
 from hf_recycle.callbacks import MagnitudeCallback, MidpointLossCallback, RecyclingCallback
 from hf_recycle.callbacks.base import NeuronCallback
+from hf_recycle.callbacks.recycling import check_layers
 from hf_recycle.checkpoints import CheckpointMixin
 from hf_recycle.engines import check_engine, drop_tied_aliases
 from hf_recycle.mlm.training import MaskedLanguageModelingMixin
@@ -59,7 +60,9 @@ class RecyclingTrainer(CheckpointMixin, MaskedLanguageModelingMixin):
         super().__init__(model, args, *positional, **kwargs)
         self.neuron_callbacks = self._wire_callbacks()
         check_engine(self)
-        self.neuron_table()  # a model without blocks is refused here
+        table = self.neuron_table()  # a model without blocks is refused here
+        if self.recycling is not None:
+            check_layers(self.recycling.settings, len(table.blocks))
         seed = args.seed if args.data_seed is None else args.data_seed
         deterministic = args.deterministic_masking
         if deterministic is None:

@@ -63,7 +63,8 @@ class RecyclingCallback(NeuronCallback):
             self._watch = StepWatch(optimizer)
             self._hooks = hook_gradients(self.table, self.smooth_steps)
             settle(self.table, self.smooth_steps)
-        self._check_layers()
+        check_layers(settings, len(self.table.blocks))
+        self._check_initial_distribution()
         self._say_what_is_odd()
         if state.global_step > 0 and self.table.phases == 0 and len(self.schedule.phases_until(state.global_step)):
             logger.warning(
@@ -71,15 +72,9 @@ class RecyclingCallback(NeuronCallback):
                 "every neuron counts as never recycled."
             )
 
-    def _check_layers(self) -> None:
-        blocks = len(self.table.blocks)
-        wrong = [layer for layer in self.settings.layers or [] if layer >= blocks]
-        if wrong:
-            raise ValueError(
-                f"recycle_layers={self.settings.layers} names block {wrong[0]}: there are {blocks} blocks."
-            )
-        # Said now rather than at the first phase.
-        for position in self.settings.layers or range(blocks):
+    def _check_initial_distribution(self) -> None:
+        # What can't be drawn is said now rather than at the first phase.
+        for position in self.settings.layers or range(len(self.table.blocks)):
             view = self.table.views[position]
             roles = {"initial": None, "matched_normal": view.bias_roles}.get(self.settings.reinit, [])
             view.sample_initial(1, generator_for(0, 0, position, "check"), roles)
@@ -173,6 +168,13 @@ class RecyclingCallback(NeuronCallback):
         """Neurons that the next phase may not select because of their immunity."""
         phase = self.table.phases + 1 if phase is None else phase
         return sum(int(is_immune(s.last_phase, phase, self.settings.immunity).sum()) for s in self.table.states)
+
+
+def check_layers(settings: RecyclingSettings, blocks: int) -> None:
+    """Raises a ValueError if the settings name a block that a model of so many blocks does not have."""
+    wrong = [layer for layer in settings.layers or [] if layer >= blocks]
+    if wrong:
+        raise ValueError(f"recycle_layers={settings.layers} names block {wrong[0]}: there are {blocks} blocks.")
 
 
 def make_schedule(settings: RecyclingSettings, max_steps: int) -> PhaseSchedule | None:

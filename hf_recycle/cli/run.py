@@ -117,6 +117,10 @@ def last_checkpoint(folder: str) -> str | None:
     return get_last_checkpoint(folder) if Path(folder).is_dir() else None
 
 
+# What the Trainer, or DeepSpeed, keeps only beside an optimizer.
+_RESUMABLE = ("scheduler.pt", "latest")
+
+
 def find_checkpoint(output_dir: str, resume: str | None) -> str | None:
     """The checkpoint to resume from, or None to start from scratch.
 
@@ -127,6 +131,8 @@ def find_checkpoint(output_dir: str, resume: str | None) -> str | None:
     Raises:
         UserError: `resume` does not exist, or `output_dir` holds another run and no resume was asked for.
     """
+    if Path(output_dir).is_file():
+        raise UserError(f"output_dir={output_dir!r} is a file; name a folder")
     found = last_checkpoint(output_dir)
     if resume is None or resume.lower() == "false":
         if found is not None:
@@ -141,6 +147,12 @@ def find_checkpoint(output_dir: str, resume: str | None) -> str | None:
     if not Path(resume).is_dir():
         raise UserError(
             f"resume_from_checkpoint={resume!r} does not exist; pass true or the path of a checkpoint folder"
+        )
+    # The folder of a finished run has a trainer state, but no optimizer: going on from it would not be resuming.
+    if not Path(resume, "trainer_state.json").is_file() or not any(Path(resume, n).exists() for n in _RESUMABLE):
+        raise UserError(
+            f"resume_from_checkpoint={resume!r} is not a checkpoint that training can go on from; name one of its "
+            "checkpoint-N folders, or pass true for the last one in output_dir"
         )
     return resume
 

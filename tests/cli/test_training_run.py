@@ -106,6 +106,27 @@ def test_a_causal_model(words, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_resume_path_that_is_no_checkpoint(words, tmp_path, capsys):
+    """An empty folder, and that of a finished run, which has a model and a trainer state but no optimizer."""
+    (tmp_path / "finished").mkdir()
+    assert main([*words, "--resume_from_checkpoint", str(tmp_path / "finished")]) == 2
+    (tmp_path / "finished" / "trainer_state.json").write_text("{}")
+    assert main([*words, "--resume_from_checkpoint", str(tmp_path / "finished")]) == 2
+    assert capsys.readouterr().err.count("is not a checkpoint that training can go on from") == 2
+
+
+def test_an_output_dir_that_is_a_file(words, tmp_path, capsys):
+    path = tmp_path / "file.txt"
+    path.write_text("text")
+    assert main([*words, "--output_dir", str(path)]) == 2
+    assert "is a file; name a folder" in capsys.readouterr().err
+
+
+def test_a_layer_that_the_model_does_not_have(words, capsys):
+    assert main([*words, "--recycle_steps", "2", "--recycle_layers", "9"]) == 2
+    assert "recycle_layers=[9] names block 9" in capsys.readouterr().err
+
+
 def test_a_resume_path_that_does_not_exist(words, capsys):
     assert main([*words, "--resume_from_checkpoint", "gone"]) == 2
     assert "resume_from_checkpoint='gone' does not exist" in capsys.readouterr().err

@@ -101,9 +101,13 @@ def test_resume_is_exact_with_streaming(at, workers, train):
 
 def test_resume_is_exact_with_accumulation_and_sparse_logging(train):
     """The loss logged at step 10 is the mean over steps 6 to 10, on both sides of a checkpoint at step 8."""
-    interrupt_and_compare(
+    whole, resumed = interrupt_and_compare(
         train, 8, max_steps=12, gradient_accumulation_steps=3, logging_steps=5, per_device_train_batch_size=2
     )
+    # What is reported at the end is the mean over the steps of the call: the last four here.
+    per_step = train("every", max_steps=12, gradient_accumulation_steps=3, per_device_train_batch_size=2)
+    assert whole.state.log_history[-1]["train_loss"] == pytest.approx(sum(losses(per_step)) / 12, rel=1e-5)
+    assert resumed.state.log_history[-1]["train_loss"] == pytest.approx(sum(losses(per_step)[8:]) / 4, rel=1e-5)
 
 
 def test_resume_is_exact_with_a_collator_of_another_kind(train, tokenizer):
