@@ -16,6 +16,29 @@ def masked_positions(labels: torch.Tensor) -> torch.Tensor:
     return (labels.reshape(-1) != IGNORED).nonzero().squeeze(-1)
 
 
+def padded_positions(labels: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The masked positions and their labels, padded to `size` without waiting for the device.
+
+    Args:
+        labels: int64, any shape.
+        size: at least the number of masked tokens.
+
+    Returns:
+        `(positions, targets)`, both int64 `(size,)`: the positions as in `masked_positions`, then 0; their labels, then
+        -100, so that the padding adds exactly nothing to a loss and its gradients.
+
+    Raises:
+        RuntimeError: if `size` is too small (on an accelerator: as an error of the device, later).
+    """
+    labels = labels.reshape(-1)
+    masked = labels != IGNORED
+    torch._assert_async(masked.sum() <= size, "labels changed after their masked tokens were counted")
+    positions = masked.nonzero_static(size=size, fill_value=-1).squeeze(-1)
+    padding = positions < 0
+    positions = positions.masked_fill(padding, 0)
+    return positions, labels[positions].masked_fill(padding, IGNORED)
+
+
 def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Cross entropy of each token, unreduced: float32 `(n,)`, zero where the label is -100.
 

@@ -40,6 +40,11 @@ class SeededCollator:
         """The collator's tokenizer. Raises AttributeError where it has none."""
         return self.collator.tokenizer
 
+    @property
+    def mlm_probability(self) -> float:
+        """The collator's masking probability. Raises AttributeError where it has none."""
+        return self.collator.mlm_probability
+
     def set_pass(self, number: int) -> None:
         """Say which pass over the data comes next; running data workers see it too."""
         self._passes.set(number)

@@ -5,14 +5,16 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate.utils import DynamoBackend
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
+from hf_recycle.mlm.capacity import MASKED_TOKENS, CountingCollator, static_size
 from hf_recycle.mlm.heads import find_masked_head, is_masked_language_model
-from hf_recycle.mlm.loss import masked_lm_loss, masked_positions
+from hf_recycle.mlm.loss import IGNORED, masked_lm_loss, masked_positions, padded_positions
 from hf_recycle.mlm.passes import PASS_COLUMN
 from hf_recycle.mlm.seeded import reproducible
 from hf_recycle.mlm.stream import EndlessStream
@@ -42,6 +44,7 @@ class MaskedLanguageModelingMixin(Trainer):
             # So that the stock Trainer counts the masked tokens, and does not divide by accumulation steps once more.
             self.model_accepts_loss_kwargs = True
         self._masked_head_wanted = masked_head and self._own_loss
+        self._static_shapes = self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
         self._head_model: nn.Module | None = None
         self._head = None
         self._deterministic = deterministic_masking
@@ -53,16 +56,32 @@ class MaskedLanguageModelingMixin(Trainer):
     # ---- Data ----
 
     def _get_dataloader(self, dataset, *args, is_training: bool = False, **kwargs) -> DataLoader:
-        if not self._deterministic:
-            return super()._get_dataloader(dataset, *args, is_training=is_training, **kwargs)
-        if is_training and isinstance(dataset, IterableDataset) and not has_length(dataset):
+        if self._deterministic and is_training and isinstance(dataset, IterableDataset) and not has_length(dataset):
             dataset = EndlessStream(dataset)
         training_collator = self.data_collator
-        self.data_collator = training_collator if is_training else self._evaluation_collator
+        collator = self._evaluation_collator if self._deterministic and not is_training else training_collator
+        if self._masked_head_wanted and not self._is_dispatched(dataset):
+            collator = CountingCollator(collator)
+        self.data_collator = collator
         try:
             return super()._get_dataloader(dataset, *args, is_training=is_training, **kwargs)
         finally:
             self.data_collator = training_collator
+
+    def _is_dispatched(self, dataset) -> bool:
+        """Whether process 0 loads the batches of all, which joins and slices tensors and takes nothing else."""
+        chosen = self.accelerator.dispatch_batches
+        return isinstance(dataset, IterableDataset) if chosen is None else chosen
+
+    def _prepare_inputs(self, inputs):
+        if isinstance(inputs, Mapping) and MASKED_TOKENS in inputs:
+            # It goes with the labels from here on: a model must not get it, and other labels have another number.
+            inputs = dict(inputs)
+            masked = inputs.pop(MASKED_TOKENS)
+            inputs = super()._prepare_inputs(inputs)
+            inputs["labels"].masked_tokens = masked
+            return inputs
+        return super()._prepare_inputs(inputs)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -106,7 +125,7 @@ class MaskedLanguageModelingMixin(Trainer):
             )
         logits, targets, outputs = self._predict_masked(model, inputs, masked_head=not return_outputs)
         if num_items_in_batch is None:
-            num_items_in_batch = (targets != -100).sum()
+            num_items_in_batch = (targets != IGNORED).sum()
         loss = masked_lm_loss(logits, targets, num_items_in_batch)
         if self.args.average_tokens_across_devices:
             # Processes average their gradients; the sum over processes is wanted.
@@ -116,8 +135,8 @@ class MaskedLanguageModelingMixin(Trainer):
     def _predict_masked(
         self, model: nn.Module, inputs: Mapping[str, Any], masked_head: bool
     ) -> tuple[Tensor, Tensor, Any]:
-        """Logits `(..., vocabulary)`, their targets `(...)` and the model's outputs: of the masked positions only if
-        `masked_head` and the model can, else of all."""
+        """Logits `(..., vocabulary)`, their targets `(...)` and the model's outputs: of the masked positions only,
+        ascending, with padding behind them, if `masked_head` and the model can, else of all."""
         self._require_labels(inputs)
         inputs = dict(inputs)
         labels = inputs.pop("labels")
@@ -125,14 +144,23 @@ class MaskedLanguageModelingMixin(Trainer):
         if head is None:
             outputs = model(**inputs)
             return _logits(outputs), labels, outputs
-        positions = masked_positions(labels)
+        positions, targets = padded_positions(labels, self._head_size(labels))
         with head.at(positions):
             outputs = model(**inputs)
         logits = _logits(outputs)
         if logits.shape[:-1] != positions.shape:
             self._give_up_masked_head(f"its head gave logits of shape {tuple(logits.shape)}")
             return self._predict_masked(model, {**inputs, "labels": labels}, masked_head=False)
-        return logits, labels.reshape(-1)[positions], outputs
+        return logits, targets, outputs
+
+    def _head_size(self, labels: Tensor) -> int:
+        """At how many positions to compute the head."""
+        masked = getattr(labels, "masked_tokens", None)
+        if masked is None:  # a dispatched batch, or labels that a subclass made; on an accelerator this waits
+            masked = int((labels != IGNORED).sum())
+        if not self._static_shapes:
+            return masked
+        return static_size(masked, labels.numel(), getattr(self.data_collator, "mlm_probability", None))
 
     def _masked_head(self):
         """The head of the current model, or None: not wanted, or the model can't (said once)."""
@@ -189,8 +217,7 @@ class MaskedLanguageModelingMixin(Trainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             logits, _, _ = self._predict_masked(model, inputs, masked_head=True)
         positions = masked_positions(inputs["labels"])
-        if logits.shape[:-1] != positions.shape:
-            logits = logits.flatten(0, -2)[positions]
+        logits = logits[: len(positions)] if logits.dim() == 2 else logits.flatten(0, -2)[positions]
         return self._tally.add(logits, inputs["labels"], positions), None, None
 
 
