@@ -2,7 +2,7 @@
 
 Which tokens are masked can be worked out on the device; how many, which is a shape, has to be known on the host. The
 collator knows, so it says so in its batch. Compiled models, for which every new shape is a compilation, get the number
-padded to one that is nearly always the same.
+padded to one that is nearly always the same; where the chance of a token to be masked is not known, dynamic shapes.
 """
 
 import math
@@ -16,9 +16,6 @@ from hf_recycle.mlm.loss import IGNORED
 MASKED_TOKENS = "hf_recycle_masked_tokens"
 """The entry of a batch that says how many of its labels are not -100: a plain int, which no loader slices, joins or
 moves to a device."""
-
-_SMALLER = 0.8  # each size to that of the next larger one
-_ABOVE, _BELOW = 4, 6  # standard deviations
 
 
 class CountingCollator:
@@ -34,26 +31,21 @@ class CountingCollator:
         return batch
 
 
-def static_size(masked: int, tokens: int, share: float | None) -> int:
-    """A size for `masked` positions out of `tokens` that is the same for most batches of so many tokens.
+def usual_size(masked: int, tokens: int, share: float) -> int | None:
+    """A size for `masked` positions out of `tokens` that is the same for nearly all batches of so many tokens.
 
     A function of its arguments alone, so that a resumed run computes with the shapes of the uninterrupted one.
 
     Args:
-        masked: masked tokens of the batch, at most `tokens`.
+        masked: masked tokens of the batch.
         tokens: tokens of the batch, padding included.
-        share: the chance of a token to be masked, where it is known.
+        share: the chance of a token to be masked.
 
     Returns:
-        Between `masked` and `tokens`: four standard deviations above what `share` lets expect, a multiple of 8, if that
-        is enough and not far too much (one batch in 30,000 is larger). Otherwise the smallest out of `tokens` · 0.8^k.
+        Four standard deviations above the mean, rounded up to a multiple of 8. None if that is too small (one batch in
+        30,000), or far larger than needed (much padding).
     """
-    if share is not None and 0 <= share <= 1:
-        mean, deviation = tokens * share, math.sqrt(tokens * share * (1 - share))
-        usual = min(tokens, 8 * math.ceil((mean + _ABOVE * deviation) / 8))
-        if min(_SMALLER * usual, mean - _BELOW * deviation) <= masked <= usual:
-            return usual
-    size = tokens
-    while masked <= (smaller := math.ceil(_SMALLER * size)) < size:
-        size = smaller
-    return size
+    mean, deviation = tokens * share, math.sqrt(tokens * share * (1 - share))
+    usual = 8 * math.ceil((mean + 4 * deviation) / 8)
+    enough = min(0.8 * usual, mean - 6 * deviation)
+    return usual if enough <= masked <= usual else None

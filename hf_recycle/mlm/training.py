@@ -12,7 +12,7 @@ from transformers import Trainer
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
-from hf_recycle.mlm.capacity import MASKED_TOKENS, CountingCollator, static_size
+from hf_recycle.mlm.capacity import MASKED_TOKENS, CountingCollator, usual_size
 from hf_recycle.mlm.heads import find_masked_head, is_masked_language_model
 from hf_recycle.mlm.loss import IGNORED, masked_lm_loss, masked_positions, padded_positions
 from hf_recycle.mlm.passes import PASS_COLUMN
@@ -44,7 +44,7 @@ class MaskedLanguageModelingMixin(Trainer):
             # So that the stock Trainer counts the masked tokens, and does not divide by accumulation steps once more.
             self.model_accepts_loss_kwargs = True
         self._masked_head_wanted = masked_head and self._own_loss
-        self._static_shapes = self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
+        self._compiled = self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
         self._head_model: nn.Module | None = None
         self._head = None
         self._deterministic = deterministic_masking
@@ -144,7 +144,7 @@ class MaskedLanguageModelingMixin(Trainer):
         if head is None:
             outputs = model(**inputs)
             return _logits(outputs), labels, outputs
-        positions, targets = padded_positions(labels, self._head_size(labels))
+        positions, targets = self._choose_positions(labels)
         with head.at(positions):
             outputs = model(**inputs)
         logits = _logits(outputs)
@@ -153,14 +153,21 @@ class MaskedLanguageModelingMixin(Trainer):
             return self._predict_masked(model, {**inputs, "labels": labels}, masked_head=False)
         return logits, targets, outputs
 
-    def _head_size(self, labels: Tensor) -> int:
-        """At how many positions to compute the head."""
+    def _choose_positions(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The positions at which to compute the head, and their targets."""
         masked = getattr(labels, "masked_tokens", None)
         if masked is None:  # a dispatched batch, or labels that a subclass made; on an accelerator this waits
             masked = int((labels != IGNORED).sum())
-        if not self._static_shapes:
-            return masked
-        return static_size(masked, labels.numel(), getattr(self.data_collator, "mlm_probability", None))
+        if not self._compiled:
+            return padded_positions(labels, masked)
+        share = getattr(self.data_collator, "mlm_probability", None)
+        known = isinstance(share, int | float) and 0 <= share <= 1
+        size = usual_size(masked, labels.numel(), share) if known else None
+        # Sizes 0 and 1 are never dynamic.
+        positions, targets = padded_positions(labels, max(masked, 2) if size is None else size)
+        if size is None:
+            torch._dynamo.maybe_mark_dynamic(positions, 0)
+        return positions, targets
 
     def _masked_head(self):
         """The head of the current model, or None: not wanted, or the model can't (said once)."""

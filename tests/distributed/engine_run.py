@@ -1,12 +1,12 @@
 """Training runs on one engine, started by torchrun or alone; process 0 writes what came out.
 
-    [torchrun --nproc_per_node N] engine_run.py ENGINE FOLDER METHOD[:resume|:accumulate|:disagree] ...
+    [torchrun --nproc_per_node N] engine_run.py ENGINE FOLDER METHOD[:resume|:accumulate|:compile|:disagree] ...
 
 `:resume`: a second trainer resumes from the checkpoint in the middle and must come to the same end. `:from=CHECKPOINT`:
-resume from a checkpoint of another engine. `:accumulate`: the
-global batch is made of two accumulated ones. `:disagree`: process 1 gets other settings than process 0. `:drift`: the
-weights of process 1 change silently. Several runs in one launch, because starting the processes takes longer than the
-runs.
+resume from a checkpoint of another engine. `:accumulate`: the global batch is made of two accumulated ones.
+`:compile`: so too, with a compiled model; `:compile=full`: with its full head. `:disagree`: process 1 gets other
+settings than process 0. `:drift`: the weights of process 1 change silently. Several runs in one launch, because
+starting the processes takes longer than the runs.
 """
 
 import os
@@ -14,7 +14,8 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import TrainerCallback
+from torch._dynamo.utils import counters
+from transformers import TrainerCallback, default_data_collator
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "trainer"))
 sys.path.insert(0, str(Path(__file__).parent))
@@ -83,6 +84,7 @@ def run(
         args=args,
         train_dataset=masked_sentences(64),
         eval_dataset=masked_sentences(11, seed=4),
+        data_collator=Collator(),
     )
     if drift:
         trainer.add_callback(_Drift(trainer))
@@ -95,11 +97,22 @@ def run(
         "state": trainer.neuron_table().state_dict(),
         "history": [row for row in trainer.recorder.to_table().to_pylist() if row["kind"] == "phase"],
         "engine": trainer.accelerator.distributed_type.value,
+        "graphs": counters["stats"]["unique_graphs"],
+        "graph_breaks": sum(counters["graph_break"].values()),
         "shards": sorted({type(parameter).__name__ for parameter in trainer.model.parameters()}),
     }
     if trainer.is_world_process_zero():
         torch.save(result, folder / "result.pt")
     return trainer
+
+
+class Collator:
+    """The default one, which says how much is masked so that the shapes of a compiled model are static."""
+
+    mlm_probability = 0.4
+
+    def __call__(self, examples):
+        return default_data_collator(examples)
 
 
 class _Drift(TrainerCallback):
@@ -128,6 +141,13 @@ def main() -> None:
             continue
         if how == "accumulate":
             trainer = run(engine, method, folder / f"{method}-accumulated", accumulation=2)
+            continue
+        if how.startswith("compile"):
+            torch.compiler.reset()
+            counters.clear()
+            name = f"{method}-{how.replace('compile', 'compiled')}"
+            compiled = {"torch_compile": True, "torch_compile_backend": "aot_eager", "masked_head": "=full" not in how}
+            trainer = run(engine, method, folder / name, accumulation=2, **compiled)
             continue
         odd = os.environ.get("RANK") == "1"
         overrides = {"recycle_fraction": 0.5} if how == "disagree" and odd else {}
