@@ -2,11 +2,9 @@
 
     [torchrun --nproc_per_node N] engine_run.py ENGINE FOLDER METHOD[:resume|:accumulate|:disagree] ...
 
-`:resume`: a second trainer resumes from the checkpoint in the middle and must come to the same end. `:from=CHECKPOINT`:
-resume from a checkpoint of another engine. `:accumulate`: the
-global batch is made of two accumulated ones. `:disagree`: process 1 gets other settings than process 0. `:drift`: the
-weights of process 1 change silently. Several runs in one launch, because starting the processes takes longer than the
-runs.
+`:resume`: a second trainer resumes from the checkpoint in the middle and must come to the same end. `:accumulate`: the global batch is made of two accumulated ones. `:disagree`: process 1 gets other settings than
+process 0. `:drift`: the weights of process 1 change silently. Several runs in one launch, because starting the
+processes takes longer than the runs.
 """
 
 import os
@@ -18,7 +16,7 @@ from transformers import TrainerCallback
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "trainer"))
 sys.path.insert(0, str(Path(__file__).parent))
-from matrix import ENGINES, GLOBAL_BATCH, METHODS
+from matrix import ENGINES, GLOBAL_BATCH, METHODS, VARIANTS
 
 STEPS, MIDDLE = 10, 5
 
@@ -74,7 +72,7 @@ def run(
             "disable_tqdm": True,
             "magnitude_steps": MIDDLE,
         }
-        | ENGINES[engine_name].arguments(str(folder))
+        | (ENGINES | VARIANTS)[engine_name].arguments(str(folder))
         | METHODS[method]
         | overrides,
     )
@@ -123,9 +121,6 @@ def main() -> None:
         pretend_an_accelerator()
     for word in sys.argv[3:]:
         method, _, how = word.partition(":")
-        if how.startswith("from="):
-            trainer = run(engine, method, folder / f"{method}-changed", resume=Path(how.removeprefix("from=")))
-            continue
         if how == "accumulate":
             trainer = run(engine, method, folder / f"{method}-accumulated", accumulation=2)
             continue

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 GLOBAL_BATCH = 8
@@ -62,6 +62,16 @@ ENGINES = {
     "zero1": Engine("DeepSpeed ZeRO-1", arguments=_zero(1)),
     "zero2": Engine("DeepSpeed ZeRO-2", arguments=_zero(2)),
     "zero3": Engine("DeepSpeed ZeRO-3", arguments=_zero(3)),
+}
+
+# Settings of these engines that change where things lie. What is tested of each: `test_engine_resume`,
+# `test_engine_limits`.
+VARIANTS = {
+    "fsdp2_sharded": replace(
+        ENGINES["fsdp2"],
+        title="FSDP2, sharded state dicts",
+        environment=ENGINES["fsdp2"].environment | {"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"},
+    ),
 }
 
 # Methods, as training arguments.
