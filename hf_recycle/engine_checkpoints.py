@@ -137,12 +137,13 @@ def _check_partitions(folder: Path, partitions: Path, config: dict, processes: i
     universal = Path(folder, "latest_universal")
     convert = (
         f"`python -m deepspeed.checkpoint.ds_to_universal --input_folder {partitions} "
-        f"--output_folder {partitions}_universal`"
+        f"--output_folder {partitions}_universal --inject_missing_state`"
     )
     if config.get("checkpoint", {}).get("load_universal"):
         if not universal.is_file():
             raise UserError(
-                f"checkpoint.load_universal is true and {folder} holds no universal checkpoint: convert it with {convert}."
+                f"checkpoint.load_universal is true and {folder} holds no universal checkpoint: convert it with "
+                f"{convert}."
             )
         return
     written = _partition_count(partitions)

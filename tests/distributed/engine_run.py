@@ -2,9 +2,10 @@
 
     [torchrun --nproc_per_node N] engine_run.py ENGINE FOLDER METHOD[:resume|:accumulate|:disagree] ...
 
-`:resume`: a second trainer resumes from the checkpoint in the middle and must come to the same end. `:accumulate`: the global batch is made of two accumulated ones. `:disagree`: process 1 gets other settings than
-process 0. `:drift`: the weights of process 1 change silently. Several runs in one launch, because starting the
-processes takes longer than the runs.
+`:resume`: a second trainer resumes from the checkpoint in the middle and must come to the same end. `:accumulate`: the
+global batch is made of two accumulated ones. `:disagree`: process 1 gets other settings than process 0. `:drift`: the
+weights of process 1 change silently. Several runs in one launch, because starting the processes takes longer than the
+runs.
 """
 
 import os

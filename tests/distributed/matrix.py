@@ -25,7 +25,7 @@ class Engine:
     pretend: bool = False
 
 
-def _zero(stage: int) -> Callable[[str], dict]:
+def _zero(stage: int, **more) -> Callable[[str], dict]:
     def arguments(folder: str) -> dict:
         config = {
             "train_micro_batch_size_per_gpu": "auto",
@@ -37,6 +37,9 @@ def _zero(stage: int) -> Callable[[str], dict]:
                 "params": {"torch_adam": True, "lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"},
             },
         }
+        for key, value in more.items():
+            config[key] = config[key] | value if isinstance(config.get(key), dict) else value
+        config = {key: value for key, value in config.items() if value is not None}
         path = Path(folder, f"zero{stage}.json")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(config))
@@ -72,6 +75,23 @@ VARIANTS = {
         title="FSDP2, sharded state dicts",
         environment=ENGINES["fsdp2"].environment | {"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"},
     ),
+    "zero2_universal": Engine("ZeRO-2, universal checkpoints", arguments=_zero(2, checkpoint={"load_universal": True})),
+    "zero3_universal": Engine("ZeRO-3, universal checkpoints", arguments=_zero(3, checkpoint={"load_universal": True})),
+    "zero2_offload": Engine(
+        "ZeRO-2, optimizer on the CPU",
+        arguments=_zero(
+            2, zero_optimization={"offload_optimizer": {"device": "cpu"}}, zero_force_ds_cpu_optimizer=False
+        ),
+    ),
+    "zero3_offload": Engine(
+        "ZeRO-3, parameters and optimizer on the CPU",
+        arguments=_zero(
+            3,
+            zero_optimization={"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}},
+            zero_force_ds_cpu_optimizer=False,
+        ),
+    ),
+    "zero3_own_optimizer": Engine("ZeRO-3, the Trainer's own optimizer", arguments=_zero(3, optimizer=None)),
 }
 
 # Methods, as training arguments.

@@ -2,7 +2,8 @@
 
     torchrun --nproc_per_node N variant_run.py ENGINE FOLDER NAME=METHOD[:CHECKPOINT] ...
 
-Each run saves every four steps and writes to FOLDER/NAME. Where it must be refused, FOLDER/NAME.error gets the message of each process.
+Each run saves every four steps and writes to FOLDER/NAME. If it is refused, FOLDER/NAME.error gets the message of each
+process.
 """
 
 import os
