@@ -134,33 +134,29 @@ def check_resumable(trainer: Trainer, folder: Path) -> None:
 
 
 def _check_partitions(folder: Path, partitions: Path, config: dict, processes: int, anew: str) -> None:
-    universal = Path(folder, "latest_universal")
     convert = (
         f"`python -m deepspeed.checkpoint.ds_to_universal --input_folder {partitions} "
         f"--output_folder {partitions}_universal --inject_missing_state`"
     )
+    stages = {True: "stage 3", False: "stage 1 or 2"}
+    written, now = _is_stage_3(partitions), config.get("zero_optimization", {}).get("stage", 0) == 3
+    if written != now:
+        raise UserError(
+            f"The checkpoint {folder} was written by ZeRO {stages[written]} and this run has {stages[now]}, whose "
+            f"partitions are others: resume with {stages[written]}, or {anew}."
+        )
     if config.get("checkpoint", {}).get("load_universal"):
-        if not universal.is_file():
+        if not Path(folder, "latest_universal").is_file():
             raise UserError(
                 f"checkpoint.load_universal is true and {folder} holds no universal checkpoint: convert it with "
                 f"{convert}."
             )
-        return
-    written = _partition_count(partitions)
-    whole_model = not any(partitions.glob("*zero_pp_rank_*_model_states.pt"))
-    stages = {True: "stage 1 or 2", False: "stage 3"}
-    now = config.get("zero_optimization", {}).get("stage", 0) < 3
-    if written == processes and whole_model == now:
-        return
-    then, here = (
-        f"{count} process{'es' * (count != 1)} with ZeRO {stages[whole]}"
-        for count, whole in ((written, whole_model), (processes, now))
-    )
-    raise UserError(
-        f"The checkpoint {folder} holds the partitions of {then} and this run has {here}: resume with as many and that "
-        f"stage, or convert it with {convert} and set checkpoint.load_universal to true in the DeepSpeed "
-        f"configuration, or {anew}."
-    )
+    elif (then := _partition_count(partitions)) != processes:
+        raise UserError(
+            f"The checkpoint {folder} holds the partitions of {then} processes and this run has {processes}: start "
+            f"{then}, or convert it with {convert} and set checkpoint.load_universal to true in the DeepSpeed "
+            f"configuration, or {anew}."
+        )
 
 
 def zero_partitions(folder: Path) -> Path | None:
@@ -170,6 +166,11 @@ def zero_partitions(folder: Path) -> Path | None:
         return None
     name = latest.read_text()[:1000].strip()
     return Path(folder, Path(name).name)
+
+
+def _is_stage_3(partitions: Path) -> bool:
+    # Only this stage cuts the model too.
+    return any(partitions.glob("*zero_pp_rank_*_model_states.pt"))
 
 
 def _partition_count(partitions: Path) -> int:

@@ -49,6 +49,7 @@ def run(
     resume: Path | None = None,
     accumulation: int = 1,
     drift: bool = False,
+    d_ff: int = 32,
     **overrides,
 ):
     from tiny_runs import masked_sentences, tiny_bert
@@ -78,7 +79,7 @@ def run(
         | overrides,
     )
     trainer = RecyclingTrainer(
-        model=tiny_bert(dropout=0.0),
+        model=tiny_bert(dropout=0.0, d_ff=d_ff),
         args=args,
         train_dataset=masked_sentences(64),
         eval_dataset=masked_sentences(11, seed=4),

@@ -31,14 +31,14 @@ def _zero(stage: int, **more) -> Callable[[str], dict]:
             "train_micro_batch_size_per_gpu": "auto",
             "gradient_accumulation_steps": "auto",
             "gradient_clipping": "auto",
-            "zero_optimization": {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True},
+            "zero_optimization": {"stage": stage},
             "optimizer": {
                 "type": "AdamW",
                 "params": {"torch_adam": True, "lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"},
             },
         }
         for key, value in more.items():
-            config[key] = config[key] | value if isinstance(config.get(key), dict) else value
+            config[key] = config[key] | value if isinstance(value, dict) and key in config else value
         config = {key: value for key, value in config.items() if value is not None}
         path = Path(folder, f"zero{stage}.json")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -76,7 +76,6 @@ VARIANTS = {
         environment=ENGINES["fsdp2"].environment | {"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"},
     ),
     "zero2_universal": Engine("ZeRO-2, universal checkpoints", arguments=_zero(2, checkpoint={"load_universal": True})),
-    "zero3_universal": Engine("ZeRO-3, universal checkpoints", arguments=_zero(3, checkpoint={"load_universal": True})),
     "zero2_offload": Engine(
         "ZeRO-2, optimizer on the CPU",
         arguments=_zero(
@@ -91,7 +90,10 @@ VARIANTS = {
             zero_force_ds_cpu_optimizer=False,
         ),
     ),
-    "zero3_own_optimizer": Engine("ZeRO-3, the Trainer's own optimizer", arguments=_zero(3, optimizer=None)),
+    "zero3_own_optimizer": Engine(
+        "ZeRO-3, the Trainer's own optimizer, no parameter kept gathered",
+        arguments=_zero(3, optimizer=None, zero_optimization={"stage3_param_persistence_threshold": 0}),
+    ),
 }
 
 # Methods, as training arguments.
