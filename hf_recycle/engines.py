@@ -40,7 +40,7 @@ def check_deepspeed(config: dict[str, Any]) -> None:
             if (device := (zero.get(part) or {}).get("device"))
         ),
         *(
-            (key, value, bool(value) and value != 1, "it keeps further copies of the weights: leave it out")
+            (key, value, value is True or value > 1, "it keeps further copies of the weights: leave it out")
             for key in ("zero_hpz_partition_size", "zero_quantized_weights")
             if (value := zero.get(key)) is not None
         ),
