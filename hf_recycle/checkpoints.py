@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import nested_gather
@@ -17,6 +16,7 @@ from transformers.training_args import ParallelMode
 from transformers.utils import logging
 
 from hf_recycle import files
+from hf_recycle.engine_checkpoints import EngineCheckpointMixin
 from hf_recycle.history_checks import check_agreement
 from hf_recycle.neurons.table import NeuronTable
 from hf_recycle.recorder import HistoryRecorder
@@ -29,7 +29,7 @@ _STAGING = "tmp-"  # a name that the Trainer does not take for a checkpoint
 _RUNNING_LOSS, _LAST_LOGGED = "trainer/running_loss", "trainer/last_logged_step"
 
 
-class CheckpointMixin(Trainer):
+class CheckpointMixin(EngineCheckpointMixin):
     """Writes each checkpoint under another name and renames it last, with the recycling files inside, and resumes
     from it exactly.
 

@@ -1,14 +1,17 @@
 """What the engines under the Trainer need before they take the model over."""
 
+from typing import Any
+
 from torch import nn
 from transformers import Trainer
 
 
 def check_engine(trainer: Trainer) -> None:
-    """Refuses engines that the methods can't work on.
+    """Refuses engines that the methods can't work on, and has ZeRO-3 write plain weights with its checkpoints.
 
     Raises:
-        ValueError: for FSDP version 1, which flattens parameters out of reach.
+        ValueError: for FSDP version 1, which flattens parameters out of reach, and for what keeps parameters or the
+            optimizer's state out of reach under DeepSpeed.
     """
     plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
     if plugin is not None and getattr(plugin, "fsdp_version", 1) != 2:
@@ -16,21 +19,73 @@ def check_engine(trainer: Trainer) -> None:
             "FSDP version 1 flattens the parameters, so neurons can't be told apart: use version 2 "
             "(fsdp_version: 2 in the accelerate configuration, or FSDP_VERSION=2)."
         )
+    if trainer.is_deepspeed_enabled:
+        check_deepspeed(trainer.accelerator.state.deepspeed_plugin.deepspeed_config)
 
 
-def drop_tied_aliases(model: nn.Module) -> None:
+def check_deepspeed(config: dict[str, Any]) -> None:
+    """Refuses a DeepSpeed configuration that the methods can't work with, and completes it.
+
+    Raises:
+        ValueError: with the key, its value and what to do.
+    """
+    zero = config.get("zero_optimization") or {}
+    stage = zero.get("stage", 0)
+    tensor_parallel = (config.get("tensor_parallel") or {}).get("autotp_size", 0)
+    unreachable = [
+        ("stage", stage, stage not in (1, 2, 3), "use stage 1, 2 or 3 (without ZeRO, DDP does the same)"),
+        *(
+            (f"{part}.device", device, device == "nvme", "weights on disks can't be reached: use cpu or none")
+            for part in ("offload_optimizer", "offload_param")
+            if (device := (zero.get(part) or {}).get("device"))
+        ),
+        *(
+            (key, value, value is True or value > 1, "it keeps further copies of the weights: leave it out")
+            for key in ("zero_hpz_partition_size", "zero_quantized_weights")
+            if (value := zero.get(key)) is not None
+        ),
+    ]
+    for key, value, refused, remedy in unreachable:
+        if refused:
+            raise ValueError(f"zero_optimization.{key}={value!r} can't be used with neuron recycling: {remedy}.")
+    if tensor_parallel > 1:
+        raise ValueError(
+            f"tensor_parallel.autotp_size={tensor_parallel} can't be used with neuron recycling: it cuts weights "
+            "without a record of how; use ZeRO-3 or FSDP2 alone."
+        )
+    if stage == 3 and not zero.setdefault("stage3_gather_16bit_weights_on_model_save", True):
+        raise ValueError(
+            "zero_optimization.stage3_gather_16bit_weights_on_model_save=False would leave checkpoints without weights "
+            "that from_pretrained can load: set it to true."
+        )
+
+
+def drop_tied_aliases(model: nn.Module) -> dict[str, str]:
     """Removes second names of parameters that the output embeddings hold, before FSDP2 shards the model.
 
     BERT and its kin register the decoder's bias twice, on the decoder and on the head around it, and compute with the
     decoder's only. FSDP2 puts decoder and head into different groups, and a parameter in two groups is an error. The
     name that goes is one that `from_pretrained` ties again.
+
+    Returns:
+        The names that went, each with the name that stays.
     """
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if output is None:
-        return
+        return {}
     held = {id(parameter) for parameter in output.parameters(recurse=False)}
     kept = {id(output), id(model.get_input_embeddings())}
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if id(parameter) in held and id(module) not in kept:
                 del module._parameters[name]
+    stayed = dict(model.named_parameters(remove_duplicate=False))
+    return {
+        name: next(other for other in tied if other in stayed)
+        for tied in names.values()
+        for name in tied
+        if name not in stayed
+    }

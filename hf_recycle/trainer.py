@@ -56,7 +56,7 @@ class RecyclingTrainer(CheckpointMixin, MaskedLanguageModelingMixin):
                 f"{args.n_gpu} GPUs are visible to one process, which transformers would use through nn.DataParallel; "
                 f"run `accelerate launch --num_processes {args.n_gpu} <your script>`, or set CUDA_VISIBLE_DEVICES=0."
             )
-        self.recorder = HistoryRecorder()
+        self.recorder, self.tied_aliases = HistoryRecorder(), {}
         super().__init__(model, args, *positional, **kwargs)
         self.neuron_callbacks = self._wire_callbacks()
         check_engine(self)
@@ -148,9 +148,14 @@ class RecyclingTrainer(CheckpointMixin, MaskedLanguageModelingMixin):
         if self.recycling is not None:
             for view in self.neuron_table().views:
                 view.learn_distribution()
-        if self.is_fsdp_enabled:
-            drop_tied_aliases(self.model)
         return super()._prepare_for_training(*args, **kwargs)
+
+    def create_optimizer(self, *args, **kwargs):
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self.is_fsdp_enabled:
+            # Only now, so that the optimizer numbers the parameters as it does without FSDP.
+            self.tied_aliases |= drop_tied_aliases(self.accelerator.unwrap_model(self.model, keep_torch_compile=False))
+        return optimizer
 
     def train(self, *args, **kwargs):
         self.check_labels()

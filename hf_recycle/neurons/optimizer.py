@@ -34,6 +34,8 @@ _LAYOUTS: dict[type, dict[str, str]] = {
         "RMS": SHARED,
     },
 }
+# DeepSpeed's own, by name: importing it takes seconds and compilers.
+_DEEPSPEED_LAYOUTS = {"FusedAdam": _ADAM, "DeepSpeedCPUAdam": _ADAM}
 
 
 def unwrap_optimizer(optimizer) -> torch.optim.Optimizer:
@@ -147,11 +149,13 @@ def _layout_of(optimizer: torch.optim.Optimizer) -> dict[str, str]:
     for cls in type(optimizer).__mro__:
         if cls in _LAYOUTS:
             return _LAYOUTS[cls]
+        if cls.__module__.startswith("deepspeed.ops.adam") and cls.__name__ in _DEEPSPEED_LAYOUTS:
+            return _DEEPSPEED_LAYOUTS[cls.__name__]
     raise ValueError(_refusal(optimizer, "its state is unknown"))
 
 
 def _refusal(optimizer: torch.optim.Optimizer, why: str) -> str:
-    known = dict.fromkeys(cls.__name__ for cls in _LAYOUTS)
+    known = dict.fromkeys([*(cls.__name__ for cls in _LAYOUTS), *_DEEPSPEED_LAYOUTS])
     return (
         f"recycle_optimizer_state='reset' or 'zero' can't be used with {type(optimizer).__name__}: {why}; "
         f"use recycle_optimizer_state='keep', or one of {', '.join(known)}."

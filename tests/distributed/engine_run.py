@@ -2,11 +2,10 @@
 
     [torchrun --nproc_per_node N] engine_run.py ENGINE FOLDER METHOD[:resume|:accumulate|:compile|:disagree] ...
 
-`:resume`: a second trainer resumes from the checkpoint in the middle and must come to the same end. `:from=CHECKPOINT`:
-resume from a checkpoint of another engine. `:accumulate`: the global batch is made of two accumulated ones.
-`:compile`: so too, with a compiled model; `:compile=full`: with its full head. `:disagree`: process 1 gets other
-settings than process 0. `:drift`: the weights of process 1 change silently. Several runs in one launch, because
-starting the processes takes longer than the runs.
+`:resume`: a second trainer resumes from the checkpoint in the middle and must come to the same end. `:accumulate`: the
+global batch is made of two accumulated ones. `:compile`: so too, with a compiled model; `:compile=full`: with its full
+head. `:disagree`: process 1 gets other settings than process 0. `:drift`: the weights of process 1 change silently.
+Several runs in one launch, because starting the processes takes longer than the runs.
 """
 
 import os
@@ -19,7 +18,7 @@ from transformers import TrainerCallback, default_data_collator
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "trainer"))
 sys.path.insert(0, str(Path(__file__).parent))
-from matrix import ENGINES, GLOBAL_BATCH, METHODS
+from matrix import ENGINES, GLOBAL_BATCH, METHODS, VARIANTS
 
 STEPS, MIDDLE = 10, 5
 
@@ -51,6 +50,7 @@ def run(
     resume: Path | None = None,
     accumulation: int = 1,
     drift: bool = False,
+    d_ff: int = 32,
     **overrides,
 ):
     from tiny_runs import masked_sentences, tiny_bert
@@ -75,12 +75,12 @@ def run(
             "disable_tqdm": True,
             "magnitude_steps": MIDDLE,
         }
-        | ENGINES[engine_name].arguments(str(folder))
+        | (ENGINES | VARIANTS)[engine_name].arguments(str(folder))
         | METHODS[method]
         | overrides,
     )
     trainer = RecyclingTrainer(
-        model=tiny_bert(dropout=0.0),
+        model=tiny_bert(dropout=0.0, d_ff=d_ff),
         args=args,
         train_dataset=masked_sentences(64),
         eval_dataset=masked_sentences(11, seed=4),
@@ -136,9 +136,6 @@ def main() -> None:
         pretend_an_accelerator()
     for word in sys.argv[3:]:
         method, _, how = word.partition(":")
-        if how.startswith("from="):
-            trainer = run(engine, method, folder / f"{method}-changed", resume=Path(how.removeprefix("from=")))
-            continue
         if how == "accumulate":
             trainer = run(engine, method, folder / f"{method}-accumulated", accumulation=2)
             continue

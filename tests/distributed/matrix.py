@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 GLOBAL_BATCH = 8
@@ -25,18 +25,21 @@ class Engine:
     pretend: bool = False
 
 
-def _zero(stage: int) -> Callable[[str], dict]:
+def _zero(stage: int, **more) -> Callable[[str], dict]:
     def arguments(folder: str) -> dict:
         config = {
             "train_micro_batch_size_per_gpu": "auto",
             "gradient_accumulation_steps": "auto",
             "gradient_clipping": "auto",
-            "zero_optimization": {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True},
+            "zero_optimization": {"stage": stage},
             "optimizer": {
                 "type": "AdamW",
                 "params": {"torch_adam": True, "lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"},
             },
         }
+        for key, value in more.items():
+            config[key] = config[key] | value if isinstance(value, dict) and key in config else value
+        config = {key: value for key, value in config.items() if value is not None}
         path = Path(folder, f"zero{stage}.json")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(config))
@@ -62,6 +65,35 @@ ENGINES = {
     "zero1": Engine("DeepSpeed ZeRO-1", arguments=_zero(1)),
     "zero2": Engine("DeepSpeed ZeRO-2", arguments=_zero(2)),
     "zero3": Engine("DeepSpeed ZeRO-3", arguments=_zero(3)),
+}
+
+# Settings of these engines that change where things lie. What is tested of each: `test_engine_resume`,
+# `test_engine_limits`.
+VARIANTS = {
+    "fsdp2_sharded": replace(
+        ENGINES["fsdp2"],
+        title="FSDP2, sharded state dicts",
+        environment=ENGINES["fsdp2"].environment | {"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"},
+    ),
+    "zero2_universal": Engine("ZeRO-2, universal checkpoints", arguments=_zero(2, checkpoint={"load_universal": True})),
+    "zero2_offload": Engine(
+        "ZeRO-2, optimizer on the CPU",
+        arguments=_zero(
+            2, zero_optimization={"offload_optimizer": {"device": "cpu"}}, zero_force_ds_cpu_optimizer=False
+        ),
+    ),
+    "zero3_offload": Engine(
+        "ZeRO-3, parameters and optimizer on the CPU",
+        arguments=_zero(
+            3,
+            zero_optimization={"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}},
+            zero_force_ds_cpu_optimizer=False,
+        ),
+    ),
+    "zero3_own_optimizer": Engine(
+        "ZeRO-3, the Trainer's own optimizer, no parameter kept gathered",
+        arguments=_zero(3, optimizer=None, zero_optimization={"stage3_param_persistence_threshold": 0}),
+    ),
 }
 
 # Methods, as training arguments.

@@ -19,7 +19,7 @@ SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 VOCABULARY = 64
 
 
-def tiny_bert(dropout: float = 0.1, layers: int = 2) -> BertForMaskedLM:
+def tiny_bert(dropout: float = 0.1, layers: int = 2, d_ff: int = 32) -> BertForMaskedLM:
     set_seed(7)
     return BertForMaskedLM(
         BertConfig(
@@ -27,7 +27,7 @@ def tiny_bert(dropout: float = 0.1, layers: int = 2) -> BertForMaskedLM:
             hidden_size=16,
             num_hidden_layers=layers,
             num_attention_heads=2,
-            intermediate_size=32,
+            intermediate_size=d_ff,
             max_position_embeddings=16,
             hidden_dropout_prob=dropout,
             attention_probs_dropout_prob=dropout,

@@ -1,0 +1,80 @@
+"""Resuming with another number of processes, another engine, another kind of state dict: as if nothing had happened.
+
+One process, DDP and FSDP2 with full and with sharded state dicts take turns on one training; every switch falls into a
+transition. Real processes, gloo.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_engines import assert_same_outcome, launch, outcome
+from transformers import AutoModelForMaskedLM
+
+SCRIPT = Path(__file__).with_name("variant_run.py")
+
+# In the order in which they can run: launch, engine, processes, its runs, and what each resumes from.
+LAUNCHES: dict[str, tuple[str, int, dict[str, str | None]]] = {
+    "one": ("single", 1, {"whole": None}),
+    "ddp": ("ddp", 2, {"from_one": "one/whole/4"}),
+    "sharded": (
+        "fsdp2_sharded",
+        2,
+        {"whole": None, "resumed": "sharded/whole/4", "from_one": "one/whole/4", "from_ddp": "ddp/from_one/8"},
+    ),
+    "full": ("fsdp2", 2, {"from_sharded": "sharded/from_one/8", "from_one": "one/whole/4"}),
+    "alone": ("fsdp2_sharded", 1, {"from_full": "full/from_one/8", "from_sharded": "sharded/whole/4"}),
+    "one_again": (
+        "single",
+        1,
+        {
+            "from_ddp": "ddp/from_one/8",
+            "from_sharded": "sharded/from_one/8",
+            "from_full": "full/from_one/8",
+        },
+    ),
+}
+RUNS = [(launched, run) for launched, (_, _, runs) in LAUNCHES.items() for run in runs]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The folder of all the runs, `LAUNCH/RUN`."""
+    folder = tmp_path_factory.mktemp("resume")
+    for launched, (engine, processes, runs) in LAUNCHES.items():
+        words = []
+        for run, source in runs.items():
+            where, _, step = (source or "").rpartition("/")
+            words.append(f"{run}=smooth" + (f":{folder / where / f'checkpoint-{step}'}" if source else ""))
+        launch(engine, folder / launched, words, processes, script=SCRIPT)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("launched", "run"), RUNS[1:])
+def test_same_as_uninterrupted(launched, run, runs):
+    found = outcome(runs / launched, run)
+    assert ("DTensor" in found[0]["shards"]) == LAUNCHES[launched][0].startswith("fsdp2")
+    assert_same_outcome(outcome(runs / "one", "whole"), found)
+
+
+@pytest.mark.slow
+def test_sharded_state_dicts_resume_to_the_bit(runs):
+    whole, resumed = outcome(runs / "sharded", "whole"), outcome(runs / "sharded", "resumed")
+    assert whole[0]["losses"] == resumed[0]["losses"]
+    for part in (1, 0):
+        before, after = (result[part] if part else result[part]["state"] for result in (whole, resumed))
+        assert all(torch.equal(values, after[key]) for key, values in before.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("launched", "run"), [("sharded", "whole"), ("full", "from_sharded"), ("alone", "from_full")])
+def test_plain_transformers_loads_the_checkpoint(launched, run, runs):
+    checkpoint = runs / launched / run / "checkpoint-10"
+    model, loading = AutoModelForMaskedLM.from_pretrained(checkpoint, output_loading_info=True)
+    assert not any(loading[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    expected = load_file(runs / "one" / "whole" / "checkpoint-10" / "model.safetensors")
+    weights = model.state_dict()
+    for key, values in expected.items():
+        torch.testing.assert_close(weights[key], values, rtol=1e-4, atol=2e-6, msg=key)

@@ -1,0 +1,98 @@
+"""Runs on one engine that resume from any checkpoint, of any width, in one launch.
+
+    torchrun --nproc_per_node N variant_run.py ENGINE FOLDER NAME=METHOD[,SETTING=NUMBER ...][:CHECKPOINT] ...
+
+Each run saves every four steps and writes to FOLDER/NAME. If it is refused, FOLDER/NAME.error gets the message of each
+process. The setting `d_ff` is that of the model, `measured` writes FOLDER/NAME/measured.json: what the methods
+communicated and held, by event (see `Measure`); the others are training arguments.
+"""
+
+import functools
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from engine_run import pretend_an_accelerator, run
+from matrix import ENGINES, VARIANTS
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+EVENTS = ("on_pre_optimizer_step", "on_optimizer_step", "on_step_end")
+
+
+class Measure(TorchDispatchMode):
+    """Elements sent or received, and those of the largest tensor made."""
+
+    def __init__(self):
+        super().__init__()
+        self.communicated = self.largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        if func.namespace in ("c10d", "_c10d_functional"):
+            self.communicated += max((t.numel() for t in given), default=0)
+        known = {t.untyped_storage().data_ptr() for t in given}
+        made = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+        fresh = (t.numel() for t in made if t.untyped_storage().data_ptr() not in known)
+        self.largest = max([self.largest, *fresh])
+        return out
+
+
+def measure_callbacks() -> dict[str, dict[str, int]]:
+    """From now on every event of every callback is measured: `{callback.event: {communicated, largest}}`, the most of
+    all its calls."""
+    from hf_recycle.trainer import CALLBACKS
+
+    measured: dict[str, dict[str, int]] = {}
+
+    def wrap(name, event):
+        @functools.wraps(event)
+        def wrapped(*args, **kwargs):
+            with Measure() as measure:
+                event(*args, **kwargs)
+            most = measured.setdefault(name, {"communicated": 0, "largest": 0})
+            for key in most:
+                most[key] = max(most[key], getattr(measure, key))
+
+        return wrapped
+
+    for cls in CALLBACKS:
+        for event in EVENTS:
+            if event in vars(cls):
+                setattr(cls, event, wrap(f"{cls.__name__}.{event}", vars(cls)[event]))
+    return measured
+
+
+def main() -> None:
+    engine, folder = sys.argv[1], Path(sys.argv[2])
+    torch.set_num_threads(1)
+    os.environ |= (ENGINES | VARIANTS)[engine].environment
+    if (ENGINES | VARIANTS)[engine].pretend:
+        pretend_an_accelerator()
+    measured = None
+    for word in sys.argv[3:]:
+        name, _, what = word.partition("=")
+        what, _, checkpoint = what.partition(":")
+        method, *settings = what.split(",")
+        values = {key: float(value) for key, value in (setting.split("=") for setting in settings)}
+        overrides = {key: int(value) if value.is_integer() else value for key, value in values.items()}
+        if overrides.pop("measured", False):
+            measured = measure_callbacks() if measured is None else measured
+            measured.clear()
+        resume = Path(checkpoint) if checkpoint else None
+        try:
+            trainer = run(engine, method, folder / name, resume=resume, save_steps=4, **overrides)
+        except ValueError as error:
+            folder.mkdir(exist_ok=True, parents=True)
+            with open(folder / f"{name}.error", "a") as file:
+                file.write(f"{error}\n")
+            continue
+        if measured is not None and trainer.is_world_process_zero():
+            (folder / name / "measured.json").write_text(json.dumps(measured))
+
+
+if __name__ == "__main__":
+    main()
