@@ -47,15 +47,16 @@ def prune(table: NeuronTable, settings: PruningSettings, schedule: PruningSchedu
         One record for each block.
     """
     records, chosen = [], []
+    # Of what the model computes with, also for neurons in transition, which pruning may take.
+    magnitudes = table.magnitudes()
     for position, (block, state) in enumerate(zip(table.blocks, table.states, strict=True)):
         eligible = ~state.pruned
         requested = max(schedule.target(step, block.num_neurons) - int(state.pruned.sum()), 0)
-        magnitudes = block.magnitudes().cpu()
         record = PruningRecord(step, block.name, requested, int(eligible.sum()), [])
-        if not magnitudes.isfinite().all():
+        if not magnitudes[block.name].isfinite().all():
             records.append(PruningRecord(**vars(record) | {"note": "put off: some magnitudes are not finite"}))
             continue
-        signals = Signals(magnitudes, generator_for(settings.seed, step, position, "prune"))
+        signals = Signals(magnitudes[block.name], generator_for(settings.seed, step, position, "prune"))
         index = select(CRITERIA[settings.selection](signals), eligible, requested)
         state.pruned[index] = True
         if state.transition is not None:
