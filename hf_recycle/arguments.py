@@ -9,6 +9,7 @@ from hf_recycle.settings import (
     METHODS,
     MagnitudeSettings,
     MidpointSettings,
+    PruningSettings,
     RecyclingSettings,
     Settings,
     flat_field,
@@ -21,6 +22,10 @@ def _recycle(name: str) -> Any:
 
 def _midpoint(name: str) -> Any:
     return flat_field(MidpointSettings, name)
+
+
+def _prune(name: str) -> Any:
+    return flat_field(PruningSettings, name)
 
 
 @dataclass
@@ -52,6 +57,14 @@ class RecyclingArguments(TrainingArguments):
     midpoint_log: bool = _midpoint("log")
     midpoint_below_only: bool = _midpoint("below_only")
 
+    prune_fraction: float = _prune("fraction")
+    prune_start: float = _prune("start")
+    prune_end: float | None = _prune("end")
+    prune_steps: float = _prune("steps")
+    prune_schedule: str = _prune("schedule")
+    prune_selection: str = _prune("selection")
+    prune_seed: int | None = _prune("seed")
+
     magnitude_steps: float | None = flat_field(MagnitudeSettings, "steps")
 
     masked_head: bool = field(
@@ -80,6 +93,8 @@ class RecyclingArguments(TrainingArguments):
             self.method_settings(method).validate(method.prefix)
         if self.recycle_seed is None:
             self.recycle_seed = self.seed
+        if self.prune_seed is None:
+            self.prune_seed = self.seed
 
     def method_settings(self, method: type[Settings]) -> Settings:
         """The settings of one method, without their prefix."""

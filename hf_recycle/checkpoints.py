@@ -133,6 +133,7 @@ class CheckpointMixin(EngineCheckpointMixin):
             table.magnitudes(),
             self.recorder,
             step=self.state.global_step,
+            pruned=table.pruned,
             in_transition=table.in_transition,
             immune=self.immune_neurons(),
         )

@@ -21,6 +21,9 @@ MAX_NAME = 1000
 NEURON_TENSORS = {"counts": torch.int32, "last_phase": torch.int32, "last_step": torch.int64}
 """The per-neuron tensors of the state file, all of shape (d_ff,) and non-negative."""
 
+OPTIONAL_TENSORS = {"pruned": torch.bool}
+"""Those that are there only where a neuron has something to say."""
+
 _REMEDY = "restore the file from where it was written, or use another checkpoint"
 
 
@@ -91,7 +94,7 @@ def check_state(
         owner, _, rest = key.partition("/")
         if key.startswith("trainer/"):
             continue
-        if rest in NEURON_TENSORS:
+        if rest in NEURON_TENSORS or rest in OPTIONAL_TENSORS:
             found.setdefault(owner, set()).add(rest)
         elif rest.startswith("transition/"):
             found.setdefault(owner, set())
@@ -107,18 +110,19 @@ def check_state(
         if missing:
             fail(path, f"{missing[0]} of block {name} is missing")
         size = tensors[f"{name}/counts"].numel() if sizes is None else sizes[name]
-        _check_neurons(path, name, {kind: tensors[f"{name}/{kind}"] for kind in NEURON_TENSORS}, size)
+        _check_neurons(path, name, {kind: tensors[f"{name}/{kind}"] for kind in sorted(kinds)}, size)
 
 
 def _check_neurons(path: Path, block: str, tensors: Mapping[str, torch.Tensor], size: int) -> None:
     for kind, tensor in tensors.items():
-        if tensor.dtype != NEURON_TENSORS[kind]:
-            fail(path, f"{kind} of block {block} is {tensor.dtype} where {NEURON_TENSORS[kind]} is expected")
+        expected = (NEURON_TENSORS | OPTIONAL_TENSORS)[kind]
+        if tensor.dtype != expected:
+            fail(path, f"{kind} of block {block} is {tensor.dtype} where {expected} is expected")
         if tuple(tensor.shape) != (size,):
             fail(path, f"{kind} of block {block} has shape {tuple(tensor.shape)} where ({size},) is expected")
         if bool((tensor < 0).any()):
             fail(path, f"{kind} of block {block} has negative entries")
-    counts, phase, step = (tensors[kind] for kind in NEURON_TENSORS)
+    counts, phase, step = (tensors[kind] for kind in NEURON_TENSORS)  # these three are always there
     # A neuron is recycled at most once in a phase, so its count can't pass the number of its last phase.
     if bool((counts > phase).any()) or bool(((counts > 0) != (phase > 0)).any()):
         fail(path, f"counts and last_phase of block {block} contradict each other")
@@ -136,8 +140,8 @@ def check_stats(path: Path, stats: Mapping[str, Any]) -> None:
         fail(path, f"blocks is {_show(blocks)} where a list of objects is expected")
     for owner, keys in (
         (stats, ("step", "phases", "recycling_events")),
-        (neurons, ("total", "ever_recycled", "in_transition", "immune")),
-        *((block, ("neurons", "ever_recycled", "recycling_events")) for block in blocks),
+        (neurons, ("total", "ever_recycled", "pruned", "in_transition", "immune")),
+        *((block, ("neurons", "ever_recycled", "pruned", "recycling_events")) for block in blocks),
     ):
         for key in keys:
             if not _is_count(owner.get(key)):
@@ -151,6 +155,7 @@ def check_stats(path: Path, stats: Mapping[str, Any]) -> None:
     for whole, part, total in (
         ("neurons.total", "neurons", neurons["total"]),
         ("neurons.ever_recycled", "ever_recycled", neurons["ever_recycled"]),
+        ("neurons.pruned", "pruned", neurons["pruned"]),
         ("recycling_events", "recycling_events", stats["recycling_events"]),
     ):
         if sum(block[part] for block in blocks) != total:

@@ -108,6 +108,21 @@ class RecyclingHistory:
         return _frame(rows_of_kind(self.table, "phase"), columns)
 
     @cached_property
+    def pruned(self) -> dict[str, np.ndarray]:
+        """Pruned neurons: {block: bool (d_ff,)}, in the model's order of blocks."""
+        sizes = {block["name"]: block["num_neurons"] for block in self.config["blocks"]}
+        absent = {name: torch.zeros(size, dtype=torch.bool) for name, size in sizes.items()}
+        return {name: self._tensors.get(f"{name}/pruned", absent[name]).numpy() for name in self.blocks}
+
+    @cached_property
+    def prunings(self) -> pd.DataFrame:
+        """One row per pruning and block that had neurons to prune.
+
+        Columns: step, block, pruned (list of int), eligible, requested, note.
+        """
+        return _frame(rows_of_kind(self.table, "pruning"), ["step", "block", "pruned", "eligible", "requested", "note"])
+
+    @cached_property
     def magnitudes(self) -> pd.DataFrame:
         """One row per recorded histogram of a block's neuron magnitudes.
 

@@ -16,7 +16,7 @@ import torch
 
 from hf_recycle.file_checks import MAX_NAME, check_version, fail
 from hf_recycle.parquet_footer import ParquetClaims
-from hf_recycle.recorder import HISTOGRAM_BINS, HISTORY_SCHEMA, QUANTILE_LEVELS, rows_of_kind
+from hf_recycle.recorder import HISTOGRAM_BINS, HISTORY_SCHEMA, KINDS, QUANTILE_LEVELS, rows_of_kind
 
 MAX_ROWS = 5_000_000
 """Most rows a history may have: 24 blocks recycled at every one of 80,000 steps make two million."""
@@ -48,11 +48,12 @@ def check_history(path: Path, table: pa.Table, blocks: Sequence[Mapping[str, Any
     if not table.schema.equals(HISTORY_SCHEMA):
         fail(path, "its columns are not those of a recycling history")
     kinds = set(pc.unique(table["kind"]).to_pylist())
-    if not kinds <= {"phase", "magnitude", "log"}:
-        fail(path, f"kind holds {sorted(map(str, kinds))} where phase, magnitude and log are expected")
+    if not kinds <= set(KINDS):
+        fail(path, f"kind holds {sorted(map(str, kinds))} where {', '.join(KINDS)} are expected")
     _whole_numbers(path, table, "step", 0)
     sizes = None if blocks is None else {block["name"]: block["num_neurons"] for block in blocks}
     _check_phases(path, rows_of_kind(table, "phase"), sizes)
+    _check_prunings(path, rows_of_kind(table, "pruning"), sizes)
     _check_magnitudes(path, rows_of_kind(table, "magnitude"), sizes)
     _check_logs(path, rows_of_kind(table, "log"))
 
@@ -81,6 +82,25 @@ def _check_phases(path: Path, rows: pa.Table, sizes: Mapping[str, int] | None) -
     pairs = np.unique(np.stack([phases, steps], axis=1), axis=0)
     if (np.diff(pairs[:, 0]) == 0).any() or (np.diff(pairs[:, 1]) <= 0).any():
         fail(path, "the phases are not in the order of their steps")
+
+
+def _check_prunings(path: Path, rows: pa.Table, sizes: Mapping[str, int] | None) -> None:
+    names = _block_names(path, rows, sizes)
+    _no_nulls(path, rows, "note")
+    requested = _whole_numbers(path, rows, "requested", 0)
+    eligible = _whole_numbers(path, rows, "eligible", 0)
+    lengths, owners, pruned = _lists(path, rows, "pruned")
+    if (lengths > np.minimum(requested, eligible)).any():
+        fail(path, "more neurons were pruned than were requested or eligible")
+    if (pruned < 0).any():
+        fail(path, "a neuron with a negative index was pruned")
+    if sizes is not None and len(rows):
+        limits = np.array([sizes[name] for name in names.to_pylist()], dtype=np.int64)
+        if (eligible > limits).any() or (pruned >= limits[owners]).any():
+            fail(path, "more neurons were pruned than the block has")
+    codes = names.dictionary_encode().indices.to_numpy(zero_copy_only=False).astype(np.int64)
+    if len(np.unique(codes[owners] * 2**32 + pruned)) < len(pruned):
+        fail(path, "a neuron was pruned twice")
 
 
 def _check_magnitudes(path: Path, rows: pa.Table, sizes: Mapping[str, int] | None) -> None:
@@ -147,6 +167,7 @@ def check_agreement(
         for kind, values in expected.items():
             if not np.array_equal(values, tensors[f"{name}/{kind}"].numpy()):
                 fail(folder, f"{kind} of block {name} in the state contradicts the phases of the history")
+        _check_pruned(folder, name, size, table, tensors)
     if stats is None:
         return
     latest = max((int(tensors[f"{block['name']}/last_step"].max()) for block in config["blocks"]), default=0)
@@ -160,8 +181,19 @@ def check_agreement(
     for block in stats["blocks"]:
         times, numbers = np.unique(tensors[f"{block['name']}/counts"].numpy(), return_counts=True)
         found = {int(key): number for key, number in block["times_recycled"].items() if number}
+        if block["pruned"] != int(tensors.get(f"{block['name']}/pruned", torch.zeros(0)).sum()):
+            fail(folder, f"pruned of block {block['name']} in the summary contradicts the state")
         if found != dict(zip(times.tolist(), numbers.tolist(), strict=True)):
             fail(folder, f"times_recycled of block {block['name']} in the summary contradicts the state")
+
+
+def _check_pruned(folder: Path, name: str, size: int, table: pa.Table, tensors: Mapping[str, torch.Tensor]) -> None:
+    rows = rows_of_kind(table, "pruning")
+    _, _, pruned = _lists(folder, rows.filter(pc.equal(rows["block"], name)), "pruned")
+    expected = np.bincount(pruned, minlength=size) > 0
+    found = tensors.get(f"{name}/pruned", torch.zeros(size, dtype=torch.bool)).numpy()
+    if not np.array_equal(expected, found):
+        fail(folder, f"pruned of block {name} in the state contradicts the prunings of the history")
 
 
 def _block_names(path: Path, rows: pa.Table, sizes: Mapping[str, int] | None) -> pa.Array:

@@ -115,7 +115,7 @@ def run_phase(
 
 def _eligible(table: NeuronTable, position: int, phase: int, immunity: int) -> Tensor:
     state = table.states[position]
-    return ~is_immune(state.last_phase, phase, immunity) & ~state.in_transition()
+    return ~is_immune(state.last_phase, phase, immunity) & ~state.in_transition() & ~state.pruned
 
 
 def _reason_to_skip(magnitudes: list[Tensor], loss_is_finite: bool) -> str:

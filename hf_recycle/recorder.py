@@ -17,17 +17,21 @@ QUANTILE_LEVELS = (0.0, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1.0)
 
 HISTOGRAM_BINS = 64
 
+KINDS = ("phase", "pruning", "magnitude", "log")
+"""The kinds of rows of a history."""
+
 # One schema for all kinds of rows: a column that a kind does not use is null. Lists of structs rather than
 # maps, which fewer readers of parquet understand.
 HISTORY_SCHEMA = pa.schema(
     [
-        ("kind", pa.string()),  # "phase", "magnitude" or "log"
+        ("kind", pa.string()),  # one of KINDS
         ("step", pa.int64()),  # optimizer steps done
         ("block", pa.string()),
         ("phase", pa.int32()),  # from 1
         ("requested", pa.int32()),
         ("eligible", pa.int32()),
         ("recycled", pa.list_(pa.int32())),  # indices of neurons
+        ("pruned", pa.list_(pa.int32())),  # indices of neurons
         ("note", pa.string()),
         ("quantiles", pa.list_(pa.float32())),  # at QUANTILE_LEVELS
         ("histogram", pa.list_(pa.int32())),  # neurons per bin, HISTOGRAM_BINS of them
@@ -81,6 +85,22 @@ class HistoryRecorder:
                 "requested": int(requested),
                 "eligible": int(eligible),
                 "recycled": [int(index) for index in recycled],
+                "note": note[:_MAX_NOTE],
+            }
+        )
+
+    def pruning(
+        self, step: int, block: str, requested: int, eligible: int, pruned: Sequence[int], note: str = ""
+    ) -> None:
+        """Record one pruning of one block; as `phase`, with the indices of the neurons it pruned."""
+        self._pending.append(
+            {
+                "kind": "pruning",
+                "step": int(step),
+                "block": block,
+                "requested": int(requested),
+                "eligible": int(eligible),
+                "pruned": [int(index) for index in pruned],
                 "note": note[:_MAX_NOTE],
             }
         )
@@ -151,7 +171,7 @@ class HistoryRecorder:
 
 
 def rows_of_kind(table: pa.Table, kind: str) -> pa.Table:
-    """The rows of a history that record a "phase", a "magnitude" or a "log"."""
+    """The rows of a history that record one of `KINDS`."""
     return table.filter(pc.equal(table["kind"], kind))
 
 

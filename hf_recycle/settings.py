@@ -8,6 +8,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, ClassVar
 
 from hf_recycle.methods.midpoint import CENTERS, DISTANCES
+from hf_recycle.methods.pruning import PRUNE_SCHEDULES
 from hf_recycle.methods.reinit import REINITIALIZATIONS
 from hf_recycle.methods.schedule import FRACTION_SCHEDULES
 from hf_recycle.methods.selection import CRITERIA
@@ -30,6 +31,16 @@ def _steps(value: Any) -> str | None:
 
 def _share(value: Any) -> str | None:
     return None if _is_number(value) and 0 < value <= 1 else "a number in (0, 1]"
+
+
+def _share_or_none(value: Any) -> str | None:
+    return None if _is_number(value) and 0 <= value <= 1 else "a number in [0, 1]"
+
+
+def _some_steps(value: Any) -> str | None:
+    return (
+        None if value and _steps(value) is None else "a number of steps from 1, or a fraction below 1 of the training"
+    )
 
 
 def _not_negative(value: Any) -> str | None:
@@ -125,10 +136,15 @@ class RecyclingSettings(Settings):
 
     def validate(self, prefix: str = "") -> None:
         super().validate(prefix)
-        start, end = self.start or 0, self.end
-        comparable = end is not None and (start < 1) == (end < 1 and end != 0)
-        if end is not None and (comparable or start == 0) and start > end:
-            raise ValueError(f"{prefix}start={start:g} is after {prefix}end={end:g}: recycling would never happen.")
+        _check_order(prefix, self.start, self.end, "recycling would never happen")
+
+
+def _check_order(prefix: str, start: float | None, end: float | None, consequence: str) -> None:
+    """Refuses a start after the end, where the two can be compared without knowing the length of the training."""
+    start = start or 0
+    comparable = end is not None and (start < 1) == (end < 1 and end != 0)
+    if end is not None and (comparable or start == 0) and start > end:
+        raise ValueError(f"{prefix}start={start:g} is after {prefix}end={end:g}: {consequence}.")
 
 
 @dataclass
@@ -149,6 +165,31 @@ class MidpointSettings(Settings):
 
 
 @dataclass
+class PruningSettings(Settings):
+    """Gradual pruning of the FF blocks: a growing share of the neurons is switched off for good."""
+
+    prefix: ClassVar[str] = "prune_"
+
+    fraction: float = setting(
+        0.0, "Final share of the FF neurons of each layer that is pruned. 0: off.", _share_or_none
+    )
+    start: float = setting(0, "Step at which the pruned share begins to grow.", _steps)
+    end: float | None = setting(None, "Step at which the final share is reached. None: the end of training.", _steps)
+    steps: float = setting(100, "Steps between prunings.", _some_steps)
+    schedule: str = setting("linear", "Growth of the share: linear, or cubic (fast first).", _one_of(PRUNE_SCHEDULES))
+    selection: str = setting("low_magnitude", f"Selection criterion. {CRITERIA.describe()}.", _one_of(CRITERIA))
+    seed: int | None = setting(None, "Seed of the method's own random generators. None: the training seed.", _seed)
+
+    @property
+    def enabled(self) -> bool:
+        return self.fraction > 0
+
+    def validate(self, prefix: str = "") -> None:
+        super().validate(prefix)
+        _check_order(prefix, self.start, self.end, "nothing would be pruned")
+
+
+@dataclass
 class MagnitudeSettings(Settings):
     """Histograms of neuron magnitudes over training."""
 
@@ -161,7 +202,7 @@ class MagnitudeSettings(Settings):
         return bool(self.steps)
 
 
-METHODS: tuple[type[Settings], ...] = (RecyclingSettings, MidpointSettings, MagnitudeSettings)
+METHODS: tuple[type[Settings], ...] = (RecyclingSettings, MidpointSettings, PruningSettings, MagnitudeSettings)
 
 
 def flat_field(settings: type[Settings], name: str) -> Any:

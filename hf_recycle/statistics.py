@@ -24,6 +24,7 @@ def summarize(
     recorder: HistoryRecorder,
     *,
     step: int,
+    pruned: Mapping[str, torch.Tensor] | None = None,
     in_transition: int = 0,
     immune: int = 0,
     extra: Mapping[str, Any] | None = None,
@@ -35,11 +36,13 @@ def summarize(
         magnitudes: {block: float tensor (d_ff,)}, the magnitudes now; may lack blocks.
         recorder: the run's records.
         step: optimizer steps done.
+        pruned: {block: bool tensor (d_ff,)}; None: no neuron is pruned.
         in_transition: neurons being interpolated now.
         immune: neurons that can't be selected now.
         extra: more to store under `extra` (JSON types).
     """
-    blocks = [_block(name, block, magnitudes.get(name)) for name, block in counts.items()]
+    off = {name: int(mask.sum()) for name, mask in (pruned or {}).items()}
+    blocks = [_block(name, block, magnitudes.get(name), off.get(name, 0)) for name, block in counts.items()]
     total = sum(block["neurons"] for block in blocks)
     ever = sum(block["ever_recycled"] for block in blocks)
     table = recorder.to_table()
@@ -51,6 +54,7 @@ def summarize(
             "total": total,
             "ever_recycled": ever,
             "share_ever_recycled": _share(ever, total),
+            "pruned": sum(off.values()),
             "in_transition": int(in_transition),
             "immune": int(immune),
         },
@@ -72,7 +76,7 @@ def times_recycled(counts: Mapping[str, torch.Tensor | np.ndarray]) -> dict[str,
     return {str(time): int(number) for time, number in zip(times, neurons, strict=True)}
 
 
-def _block(name: str, counts: torch.Tensor, magnitudes: torch.Tensor | None) -> dict[str, Any]:
+def _block(name: str, counts: torch.Tensor, magnitudes: torch.Tensor | None, pruned: int) -> dict[str, Any]:
     counts = counts.detach().cpu()
     ever = int((counts > 0).sum())
     quantiles = None if magnitudes is None else magnitude_quantiles(magnitudes.detach().cpu().float())
@@ -82,6 +86,7 @@ def _block(name: str, counts: torch.Tensor, magnitudes: torch.Tensor | None) -> 
         "ever_recycled": ever,
         "share_ever_recycled": _share(ever, counts.numel()),
         "recycling_events": int(counts.sum()),
+        "pruned": pruned,
         "times_recycled": times_recycled({name: counts}),
         "magnitude_quantiles": quantiles
         and {f"{level:g}": value for level, value in zip(QUANTILE_LEVELS, quantiles, strict=True)},

@@ -10,7 +10,7 @@ from transformers.utils import logging
 
 from hf_recycle.agreement import check_agreement
 from hf_recycle.arguments import RecyclingArguments
-from hf_recycle.callbacks import MagnitudeCallback, MidpointLossCallback, RecyclingCallback
+from hf_recycle.callbacks import MagnitudeCallback, MidpointLossCallback, PruningCallback, RecyclingCallback
 from hf_recycle.callbacks.base import NeuronCallback
 from hf_recycle.callbacks.recycling import check_layers
 from hf_recycle.checkpoints import CheckpointMixin
@@ -22,7 +22,12 @@ from hf_recycle.recorder import HistoryRecorder
 logger = logging.get_logger(__name__)
 
 # In the order in which they act after an optimizer step.
-CALLBACKS: tuple[type[NeuronCallback], ...] = (MidpointLossCallback, RecyclingCallback, MagnitudeCallback)
+CALLBACKS: tuple[type[NeuronCallback], ...] = (
+    MidpointLossCallback,
+    PruningCallback,
+    RecyclingCallback,
+    MagnitudeCallback,
+)
 
 _LOGGED_QUANTILES = {"magnitude_p10": 0.1, "magnitude_p50": 0.5, "magnitude_p90": 0.9}
 

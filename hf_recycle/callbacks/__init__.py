@@ -2,6 +2,7 @@
 
 from hf_recycle.callbacks.magnitudes import MagnitudeCallback
 from hf_recycle.callbacks.midpoint import MidpointLossCallback
+from hf_recycle.callbacks.pruning import PruningCallback
 from hf_recycle.callbacks.recycling import RecyclingCallback
 
-__all__ = ["MagnitudeCallback", "MidpointLossCallback", "RecyclingCallback"]
+__all__ = ["MagnitudeCallback", "MidpointLossCallback", "PruningCallback", "RecyclingCallback"]

@@ -15,7 +15,8 @@ class MidpointLossCallback(NeuronCallback):
     """Midpoint loss: after every optimizer step, one plain gradient step that evens out neuron magnitudes.
 
     Source: *Neuron Recycling*, section "Tangent - Midpoint Loss". W ← W − lr · weight · ∇Loss, with the learning
-    rate of the optimizer step just taken, no momentum, not clipped; neurons in transition are left out. With a learning
+    rate of the optimizer step just taken, no momentum, not clipped; pruned neurons and neurons in
+    transition are left out. With a learning
     rate of 1e-3 and a weight of 1e-7 the step is below the resolution of float32 and changes no weight; that is said
     once.
 
@@ -58,7 +59,7 @@ class MidpointLossCallback(NeuronCallback):
         losses, changed = [], []
         for block, neurons in zip(self.table.blocks, self.table.states, strict=True):
             in_norm, out_norm = block.norms()
-            included = ~neurons.in_transition().to(in_norm.device)
+            included = ~(neurons.in_transition() | neurons.pruned).to(in_norm.device)
             loss, in_slope, out_slope = self._method.slopes(in_norm, out_norm, included)
             losses.append(loss)
             for piece in (*block.in_slices, block.out_slice):

@@ -73,7 +73,8 @@ class Run:
         # After the evaluation, which belongs to the history that is saved with the model.
         trainer.save_model()
         trainer.save_state()
-        if trainer.is_world_process_zero():
+        # A baseline without feed-forward neurons has no history of them.
+        if trainer.is_world_process_zero() and trainer.neuron_table() is not None:
             _report(Path(trainer.args.output_dir), self.floor)
 
     def how_to_go_on(self, words: Sequence[str]) -> str:

@@ -22,6 +22,9 @@ class ModelArguments:
     config_overrides: str | None = _argument(
         None, "Changes to the configuration of a model from scratch: 'hidden_size=128,num_hidden_layers=2'."
     )
+    ff_factor: float = _argument(
+        1.0, "Multiplies the feed-forward neurons of a model from scratch; 0 leaves none of them."
+    )
     model_revision: str = _argument("main", "Branch, tag or commit of model_name_or_path and config_name.")
     task: str = field(
         default="mlm",
@@ -44,6 +47,13 @@ class ModelArguments:
             raise UserError(f"task={self.task!r} is unknown; use mlm or clm")
         if self.tokenizer_vocab_size < 256:
             raise UserError(f"tokenizer_vocab_size={self.tokenizer_vocab_size} is too small; use at least 256")
+        if self.ff_factor < 0 or self.ff_factor == float("inf"):
+            raise UserError(f"ff_factor={self.ff_factor} must be a number from 0")
+        if self.model_name_or_path and self.ff_factor != 1:
+            raise UserError(
+                f"ff_factor={self.ff_factor} changes a model built from scratch, but "
+                f"model_name_or_path={self.model_name_or_path!r} names a trained one; set one of them to null"
+            )
         if self.model_name_or_path and self.config_overrides:
             raise UserError(
                 f"config_overrides={self.config_overrides!r} changes a model built from scratch, but "

@@ -17,6 +17,8 @@ from hf_recycle.data.overrides import apply_overrides, parse_overrides
 from hf_recycle.errors import UserError
 from hf_recycle.suggest import nearest
 
+# What configurations call the number of feed-forward neurons of a layer.
+_WIDTHS = ("intermediate_size", "d_ff", "n_inner", "hidden_dim", "ffn_dim")
 _AUTO_CLASSES = {"mlm": AutoModelForMaskedLM, "clm": AutoModelForCausalLM}
 
 
@@ -36,6 +38,7 @@ def load_model(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase, ma
         changes = parse_overrides(arguments.config_overrides or "")
         apply_overrides(config, changes)
         _fit(config, changes, tokenizer, max_seq_length)
+        scale_width(config, arguments.ff_factor)
     _check_fit(config, arguments, tokenizer, max_seq_length)
     auto_class = _AUTO_CLASSES[arguments.task]
     if type(config) not in auto_class._model_mapping:
@@ -103,6 +106,28 @@ def _fit(
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and "max_position_embeddings" not in changes:
         config.max_position_embeddings = max(positions, _positions_needed(config, max_seq_length))
+
+
+def scale_width(config: PreTrainedConfig, factor: float) -> None:
+    """Multiply the number of feed-forward neurons of every layer.
+
+    Raises:
+        UserError: the configuration has no such number, or the product is not whole.
+    """
+    if factor == 1:
+        return
+    field = next((name for name in _WIDTHS if hasattr(config, name)), None)
+    if field is None:
+        raise UserError(
+            f"ff_factor={factor} can't be used with a {config.model_type}: set its width in config_overrides"
+        )
+    # GPT-2 leaves its n_inner empty, which means four times the width of the model.
+    width = getattr(config, field) or 4 * config.hidden_size
+    if not float(width * factor).is_integer():
+        raise UserError(
+            f"ff_factor={factor} of {field}={width} is not a whole number of neurons; choose another factor"
+        )
+    setattr(config, field, int(width * factor))
 
 
 def _check_fit(

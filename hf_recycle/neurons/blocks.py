@@ -114,6 +114,11 @@ class FeedForward:
         for piece in self.slices:
             piece.storage.write_full(piece, index, values[piece.role])
 
+    def switch_off(self, index: Tensor) -> None:
+        """Sets the weights of neurons `index` `(n,)` to zero in place, biases too."""
+        for piece in self.slices:
+            piece.storage.clear(piece, index)
+
     def parameters(self) -> Iterator[nn.Parameter]:
         """The parameters the block's neurons lie in, each once."""
         return iter({id(piece.parameter): piece.parameter for piece in self.slices}.values())

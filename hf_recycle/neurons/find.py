@@ -128,8 +128,11 @@ def _submodule(holder: nn.Module, relative: str) -> nn.Module | None:
 
 
 def _is_linear(module: nn.Module | None) -> bool:
-    # A quantised layer's integer weights are no place to write a fresh neuron to.
-    return isinstance(module, nn.Linear | Conv1D) and module.weight.is_floating_point()
+    if not isinstance(module, nn.Linear | Conv1D):
+        return False
+    # A quantised layer's integer weights are no place to write a fresh neuron to, and a baseline without feed-forward
+    # neurons has layers without weights.
+    return module.weight.is_floating_point() and all(full_shape(module.weight))
 
 
 def _mirrors(first: nn.Module, second: nn.Module) -> bool:

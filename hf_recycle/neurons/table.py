@@ -1,4 +1,5 @@
-"""What is known of every neuron of one model: how often it was recycled, when last, and whether it is in transition."""
+"""What is known of every neuron of one model: how often it was recycled, when last, whether it is in transition
+or pruned."""
 
 import weakref
 from collections.abc import Collection
@@ -22,18 +23,20 @@ class BlockState:
         counts: int32 `(d_ff,)`, times recycled.
         last_phase: int32 `(d_ff,)`, number of the phase that recycled each last; 0: never.
         last_step: int64 `(d_ff,)`, optimizer step of that phase; 0: never.
+        pruned: bool `(d_ff,)`, switched off for good.
         transition: neurons in transition, or None.
     """
 
     counts: Tensor
     last_phase: Tensor
     last_step: Tensor
+    pruned: Tensor
     transition: Transition | None = None
 
     @classmethod
     def fresh(cls, num_neurons: int) -> "BlockState":
         zeros = torch.zeros(num_neurons, dtype=torch.int32)
-        return cls(zeros, zeros.clone(), zeros.to(torch.int64))
+        return cls(zeros, zeros.clone(), zeros.to(torch.int64), zeros.bool())
 
     def in_transition(self) -> Tensor:
         """bool `(d_ff,)`."""
@@ -134,6 +137,11 @@ class NeuronTable:
         return {block.name: state.counts for block, state in zip(self.blocks, self.states, strict=True)}
 
     @property
+    def pruned(self) -> dict[str, Tensor]:
+        """Pruned neurons, `{block name: bool (d_ff,)}`."""
+        return {block.name: state.pruned for block, state in zip(self.blocks, self.states, strict=True)}
+
+    @property
     def in_transition(self) -> int:
         return sum(len(state.transition) for state in self.states if state.transition is not None)
 
@@ -151,6 +159,8 @@ class NeuronTable:
             tensors[f"{block.name}/counts"] = state.counts
             tensors[f"{block.name}/last_phase"] = state.last_phase
             tensors[f"{block.name}/last_step"] = state.last_step
+            if state.pruned.any():
+                tensors[f"{block.name}/pruned"] = state.pruned
             if state.transition is None:
                 continue
             prefix = f"{block.name}/transition"
@@ -178,7 +188,10 @@ class NeuronTable:
                 found = "is missing" if values is None else f"has shape {tuple(values.shape)}"
                 raise ValueError(f"{block.name}/{column} {found}, expected ({block.num_neurons},).")
             columns[column] = values.clone()
-        state = BlockState(**columns)
+        pruned = tensors.get(f"{block.name}/pruned", torch.zeros(block.num_neurons, dtype=torch.bool))
+        if pruned.shape != (block.num_neurons,) or pruned.dtype != torch.bool:
+            raise ValueError(f"{block.name}/pruned has shape {tuple(pruned.shape)} and dtype {pruned.dtype}.")
+        state = BlockState(**columns, pruned=pruned.clone())
         prefix = f"{block.name}/transition"
         if f"{prefix}/index" in tensors:
             state.transition = _load_transition(block, prefix, tensors)

@@ -36,6 +36,7 @@ def summary_text(
         [f"After {history.stats['step']:,} optimizer steps"],
         _losses(history, unigram_entropy),
         _neurons(history),
+        _pruned(history),
         _magnitudes(history),
         _loading(model_folder, auto_class),
     ]
@@ -86,6 +87,11 @@ def _neurons(history: RecyclingHistory) -> list[str]:
         bar = "█" * math.ceil(_BAR * number / max(numbers))
         lines.append(f"  {group.label:>14}   {number:>9,}   {bar}".rstrip())
     return lines
+
+
+def _pruned(history: RecyclingHistory) -> list[str]:
+    pruned, total = history.stats["neurons"]["pruned"], history.stats["neurons"]["total"]
+    return [f"  {pruned:,} of {total:,} neurons are pruned ({100 * pruned / total:.1f}%)"] if pruned else []
 
 
 def _magnitudes(history: RecyclingHistory) -> list[str]:

@@ -107,5 +107,14 @@ METHODS = {
         "recycle_reinit": "matched_normal",
     },
     "smooth": {"recycle_steps": 3, "recycle_fraction": 0.1, "recycle_smooth_steps": 4},
+    "pruning": {
+        "prune_fraction": 0.5,
+        "prune_start": 2,
+        "prune_end": 8,
+        "prune_steps": 2,
+        "recycle_steps": 3,
+        "recycle_fraction": 0.1,
+        "recycle_smooth_steps": 4,
+    },
     "midpoint": {"midpoint_weight": 0.05, "midpoint_distance": "l2"},
 }

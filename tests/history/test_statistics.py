@@ -27,6 +27,7 @@ def test_counts_agree_with_a_naive_computation(counts):
         "total": len(everything),
         "ever_recycled": sum(value > 0 for value in everything),
         "share_ever_recycled": sum(value > 0 for value in everything) / max(1, len(everything)),
+        "pruned": 0,
         "in_transition": 2,
         "immune": 3,
     }

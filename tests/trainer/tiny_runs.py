@@ -118,13 +118,24 @@ def arguments(tmp_path):
 def train(arguments, tokenizer):
     """`train(**overrides)`: a finished run of a tiny BERT on masked random text, with dynamic masks."""
 
-    def run(folder: str = "run", *, resume=None, model=None, data=None, collator=None, evaluation=None, **overrides):
+    def run(
+        folder: str = "run",
+        *,
+        resume=None,
+        model=None,
+        data=None,
+        collator=None,
+        evaluation=None,
+        callbacks=None,
+        **overrides,
+    ):
         trainer = RecyclingTrainer(
             model=tiny_bert() if model is None else model,
             args=arguments(folder, **overrides),
             train_dataset=sentences() if data is None else data,
             eval_dataset=evaluation,
             data_collator=DataCollatorForLanguageModeling(tokenizer) if collator is None else collator,
+            callbacks=callbacks,
         )
         trainer.train(resume_from_checkpoint=resume)
         return trainer

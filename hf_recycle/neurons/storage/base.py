@@ -135,6 +135,10 @@ class Storage:
         self.write(piece, index, self.cut(piece, index, lines))
         self.publish(piece, index)
 
+    def clear(self, piece: "NeuronSlice", index: Tensor) -> None:
+        """Sets lines `index` `(n,)` to zero, master and forward copy."""
+        self.fill(self.tiles(piece), index, 0.0)
+
     def scale(self, piece: "NeuronSlice", factors: Tensor) -> None:
         """Multiplies every line by its factor, `factors` `(d_ff,)`, master and forward copy."""
         for tile in self.tiles(piece):
@@ -148,7 +152,7 @@ class Storage:
             tile.values.index_copy_(0, rows, picked * factors.to(picked)[held].unsqueeze(1))
 
     def fill(self, tiles: list[Tile], index: Tensor, value: Tensor | float) -> None:
-        """Sets lines `index` `(n,)` of some tiles (of optimizer state) to one number."""
+        """Sets lines `index` `(n,)` of some tiles to one number."""
         for tile in tiles:
             rows = tile.rows(index)[1]
             tile.values.index_fill_(0, rows, value if isinstance(value, float) else value.to(tile.values))

@@ -63,6 +63,10 @@ class ReplicatedZeroStorage(ZeroStorage):
         lines = tile.values.index_select(0, index.to(tile.values.device))
         return self.cut(piece, index, lines)
 
+    def clear(self, piece: "NeuronSlice", index: Tensor) -> None:
+        super().clear(piece, index)
+        self.fill(whole(piece, piece.parameter), index, 0.0)
+
     def scale(self, piece: "NeuronSlice", factors: Tensor) -> None:
         super().scale(piece, factors)
         # Each process scales its own copy. In half precision that rounds once more than a copy of the scaled master
@@ -104,6 +108,11 @@ class PartitionedZeroStorage(ZeroStorage):
         return [
             tile.values.index_select(0, tile.rows(index)[1]) for tile in _partitioned(piece, piece.parameter.ds_tensor)
         ]
+
+    def clear(self, piece: "NeuronSlice", index: Tensor) -> None:
+        super().clear(piece, index)
+        self.fill(_partitioned(piece, piece.parameter.ds_tensor), index, 0.0)
+        _refresh(piece.parameter)
 
     def scale(self, piece: "NeuronSlice", factors: Tensor) -> None:
         super().scale(piece, factors)

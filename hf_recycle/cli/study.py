@@ -1,0 +1,153 @@
+"""`hf-recycle study`: a set of experiments over seeds, and their report."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from hf_recycle.cli.interruption import Terminated, sigterm_as_interrupt
+from hf_recycle.errors import UserError
+
+_USAGE = "hf-recycle study STUDY.yaml ... [options] [--argument value ...]"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run studies; returns the exit status: 0, 1 if a run failed, 2 for what the user can mend, 130 or 143 when
+    stopped."""
+    try:
+        with sigterm_as_interrupt():
+            return _run(list(argv))
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as stop:
+        command = shlex.join(["hf-recycle", "study", *argv])
+        print(f"\nstopped; finished runs are kept, go on with: {command}", file=sys.stderr)
+        return 143 if isinstance(stop, Terminated) else 130
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UserError(message)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="hf-recycle study",
+        usage=_USAGE,
+        description="Run the arms of a study over seeds and write a report. Finished runs are kept and shared between "
+        "studies, so the same command goes on where it was stopped. Any argument of hf-recycle train sets that "
+        "argument for every arm.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("studies", nargs="+", metavar="STUDY", help="files, or names of packaged studies")
+    parser.add_argument("--scale", help="recipe of recipes/scale/ to use instead of the study's own")
+    parser.add_argument("--seeds", help="a number of seeds, or a list such as 4,5,6")
+    parser.add_argument("--arms", help="only these arms (and the baseline), separated by commas")
+    parser.add_argument(
+        "--jobs", type=int, help="runs at a time; by default one for each GPU, or for each CPU core up to 2"
+    )
+    parser.add_argument("--output", default="runs/studies", help="folder of runs and reports (default: %(default)s)")
+    parser.add_argument("--report-only", action="store_true", help="train nothing; report on what is done")
+    return parser
+
+
+def _run(argv: list[str]) -> int:
+    options, rest = _parser().parse_known_args(argv)
+    if options.jobs is not None and options.jobs < 1:
+        raise UserError(f"--jobs {options.jobs} must be at least 1")
+    # Reading a study needs no torch; a mistake in one is said before it is loaded.
+    from hf_recycle.studies.plan import find_study, load_study, parse_seeds
+
+    studies = [
+        load_study(find_study(name)).changed(
+            scale=options.scale,
+            seeds=None if options.seeds is None else parse_seeds(options.seeds),
+            arms=None if options.arms is None else [name for name in options.arms.split(",") if name],
+            settings=_settings(rest),
+        )
+        for name in options.studies
+    ]
+    _check_settings(studies)
+    return max(_study(study, options, argv) for study in studies)
+
+
+def _settings(words: list[str]) -> dict[str, object]:
+    """`--name value` pairs as a mapping."""
+    import yaml
+
+    from hf_recycle.cli.yaml_loader import RecipeLoader
+
+    settings: dict[str, object] = {}
+    while words:
+        name, equals, value = words[0].partition("=")
+        if not name.startswith("--"):
+            raise UserError(f"unexpected {words[0]!r}; studies go before the options")
+        if not equals:
+            if len(words) < 2:
+                raise UserError(f"{name} needs a value")
+            value = words[1]
+        settings[name[2:]] = yaml.load(value, RecipeLoader)
+        words = words[1 if equals else 2 :]
+    return settings
+
+
+def _check_settings(studies) -> None:
+    """Reads the arguments of every arm as a run would, so that a mistake in the last one is found now."""
+    import tempfile
+
+    import yaml
+
+    from hf_recycle.cli.parse import parse_run
+
+    with tempfile.TemporaryDirectory() as folder:
+        for study in studies:
+            for run in study.changed(seeds=study.seeds[:1]).runs():
+                path = Path(folder, "settings.yaml")
+                path.write_text(yaml.safe_dump({"output_dir": folder, **run.settings}))
+                try:
+                    parse_run([str(path)])
+                except ValueError as error:
+                    told = str(error).replace(f"recipe {path}: ", "")
+                    raise UserError(f"study {study.name!r}, arm {run.arm!r}: {told}") from error
+
+
+def _study(study, options: argparse.Namespace, argv: list[str]) -> int:
+    from hf_recycle.studies.report import arm_rows, summary_table, write_report
+    from hf_recycle.studies.results import StudyResults, load_result
+    from hf_recycle.studies.runner import StudyRunner
+
+    output = Path(options.output)
+    jobs, devices = _places(options.jobs)
+    runner = StudyRunner(output / "runs", jobs, devices)
+    planned = study.runs()
+    if options.report_only:
+        found = {(run.arm, run.seed): load_result(run, runner.folder_of(run)) for run in planned}
+        results, failures = {key: result for key, result in found.items() if result is not None}, {}
+    else:
+        print(f"{study.title}: {len(planned)} runs, {jobs} at a time")
+        results, failures = runner.run(planned)
+    outcome = StudyResults(study, results, failures)
+    if not results:
+        print(f"{study.title}: no run is finished", file=sys.stderr)
+        return 1
+    pages = write_report(outcome, output / study.name, shlex.join(["hf-recycle", "study", *argv]), jobs)
+    print(summary_table(arm_rows(outcome)))
+    print(f"report: {pages[0]} and {pages[1]}")
+    for (arm, seed), words in failures.items():
+        print(f"failed: {arm}, seed {seed}: {words}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def _places(jobs: int | None) -> tuple[int, list[str]]:
+    """How many runs at a time, and the devices they take turns on."""
+    import torch
+
+    gpus = torch.cuda.device_count()
+    devices = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",") if gpus else []
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return jobs or gpus or min(2, cores), devices
