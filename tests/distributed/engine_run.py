@@ -1,11 +1,12 @@
 """Training runs on one engine, started by torchrun or alone; process 0 writes what came out.
 
-    [torchrun --nproc_per_node N] engine_run.py ENGINE FOLDER METHOD[:resume|:accumulate|:disagree] ...
+    [torchrun --nproc_per_node N] engine_run.py ENGINE FOLDER METHOD[@PRECISION][:HOW] ...
 
 `:resume`: a second trainer resumes from the checkpoint in the middle and must come to the same end. `:from=CHECKPOINT`:
 resume from a checkpoint of another engine. `:accumulate`: the
 global batch is made of two accumulated ones. `:disagree`: process 1 gets other settings than process 0. `:drift`: the
-weights of process 1 change silently. Several runs in one launch, because starting the processes takes longer than the
+weights of process 1 change silently. `:skip`: at some steps gradients are infinite and the loss scaler skips them.
+`:without`: the batches of these steps are left out. Several runs in one launch, because starting the processes takes longer than the
 runs.
 """
 
@@ -18,7 +19,9 @@ from transformers import TrainerCallback
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "trainer"))
 sys.path.insert(0, str(Path(__file__).parent))
-from matrix import ENGINES, GLOBAL_BATCH, METHODS
+import overflow
+import precision
+from matrix import ENGINES, GLOBAL_BATCH, METHODS, PRECISIONS
 
 STEPS, MIDDLE = 10, 5
 
@@ -38,6 +41,8 @@ def pretend_an_accelerator() -> None:
         if plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
             self.distributed_type = DistributedType.FSDP
             self.fsdp_plugin = plugin
+            if self._mixed_precision != "no":
+                plugin.set_mixed_precision(self._mixed_precision)
 
     state.AcceleratorState.__init__ = patched
 
@@ -50,6 +55,8 @@ def run(
     resume: Path | None = None,
     accumulation: int = 1,
     drift: bool = False,
+    precision_name: str = "fp32",
+    how: str = "",
     **overrides,
 ):
     from tiny_runs import masked_sentences, tiny_bert
@@ -76,16 +83,20 @@ def run(
         }
         | ENGINES[engine_name].arguments(str(folder))
         | METHODS[method]
+        | PRECISIONS[precision_name]
+        | (precision.bf16_settings(method) if precision_name == "bf16" else {})
+        | overflow.ARGUMENTS.get(how, {})
         | overrides,
     )
     trainer = RecyclingTrainer(
         model=tiny_bert(dropout=0.0),
         args=args,
-        train_dataset=masked_sentences(64),
+        train_dataset=overflow.samples(masked_sentences, GLOBAL_BATCH, how),
         eval_dataset=masked_sentences(11, seed=4),
     )
     if drift:
         trainer.add_callback(_Drift(trainer))
+    watched = precision.prepare(trainer, skip=how == "skip")
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     assert trainer.accelerator.num_processes == processes
     result = {
@@ -95,6 +106,8 @@ def run(
         "state": trainer.neuron_table().state_dict(),
         "history": [row for row in trainer.recorder.to_table().to_pylist() if row["kind"] == "phase"],
         "engine": trainer.accelerator.distributed_type.value,
+        "skipped": trainer.neuron_table().skipped_steps,
+        **watched.results(),
         "shards": sorted({type(parameter).__name__ for parameter in trainer.model.parameters()}),
     }
     if trainer.is_world_process_zero():
@@ -123,18 +136,25 @@ def main() -> None:
         pretend_an_accelerator()
     for word in sys.argv[3:]:
         method, _, how = word.partition(":")
+        label = method.replace("@", "-")
+        method, _, precision_name = method.partition("@")
+        precision_name = precision_name or "fp32"
         if how.startswith("from="):
-            trainer = run(engine, method, folder / f"{method}-changed", resume=Path(how.removeprefix("from=")))
+            trainer = run(engine, method, folder / f"{label}-changed", resume=Path(how.removeprefix("from=")))
             continue
         if how == "accumulate":
             trainer = run(engine, method, folder / f"{method}-accumulated", accumulation=2)
             continue
         odd = os.environ.get("RANK") == "1"
         overrides = {"recycle_fraction": 0.5} if how == "disagree" and odd else {}
-        trainer = run(engine, method, folder / method, drift=how == "drift" and odd, **overrides)
+        if how in overflow.ARGUMENTS:
+            trainer = run(engine, method, folder / f"{label}-{how}", how=how, precision_name=precision_name)
+            continue
+        overrides["precision_name"] = precision_name
+        trainer = run(engine, method, folder / label, drift=how == "drift" and odd, **overrides)
         if how == "resume":
-            middle = folder / method / f"checkpoint-{MIDDLE}"
-            trainer = run(engine, method, folder / f"{method}-resumed", resume=middle)
+            middle = folder / label / f"checkpoint-{MIDDLE}"
+            trainer = run(engine, method, folder / f"{label}-resumed", resume=middle, **overrides)
     trainer.end()
 
 

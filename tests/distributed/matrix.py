@@ -1,6 +1,7 @@
 """The engines and methods that must work together; the tests run over this list."""
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,13 +32,16 @@ def _zero(stage: int) -> Callable[[str], dict]:
             "train_micro_batch_size_per_gpu": "auto",
             "gradient_accumulation_steps": "auto",
             "gradient_clipping": "auto",
+            "bf16": {"enabled": "auto"},
+            "fp16": {"enabled": "auto", "initial_scale_power": 10, "hysteresis": 1},
             "zero_optimization": {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True},
             "optimizer": {
                 "type": "AdamW",
                 "params": {"torch_adam": True, "lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"},
             },
         }
-        path = Path(folder, f"zero{stage}.json")
+        # A file for each process: one must not read what another is writing.
+        path = Path(folder, f"zero{stage}-{os.environ.get('RANK', 0)}.json")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(config))
         return {"deepspeed": str(path)}
@@ -76,4 +80,11 @@ METHODS = {
     },
     "smooth": {"recycle_steps": 3, "recycle_fraction": 0.1, "recycle_smooth_steps": 4},
     "midpoint": {"midpoint_weight": 0.05, "midpoint_distance": "l2"},
+}
+
+# Precisions, as training arguments. In fp16 a loss scaler may skip steps.
+PRECISIONS = {
+    "fp32": {},
+    "bf16": {"bf16": True},
+    "fp16": {"fp16": True},
 }
