@@ -6,8 +6,8 @@
 resume from a checkpoint of another engine. `:accumulate`: the
 global batch is made of two accumulated ones. `:disagree`: process 1 gets other settings than process 0. `:drift`: the
 weights of process 1 change silently. `:skip`: at some steps gradients are infinite and the loss scaler skips them.
-`:without`: the batches of these steps are left out. Several runs in one launch, because starting the processes takes longer than the
-runs.
+`:without`: the batches of these steps are left out. Several runs in one launch, because starting the processes takes
+longer than the runs.
 """
 
 import os
@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "trainer"))
 sys.path.insert(0, str(Path(__file__).parent))
 import overflow
