@@ -4,9 +4,12 @@ One table says which entries of an optimizer's state are a first moment (a runni
 neuron) and which a second moment (a running mean of squared gradients). To support an optimizer, add its entries.
 """
 
+from collections.abc import Iterator
+
 import torch
 import transformers
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from hf_recycle.neurons.blocks import FeedForward, NeuronSlice
 from hf_recycle.neurons.storage.tiles import Tile
@@ -42,6 +45,7 @@ _LAYOUTS: dict[type | str, dict[str, str]] = {
 
 # LOMO, and what the Trainer shows in place of layer-wise optimizers (GaLore, APOLLO).
 _STEP_IN_BACKWARD = {"Lomo", "AdaLomo", "LayerWiseDummyOptimizer"}
+_FACTORED = (torch.optim.Adafactor, transformers.Adafactor)
 
 
 def unwrap_optimizer(optimizer) -> torch.optim.Optimizer:
@@ -93,7 +97,8 @@ def check_optimizer(optimizer, field: str, value: float) -> None:
         field, value: the argument that switched the method on, for the message.
 
     Raises:
-        ValueError: for optimizers that update weights during the backward pass, and schedule-free ones.
+        ValueError: for optimizers that update weights during the backward pass, schedule-free ones, and Adafactor on
+            sharded parameters.
     """
     optimizer = unwrap_optimizer(optimizer)
     names = {cls.__name__ for cls in type(optimizer).__mro__}
@@ -101,6 +106,8 @@ def check_optimizer(optimizer, field: str, value: float) -> None:
         why = "it updates weights during the backward pass, where its steps can't be followed"
     elif any("ScheduleFree" in name for name in names):
         why = "it keeps a second copy of the weights, which would bring old neurons back"
+    elif isinstance(optimizer, _FACTORED) and any(isinstance(p, DTensor) for p in _parameters(optimizer)):
+        why = "its factored state does not work with parameters that FSDP2 or tensor parallelism has sharded"
     else:
         return
     raise ValueError(f"{field}={value} can't be used with {_name(optimizer)}: {why}; use optim='adamw_torch', say.")
@@ -201,6 +208,10 @@ def _layout_of(optimizer: torch.optim.Optimizer) -> dict[str, str]:
             if key in _LAYOUTS:
                 return _LAYOUTS[key]
     raise ValueError(_refusal(optimizer, "its state is unknown"))
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
+    return (parameter for group in optimizer.param_groups for parameter in group["params"])
 
 
 def _full_name(cls: type) -> str:
