@@ -89,8 +89,12 @@ def run(
         | overflow.ARGUMENTS.get(how, {})
         | overrides,
     )
+    model = tiny_bert(dropout=0.0)
+    if precision_name == "bf16":
+        # DeepSpeed rounds the model before it makes the masters: all start from what it starts from.
+        model = model.bfloat16().float()
     trainer = RecyclingTrainer(
-        model=tiny_bert(dropout=0.0),
+        model=model,
         args=args,
         train_dataset=overflow.samples(masked_sentences, GLOBAL_BATCH, how),
         eval_dataset=masked_sentences(11, seed=4),

@@ -268,8 +268,6 @@ def test_adafactor_on_sharded_parameters_is_refused(mesh, optimizer):
     linear = nn.Linear(D_MODEL, D_FF, bias=False)
     check_optimizer(optimizer(linear.parameters()), "recycle_steps", 3)
     fully_shard(linear, mesh=mesh)
-    with pytest.raises(
-        ValueError, match=r"recycle_steps=3 can't be used with Adafactor: its factored state .* sharded"
-    ):
+    with pytest.raises(ValueError, match=r"recycle_steps=3 can't be used with Adafactor: its factored state"):
         check_optimizer(optimizer(linear.parameters()), "recycle_steps", 3)
     check_optimizer(torch.optim.AdamW(linear.parameters()), "recycle_steps", 3)
