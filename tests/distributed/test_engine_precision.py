@@ -15,9 +15,9 @@ RECYCLING = ("plain", "immunity_matched", "smooth")
 
 # Engines cast at different places (autocast one operation, FSDP2 and DeepSpeed the whole model), so that they differ by
 # roundings to bf16, of 2⁻⁹ each. Logits stay below 0.5, which changes a loss by less than 2 · 0.5 · 2⁻⁹; magnitudes are
-# those of float32 masters, and differ by what rounded gradients add up to: ten steps of 1e-3 on weights of about 0.02
-# could move them by half, and do so to about 2⁻⁹.
-LOSS, MAGNITUDE = 2**-9, 2**-10
+# those of float32 masters, except that DeepSpeed computes with rounded weights while a neuron is in transition. Masters
+# of the others were seen to differ by 1e-4 of a magnitude: choices with a gap of several times that are clear.
+LOSS, MAGNITUDE, MARGIN = 2**-9, 2**-8, 2**-11
 
 
 @pytest.fixture(scope="session")
@@ -54,7 +54,7 @@ def test_bf16_gives_what_one_process_gives(engine, method, runs):
         assert farthest(expected, outcome(runs("single"), "off-bf16")[0]) > 10 * MAGNITUDE
     if method in RECYCLING:
         assert sum(len(row["recycled"]) for row in found["history"]) > 10
-        assert min(found["margins"]) > 2 * farthest(expected, found)
+        assert min(found["margins"]) > MARGIN
 
     deepspeed = engine.startswith("zero")
     assert found["masters"] == ["torch.float32"]
