@@ -102,12 +102,14 @@ class NeuronTable:
         views: what a reinitialization may see of each block.
         states: one for each block.
         phases: selection phases that happened so far.
+        skipped_steps: steps of the Trainer in which the optimizer took none (a gradient scaler found an overflow).
     """
 
     blocks: list[FeedForward]
     views: list[BlockView]
     states: list[BlockState] = field(default_factory=list)
     phases: int = 0
+    skipped_steps: int = 0
 
     def __post_init__(self):
         if not self.states:
@@ -129,7 +131,12 @@ class NeuronTable:
     def reset(self) -> None:
         """Forgets everything that happened; weights stay as they are."""
         self.states = [BlockState.fresh(block.num_neurons) for block in self.blocks]
-        self.phases = 0
+        self.phases = self.skipped_steps = 0
+
+    def optimizer_steps(self, step: int) -> int:
+        """How many steps the optimizer has taken at step `step` of the Trainer: what schedules and seeds count in, so
+        that a skipped step is as if its batch had never been."""
+        return step - self.skipped_steps
 
     @property
     def counts(self) -> dict[str, Tensor]:
@@ -154,7 +161,7 @@ class NeuronTable:
 
     def state_dict(self) -> dict[str, Tensor]:
         """All of it as CPU tensors, for `recycling_state.safetensors`; to be called on every process."""
-        tensors = {"trainer/phases": torch.tensor([self.phases], dtype=torch.int64)}
+        tensors = {f"trainer/{name}": torch.tensor([getattr(self, name)], dtype=torch.int64) for name in _COUNTERS}
         for block, state in zip(self.blocks, self.states, strict=True):
             tensors[f"{block.name}/counts"] = state.counts
             tensors[f"{block.name}/last_phase"] = state.last_phase
@@ -178,7 +185,8 @@ class NeuronTable:
         """
         states = [self._load_block(block, tensors) for block in self.blocks]
         self.states = states
-        self.phases = int(tensors["trainer/phases"][0]) if "trainer/phases" in tensors else 0
+        for name in _COUNTERS:
+            setattr(self, name, int(tensors[f"trainer/{name}"][0]) if f"trainer/{name}" in tensors else 0)
 
     def _load_block(self, block: FeedForward, tensors: dict[str, Tensor]) -> BlockState:
         columns = {}
@@ -196,6 +204,9 @@ class NeuronTable:
         if f"{prefix}/index" in tensors:
             state.transition = _load_transition(block, prefix, tensors)
         return state
+
+
+_COUNTERS = ("phases", "skipped_steps")
 
 
 def _effective_magnitudes(block: FeedForward, state: BlockState) -> Tensor:

@@ -1,6 +1,7 @@
 """The engines and methods that must work together; the tests run over this list."""
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -31,6 +32,8 @@ def _zero(stage: int, **more) -> Callable[[str], dict]:
             "train_micro_batch_size_per_gpu": "auto",
             "gradient_accumulation_steps": "auto",
             "gradient_clipping": "auto",
+            "bf16": {"enabled": "auto"},
+            "fp16": {"enabled": "auto", "initial_scale_power": 10, "hysteresis": 1},
             "zero_optimization": {"stage": stage},
             "optimizer": {
                 "type": "AdamW",
@@ -40,7 +43,8 @@ def _zero(stage: int, **more) -> Callable[[str], dict]:
         for key, value in more.items():
             config[key] = config[key] | value if isinstance(value, dict) and key in config else value
         config = {key: value for key, value in config.items() if value is not None}
-        path = Path(folder, f"zero{stage}.json")
+        # A file for each process: one must not read what another is writing.
+        path = Path(folder, f"zero{stage}-{os.environ.get('RANK', 0)}.json")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(config))
         return {"deepspeed": str(path)}
@@ -117,4 +121,11 @@ METHODS = {
         "recycle_smooth_steps": 4,
     },
     "midpoint": {"midpoint_weight": 0.05, "midpoint_distance": "l2"},
+}
+
+# Precisions, as training arguments. In fp16 a loss scaler may skip steps.
+PRECISIONS = {
+    "fp32": {},
+    "bf16": {"bf16": True},
+    "fp16": {"fp16": True},
 }
