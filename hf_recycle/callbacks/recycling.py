@@ -123,9 +123,8 @@ class RecyclingCallback(NeuronCallback):
         if self.smooth_steps:
             self._gradients_scaled = False
             show_effective_weights(self.table, self.smooth_steps, advance=stepped)
-        if not stepped:
-            self.table.skipped_steps += 1
-        elif not self._state_checked:
+        self.table.note_step(state.global_step, stepped)
+        if stepped and not self._state_checked:
             # Optimizers make their state at the first step; what is unknown in it is said now, not at the first phase.
             check_state(optimizer, self.table.blocks, self.settings.optimizer_state)
             self._state_checked = True

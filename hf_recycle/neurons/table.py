@@ -110,6 +110,7 @@ class NeuronTable:
     states: list[BlockState] = field(default_factory=list)
     phases: int = 0
     skipped_steps: int = 0
+    _noted: int = -1
 
     def __post_init__(self):
         if not self.states:
@@ -132,6 +133,17 @@ class NeuronTable:
         """Forgets everything that happened; weights stay as they are."""
         self.states = [BlockState.fresh(block.num_neurons) for block in self.blocks]
         self.phases = self.skipped_steps = 0
+        self._noted = -1
+
+    def note_step(self, step: int, taken: bool) -> None:
+        """Counts a step of the Trainer that the optimizer skipped, once, however many callbacks tell of it.
+
+        Args:
+            step: number of the Trainer's steps before this one.
+        """
+        if not taken and step != self._noted:
+            self.skipped_steps += 1
+        self._noted = step
 
     def optimizer_steps(self, step: int) -> int:
         """How many steps the optimizer has taken at step `step` of the Trainer: what schedules and seeds count in, so

@@ -22,6 +22,16 @@ METHODS = {
     },
     "smooth": {"recycle_steps": 3, "recycle_fraction": 0.2, "recycle_smooth_steps": 4, "recycle_selection": "random"},
     "midpoint": {"midpoint_weight": 5.0, "midpoint_distance": "l2"},
+    "pruning": {
+        "prune_fraction": 0.5,
+        "prune_start": 2,
+        "prune_end": 8,
+        "prune_steps": 2,
+        "prune_selection": "random",
+        "recycle_steps": 3,
+        "recycle_fraction": 0.1,
+    },
+    "pruning alone": {"prune_fraction": 0.5, "prune_start": 1, "prune_end": 7, "prune_steps": 2},
 }
 
 
@@ -45,7 +55,7 @@ def run(arguments):
 
 
 def phases_of(trainer) -> list[dict]:
-    return [row for row in trainer.recorder.to_table().to_pylist() if row["kind"] == "phase"]
+    return [row for row in trainer.recorder.to_table().to_pylist() if row["kind"] in ("phase", "pruning")]
 
 
 def state_of(trainer) -> dict[str, torch.Tensor]:
@@ -94,6 +104,12 @@ def test_fp16_autocast(run):
         assert torch.equal(counts, skipping.neuron_table().counts[block])
     for (name, a), b in zip(skipping.model.named_parameters(), reference.model.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-4, msg=name)
+
+
+def test_pruning_reaches_its_share_all_the_same(run):
+    skipping = run("skip", prune_fraction=0.5, prune_start=2, prune_steps=4)
+    assert [row["step"] for row in phases_of(skipping)] == [9, 9, 12, 12]  # optimizer step 6, and the last
+    assert all(state.pruned.sum() == 16 for state in skipping.neuron_table().states)
 
 
 def test_no_phase_falls_on_the_last_step_of_training(run):
