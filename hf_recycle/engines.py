@@ -27,8 +27,8 @@ def check_engine(trainer: Trainer) -> None:
         )
     if _asked_for(trainer, "DEEPSPEED") and engine != DistributedType.DEEPSPEED:
         raise UserError(
-            f"DeepSpeed was asked for, but Accelerate would silently train {instead}, as it does where ACCELERATE_USE_CPU "
-            "is set: leave use_cpu out of the accelerate configuration and pass --use_cpu (use_cpu=True) to the training"
+            f"DeepSpeed was asked for, but Accelerate would silently train {instead}, as it does where "
+            "ACCELERATE_USE_CPU is set: unset it, and pass --use_cpu (use_cpu=True) to the training instead"
         )
     plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
     if plugin is not None and getattr(plugin, "fsdp_version", 1) != 2:
@@ -44,8 +44,8 @@ def _asked_for(trainer: Trainer, engine: str) -> bool:
 
 
 def leave_embeddings_ungrouped(plugin, model: nn.Module) -> None:
-    """Where the user names no layer classes to group, FSDP2 groups those that the model names in `_no_split_modules`; this
-    leaves out the ones that hold the input embeddings.
+    """Leaves the input embeddings out of the groups that FSDP2 makes of a model's `_no_split_modules`, where the
+    accelerate configuration names no classes.
 
     An output layer tied to them lies in another group, and a parameter in two groups is an error.
 

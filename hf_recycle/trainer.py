@@ -156,10 +156,8 @@ class RecyclingTrainer(CheckpointMixin, MaskedLanguageModelingMixin):
         """All that the processes of a training must have in common when it starts, by name."""
         config = getattr(self.model, "config", None)
         start = shared_arguments(self.args) | self.recycling_arguments()
-        start |= {
-            "max_steps": max_steps,
-            "the checkpoint": resume_from_checkpoint and Path(resume_from_checkpoint).name,
-        }
+        checkpoint = Path(resume_from_checkpoint).name if resume_from_checkpoint else None
+        start |= {"max_steps": max_steps, "the checkpoint": checkpoint}
         start |= {f"the model's {name}": value for name, value in (config.to_dict() if config else {}).items()}
         start |= {f"the shape of {name}": full_shape(value) for name, value in self.model.named_parameters()}
         return start | {"the number of training examples": getattr(self.train_dataset, "__len__", lambda: None)()}

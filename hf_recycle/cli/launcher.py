@@ -1,7 +1,7 @@
 """`hf-recycle train ... --accelerate_config NAME`: the same training, started on several processes.
 
-This process becomes `accelerate launch --config_file ... -m hf_recycle.train ...`, so that a signal reaches every process
-of the run and its exit status is ours.
+This process becomes `accelerate launch --config_file ... -m hf_recycle.train ...`: a signal sent to it reaches every
+process of the run, and its exit status is theirs.
 """
 
 import logging
@@ -139,8 +139,8 @@ def _read(file: Path):
     kind = configured.distributed_type.value
     if kind in ("NO", "MULTI_CPU"):
         raise UserError(
-            f"accelerate_config={str(file)!r} has distributed_type={kind}, with which accelerate launch starts a single "
-            "process; use ddp (distributed_type MULTI_GPU), on CPUs together with --use_cpu"
+            f"accelerate_config={str(file)!r} has distributed_type={kind}, with which accelerate launch starts one "
+            "process only; use ddp (distributed_type MULTI_GPU), on CPUs together with --use_cpu"
         )
     return configured
 

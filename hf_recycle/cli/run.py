@@ -40,7 +40,8 @@ class Run:
         """Load and build everything, so that what can fail fails before the first step.
 
         Raises:
-            UserError: see `check_process_count`, `check_same`, `load_texts`, `load_data`, `load_model` and `find_checkpoint`.
+            UserError: see `check_process_count`, `check_same`, `load_texts`, `load_data`, `load_model` and
+                `find_checkpoint`.
             ValueError: what the trainer refuses.
         """
         args = arguments.training

@@ -111,7 +111,7 @@ def test_resume_with_another_number_of_processes(before, after, runs, tmp_path):
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("plain:disagree", "The processes disagree about the settings of the methods"),
+        ("plain:disagree", "the processes disagree about recycle_fraction: process 0 has 0.1, process 1 has 0.5"),
         ("plain:drift", "The processes disagree about the neurons recycled at step 3"),
     ],
 )
