@@ -41,7 +41,10 @@ def test_launch_options_are_told_from_the_others():
     [
         (["--accelerate_config"], "--accelerate_config needs a value"),
         (["--accelerate_config", "--use_cpu"], "--accelerate_config needs a value"),
-        (["--num_processes", "2"], "--num_processes goes with --accelerate_config: name one of ddp, fsdp2, zero2, zero3"),
+        (
+            ["--num_processes", "2"],
+            "--num_processes goes with --accelerate_config: name one of ddp, fsdp2, zero2, zero3",
+        ),
     ],
 )
 def test_launch_options_that_cannot_work(words, message):
