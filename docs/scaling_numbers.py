@@ -1,4 +1,7 @@
-"""The numbers of docs/scaling.md, from its formulas: `python docs/scaling_numbers.py docs/scaling.md` renews its tables."""
+"""The numbers of docs/scaling.md, from its formulas.
+
+`python docs/scaling_numbers.py docs/scaling.md` renews the tables of that page.
+"""
 
 import sys
 from dataclasses import dataclass

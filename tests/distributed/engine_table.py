@@ -1,5 +1,7 @@
-"""What works on which engine, read off the tests' own parameters: `python tests/distributed/engine_table.py
-docs/engines.md` renews the table of that page."""
+"""What works on which engine, read off the tests' own parameters.
+
+`python tests/distributed/engine_table.py docs/engines.md` renews the table of that page.
+"""
 
 import importlib
 import inspect
