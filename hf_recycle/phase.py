@@ -101,12 +101,13 @@ def run_phase(
         notes = ["too few eligible neurons" if len(c) < q else "" for c, q in zip(chosen, quotas, strict=True)]
 
     table.phases = phase
-    written = [
+    # One block at a time: every process draws the new weights of all recycled neurons, whatever its share of the model.
+    written = itertools.chain.from_iterable(
         _recycle(table, position, index, settings, step, phase, smooth_steps, optimizer)
         for position, index in zip(positions, chosen, strict=True)
-    ]
+    )
     device = table.blocks[positions[0]].out_slice.device
-    check_agreement(checksum([*chosen, *itertools.chain(*written)]), f"the neurons recycled at step {step}", device)
+    check_agreement(checksum(itertools.chain(chosen, written)), f"the neurons recycled at step {step}", device)
     return [
         PhaseRecord(step, phase, table.blocks[position].name, request, int(mask.sum()), index.tolist(), note)
         for position, request, mask, index, note in zip(positions, requested, eligible, chosen, notes, strict=True)

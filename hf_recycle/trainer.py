@@ -1,21 +1,21 @@
 """`RecyclingTrainer`: a Hugging Face Trainer with the methods of this package."""
 
-import json
-import zlib
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers.utils import logging
 
-from hf_recycle.agreement import check_agreement
 from hf_recycle.arguments import RecyclingArguments
 from hf_recycle.callbacks import MagnitudeCallback, MidpointLossCallback, PruningCallback, RecyclingCallback
 from hf_recycle.callbacks.base import NeuronCallback
 from hf_recycle.callbacks.recycling import check_layers
 from hf_recycle.checkpoints import CheckpointMixin
-from hf_recycle.engines import check_engine, drop_tied_aliases
+from hf_recycle.engines import check_engine, drop_tied_aliases, leave_embeddings_ungrouped
+from hf_recycle.launch_checks import check_same, shared_arguments
 from hf_recycle.mlm.training import MaskedLanguageModelingMixin
+from hf_recycle.neurons.blocks import full_shape
 from hf_recycle.neurons.table import NeuronTable
 from hf_recycle.recorder import HistoryRecorder
 
@@ -45,7 +45,7 @@ class RecyclingTrainer(CheckpointMixin, MaskedLanguageModelingMixin):
     Raises:
         TypeError: if `args` is not a `RecyclingArguments`.
         ValueError: for what can't work, before training starts: a model without feed-forward blocks, `nn.DataParallel`,
-            FSDP version 1.
+            FSDP version 1, fewer processes or another engine than the launcher was asked for.
     """
 
     def __init__(self, model=None, args: RecyclingArguments | None = None, *positional, **kwargs):
@@ -146,14 +146,25 @@ class RecyclingTrainer(CheckpointMixin, MaskedLanguageModelingMixin):
 
     # ---- Training ----
 
-    def _prepare_for_training(self, *args, **kwargs):
-        settings = json.dumps(self.recycling_arguments(), sort_keys=True, default=str)
-        check_agreement(zlib.crc32(settings.encode()), "the settings of the methods", self.args.device)
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        check_same(self._start(max_steps, resume_from_checkpoint))
         # The last moment at which the model is not wrapped or sharded.
         if self.recycling is not None:
             for view in self.neuron_table().views:
                 view.learn_distribution()
-        return super()._prepare_for_training(*args, **kwargs)
+        if self.is_fsdp_enabled:
+            leave_embeddings_ungrouped(self.accelerator.state.fsdp_plugin, self.model)
+        return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+
+    def _start(self, max_steps: int, resume_from_checkpoint: str | None) -> dict[str, Any]:
+        """All that the processes of a training must have in common when it starts, by name."""
+        config = getattr(self.model, "config", None)
+        start = shared_arguments(self.args) | self.recycling_arguments()
+        checkpoint = Path(resume_from_checkpoint).name if resume_from_checkpoint else None
+        start |= {"max_steps": max_steps, "the checkpoint": checkpoint}
+        start |= {f"the model's {name}": value for name, value in (config.to_dict() if config else {}).items()}
+        start |= {f"the shape of {name}": full_shape(value) for name, value in self.model.named_parameters()}
+        return start | {"the number of training examples": getattr(self.train_dataset, "__len__", lambda: None)()}
 
     def create_optimizer(self, *args, **kwargs):
         optimizer = super().create_optimizer(*args, **kwargs)

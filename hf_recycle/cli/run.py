@@ -1,9 +1,10 @@
 """A run from its arguments: everything made, trained, evaluated, saved and summed up."""
 
+import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
+from hf_recycle.cli.launcher import LAUNCH_WORDS
 from hf_recycle.cli.parse import RunArguments
 from hf_recycle.data.arguments import DataArguments, ModelArguments
 from hf_recycle.data.collate import CausalCollator
@@ -19,6 +21,7 @@ from hf_recycle.data.model import load_model
 from hf_recycle.data.sources import load_texts
 from hf_recycle.data.tokenizer import load_tokenizer, trained_tokenizer
 from hf_recycle.errors import UserError
+from hf_recycle.launch_checks import check_process_count, check_same, shared_arguments
 from hf_recycle.mlm.masking import MaskedLanguageModelingCollator
 from hf_recycle.trainer import RecyclingTrainer
 
@@ -37,10 +40,13 @@ class Run:
         """Load and build everything, so that what can fail fails before the first step.
 
         Raises:
-            UserError: see `load_texts`, `load_data`, `load_model` and `find_checkpoint`.
+            UserError: see `check_process_count`, `check_same`, `load_texts`, `load_data`, `load_model` and
+                `find_checkpoint`.
             ValueError: what the trainer refuses.
         """
         args = arguments.training
+        check_process_count(args.world_size)
+        check_same(asdict(arguments.model) | asdict(arguments.data) | shared_arguments(args))
         checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
         if checkpoint is None and args.resume_from_checkpoint and args.should_log:
             print(f"no checkpoint in {args.output_dir} yet: starting from scratch")
@@ -82,7 +88,7 @@ class Run:
         folder = self.trainer.args.output_dir
         if last_checkpoint(folder) is None:
             return f"no checkpoint was saved yet in {folder}, so the same command starts again"
-        command = shlex.join(words)
+        command = " ".join(filter(None, [shlex.join(words), os.environ.get(LAUNCH_WORDS)]))
         if self.trainer.args.resume_from_checkpoint is None:
             command += " --resume_from_checkpoint true"
         return f"go on from the last checkpoint with: hf-recycle train {command}"

@@ -175,19 +175,10 @@ class NeuronTable:
         """All of it as CPU tensors, for `recycling_state.safetensors`; to be called on every process."""
         tensors = {f"trainer/{name}": torch.tensor([getattr(self, name)], dtype=torch.int64) for name in _COUNTERS}
         for block, state in zip(self.blocks, self.states, strict=True):
-            tensors[f"{block.name}/counts"] = state.counts
-            tensors[f"{block.name}/last_phase"] = state.last_phase
-            tensors[f"{block.name}/last_step"] = state.last_step
-            if state.pruned.any():
-                tensors[f"{block.name}/pruned"] = state.pruned
-            if state.transition is None:
-                continue
-            prefix = f"{block.name}/transition"
-            tensors[f"{prefix}/index"] = state.transition.index
-            tensors[f"{prefix}/age"] = state.transition.age
-            for side, lines in zip(("old", "new"), state.transition.lines(block), strict=True):
-                tensors |= {f"{prefix}/{side}/{role}": values for role, values in lines.items()}
-        return {key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}
+            # Block by block to the CPU: whole lines of all blocks may be more than a device holds beside the model.
+            for key, value in _tensors_of(block, state).items():
+                tensors[f"{block.name}/{key}"] = value.detach().cpu().clone().contiguous()
+        return tensors
 
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
         """Takes back what `state_dict` gave.
@@ -231,6 +222,18 @@ def _effective_magnitudes(block: FeedForward, state: BlockState) -> Tensor:
     out = lines.pop("out").float().norm(dim=1)
     magnitudes[index.to(magnitudes.device)] = torch.cat(list(lines.values()), dim=1).float().norm(dim=1) * out
     return magnitudes
+
+
+def _tensors_of(block: FeedForward, state: BlockState) -> dict[str, Tensor]:
+    tensors = {"counts": state.counts, "last_phase": state.last_phase, "last_step": state.last_step}
+    if state.pruned.any():
+        tensors["pruned"] = state.pruned
+    transition = state.transition
+    if transition is not None:
+        tensors |= {"transition/index": transition.index, "transition/age": transition.age}
+        for side, lines in zip(("old", "new"), transition.lines(block), strict=True):
+            tensors |= {f"transition/{side}/{role}": values for role, values in lines.items()}
+    return tensors
 
 
 def _load_transition(block: FeedForward, prefix: str, tensors: dict[str, Tensor]) -> Transition:

@@ -61,7 +61,6 @@ ENGINES = {
             "ACCELERATE_USE_FSDP": "true",
             "FSDP_VERSION": "2",
             "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-            "FSDP_TRANSFORMER_CLS_TO_WRAP": "BertLayer",
             "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
         },
         pretend=True,

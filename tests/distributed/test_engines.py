@@ -102,7 +102,7 @@ def test_accumulation_is_part_of_the_batch(engine, runs):
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("plain:disagree", "The processes disagree about the settings of the methods"),
+        ("plain:disagree", "the processes disagree about recycle_fraction: process 0 has 0.1, process 1 has 0.5"),
         ("plain:drift", "The processes disagree about the neurons recycled at step 3"),
     ],
 )
