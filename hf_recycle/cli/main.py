@@ -12,11 +12,13 @@ Neuron recycling for transformers.
 
 commands:
   train      pretrain a model with neuron recycling, from recipes and arguments
+  analyze    measure the feed-forward neurons of trained models: magnitudes, dead neurons, pruning curves
+  shrink     take the pruned or the least important neurons out of a model
 
   --help     this text; after a command, that command's help
   --version  the version of the package
 """
-_COMMANDS = ("train",)
+_COMMANDS = ("train", "analyze", "shrink")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,5 +37,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         from hf_recycle.train import main as train
 
         return train(rest)
+    if command == "analyze":
+        from hf_recycle.cli.analyze import main as analyze
+
+        return analyze(rest)
+    if command == "shrink":
+        from hf_recycle.cli.shrink import main as shrink
+
+        return shrink(rest)
     print(f"error: unknown command {command!r}; {nearest(command, _COMMANDS)}", file=sys.stderr)
     return 2
