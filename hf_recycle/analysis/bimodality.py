@@ -37,7 +37,7 @@ def dip(values: Array) -> float:
         concave = _hull(x, upper, low, high, sign=-1)
         gap, left, right = _widest_gap(x, lower, upper, convex, concave)
         if gap <= twice:
-            return twice / (2 * n)
+            return float(twice) / (2 * n)
         # Outside the new interval the nearest unimodal function is convex left of it, concave right of it. At a single
         # mode it may jump.
         jump = left == right

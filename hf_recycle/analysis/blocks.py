@@ -52,7 +52,7 @@ class BlockStatistics:
 
     @property
     def bimodal(self) -> bool:
-        return self.dip_p < BIMODAL_P
+        return bool(self.dip_p < BIMODAL_P)
 
     @property
     def mean(self) -> float:

@@ -1,5 +1,6 @@
 """Figures of analyses, as PNG files."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from matplotlib.ticker import MaxNLocator
 from hf_recycle.analysis.drawing import line_style, new_figure, open_axes, save
 from hf_recycle.analysis.labels import short_labels
 from hf_recycle.analysis.model import ModelAnalysis
+from hf_recycle.report.figures import draw_figures
 from hf_recycle.report.naming import short_names
 
 _BINS = 60
@@ -18,9 +20,14 @@ _BINS = 60
 
 def draw_analyses(analyses: Sequence[ModelAnalysis], folder: Path) -> list[Path]:
     """Draws `magnitudes.png` (a histogram for each layer) and `layers.png` (quantiles over the layers), all models in
-    each, into `folder`, which is made if missing. Returns the paths."""
+    each, into `folder`, which is made if missing; and into a folder below it, for each model with recycling files, the
+    figures of its history. Returns the paths."""
     figures = {"magnitudes.png": magnitudes_figure(analyses), "layers.png": layers_figure(analyses)}
-    return [save(figure, folder / name) for name, figure in figures.items()]
+    paths = [save(figure, folder / name) for name, figure in figures.items()]
+    for analysis, label in zip(analyses, short_labels([a.label for a in analyses]), strict=True):
+        if analysis.history is not None:
+            paths += draw_figures(analysis.history, folder / re.sub(r"[^\w.-]+", "-", label).strip("-."))
+    return paths
 
 
 def magnitudes_figure(analyses: Sequence[ModelAnalysis]) -> Figure:
@@ -36,16 +43,19 @@ def magnitudes_figure(analyses: Sequence[ModelAnalysis]) -> Figure:
     for position, panel in enumerate(panels.ravel()):
         if position >= count:
             panel.set_visible(False)
-            panels[-2, position % columns].tick_params(labelbottom=True)
+            above = panels[-2, position % columns]
+            above.tick_params(labelbottom=True)
+            above.set_xlabel("magnitude", fontsize=9)
             continue
         for number, (analysis, label) in enumerate(zip(analyses, labels, strict=True)):
             if position < len(analysis.blocks):
                 _histogram(panel, analysis.blocks[position].magnitudes, edges, number, label, alone=len(analyses) == 1)
         _tidy(panel, titles[position])
     _legend(figure, panels[0, 0], len(analyses))
-    what = f"of {labels[0]}" if len(analyses) == 1 else "by layer"
-    figure.suptitle(f"Magnitudes of feed-forward neurons {what}", fontsize=12)
-    figure.supxlabel("magnitude  ‖w_in‖ · ‖w_out‖  (the outermost bars hold what lies beyond)", fontsize=10)
+    what = f" of {labels[0]}" if len(analyses) == 1 else ""
+    figure.suptitle(f"Magnitudes ‖w_in‖ · ‖w_out‖ of feed-forward neurons{what}, by layer", fontsize=12)
+    for panel in panels[-1]:
+        panel.set_xlabel("magnitude", fontsize=9)
     figure.supylabel("share of the layer's neurons", fontsize=10)
     return figure
 

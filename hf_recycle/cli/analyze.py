@@ -36,7 +36,7 @@ One-shot pruning curves:
   --criteria A,B,...       selection criteria to prune by (default: all of them)
   --shares A,B,...         shares to prune (default: 0,0.1,...,1)
   --seed INT               seed of the criterion random (default: 0)
-  --max_seq_length INT     tokens of a sequence (default: 128)
+  --max_seq_length INT     tokens of a sequence (default: 128, or as many as the model has positions for)
   --max_eval_samples INT   measure on at most so many sequences (default: 256)
   --batch_size INT         sequences computed at a time (default: 16)
 """
@@ -62,7 +62,7 @@ def _options() -> Options:
     parser.add_argument("--criteria")
     parser.add_argument("--shares")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--max_seq_length", type=int, default=128)
+    parser.add_argument("--max_seq_length", type=int)
     parser.add_argument("--max_eval_samples", type=int, default=256)
     parser.add_argument("--batch_size", type=int, default=16)
     return parser
@@ -123,6 +123,9 @@ def _revisions(options: argparse.Namespace) -> None:
 
 
 def _prune_curves(options: argparse.Namespace) -> None:
+    from hf_recycle.cli.options import no_progress_bars
+
+    no_progress_bars()
     from hf_recycle.analysis.curves import curves_text, draw_curves
     from hf_recycle.analysis.evaluation import EvaluationSettings
     from hf_recycle.analysis.pruning import PruneSettings, prune_curves

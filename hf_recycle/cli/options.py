@@ -58,3 +58,12 @@ def complain(error: Exception) -> int:
     """Say what is wrong in one line on stderr; returns the exit status 2."""
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     return 2
+
+
+def no_progress_bars() -> None:
+    """Silence those of transformers and datasets: they are gone before they can be read."""
+    import datasets
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
