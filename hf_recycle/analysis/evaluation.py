@@ -89,7 +89,9 @@ class LanguageModel:
         """Mean cross entropy of the predicted tokens in nats."""
         head = find_masked_head(self.model) if self.task == "mlm" else None
         try:
-            return sum(float(self._losses(batch, head).sum(dtype=torch.float64)) for batch in self.batches) / self.tokens
+            return (
+                sum(float(self._losses(batch, head).sum(dtype=torch.float64)) for batch in self.batches) / self.tokens
+            )
         finally:
             if head is not None:
                 head.remove()

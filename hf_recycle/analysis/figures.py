@@ -84,9 +84,7 @@ def layers_figure(analyses: Sequence[ModelAnalysis]) -> Figure:
     return figure
 
 
-def _histogram(
-    panel: Axes, values: np.ndarray, edges: np.ndarray, number: int, label: str, alone: bool
-) -> None:
+def _histogram(panel: Axes, values: np.ndarray, edges: np.ndarray, number: int, label: str, alone: bool) -> None:
     # What lies beyond the common range is counted in the outermost bins: nothing drops out of sight.
     inside = np.clip(values.astype(np.float64), edges[0], edges[-1])
     shares = np.histogram(inside, edges)[0] / len(values)

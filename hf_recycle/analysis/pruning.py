@@ -44,7 +44,9 @@ class PruneSettings:
         names = cls.criteria if criteria is None else tuple(name.strip() for name in criteria.split(","))
         for name in names:
             if name not in tuple(CRITERIA):
-                raise UserError(f"criteria names the unknown criterion {name!r}; {nearest(name, CRITERIA, show_all=True)}")
+                raise UserError(
+                    f"criteria names the unknown criterion {name!r}; {nearest(name, CRITERIA, show_all=True)}"
+                )
         return cls(names, cls.shares if shares is None else _parse_shares(shares), seed, pattern)
 
 

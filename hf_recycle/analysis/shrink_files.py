@@ -18,9 +18,7 @@ from hf_recycle.files import STATE_FILE
 from hf_recycle.neurons.find import find_feed_forwards
 
 
-def load_model(
-    source: Source, pattern: str | None = None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+def load_model(source: Source, pattern: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """The model of the checkpoint's architecture in its own dtype, in evaluation mode, and its tokenizer if it has one.
 
     Raises:

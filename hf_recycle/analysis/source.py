@@ -2,6 +2,8 @@
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,7 +46,9 @@ class Source:
         if self.folder is None and path.exists():
             raise UserError(f"{self.name!r} is a file; name the folder of a model, or a repository of the Hub")
         if self.folder is not None and self.revision is not None:
-            raise UserError(f"revision={self.revision!r} applies to repositories of the Hub, and {self.name!r} is a folder")
+            raise UserError(
+                f"revision={self.revision!r} applies to repositories of the Hub, and {self.name!r} is a folder"
+            )
 
     @property
     def label(self) -> str:
@@ -64,18 +68,8 @@ class Source:
             return path if path.is_file() else None
         where = f"{self.name}@{self.revision}" if self.revision else self.name
         try:
-            path = Path(hf_hub_download(self.name, name, revision=self.revision, token=self.token))
-        except HFValidationError as error:
-            raise UserError(f"{self.name!r} is neither a folder here nor the name of a repository") from error
-        except GatedRepoError as error:
-            raise UserError(f"access to {where} is restricted; ask for it on its page and log in") from error
-        except RepositoryNotFoundError as error:
-            raise UserError(
-                f"{where}: no such folder here, nor a repository on the Hub that you may read; check the spelling, or "
-                "log in if it is private"
-            ) from error
-        except RevisionNotFoundError as error:
-            raise UserError(f"{where}: the repository has no such revision; check the branch, tag or commit") from error
+            with hub_errors_explained(where, f"{name} can't be downloaded"):
+                path = Path(hf_hub_download(self.name, name, revision=self.revision, token=self.token))
         except LocalEntryNotFoundError as error:
             # Offline, a file that is not cached and one that does not exist look alike.
             if _cached(self.name, self.revision):
@@ -85,8 +79,6 @@ class Source:
             ) from error
         except EntryNotFoundError:
             return None
-        except Exception as error:  # the client lets the errors of its HTTP library through, whichever that is
-            raise UserError(f"{where}: {name} can't be downloaded ({type(error).__name__}); try again later") from error
         # What follows must come from the same commit, whatever is pushed meanwhile.
         commit = path.parents[len(Path(name).parts) - 1].name
         if re.fullmatch("[0-9a-f]{40}", commit):
@@ -114,6 +106,28 @@ class Source:
         raise UserError(f"{self.folder} holds neither {WEIGHTS} nor {INDEX}; name the folder of a saved model")
 
 
+@contextmanager
+def hub_errors_explained(where: str, problem: str) -> Iterator[None]:
+    """Within it, errors of the Hub's client become a `UserError` in one sentence; a missing file stays what it is."""
+    try:
+        yield
+    except EntryNotFoundError:
+        raise
+    except HFValidationError as error:
+        raise UserError(f"{where!r} is neither a folder here nor the name of a repository") from error
+    except GatedRepoError as error:
+        raise UserError(f"access to {where} is restricted; ask for it on its page and log in") from error
+    except RepositoryNotFoundError as error:
+        raise UserError(
+            f"{where}: no such folder here, nor a repository on the Hub that you may read; check the spelling, or log in if "
+            "it is private"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise UserError(f"{where}: the repository has no such revision; check the branch, tag or commit") from error
+    except Exception as error:  # the client lets the errors of its HTTP library through, whichever that is
+        raise UserError(f"{where}: {problem} ({type(error).__name__}); try again later") from error
+
+
 def _read_index(path: Path) -> dict[str, str]:
     try:
         weights: Any = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
@@ -122,7 +136,9 @@ def _read_index(path: Path) -> dict[str, str]:
         raise UserError(f"{path} is damaged (no weight_map can be read from it); copy or download it again") from error
     for file in set(files.values()):
         if not re.fullmatch(r"[\w.-]+\.(safetensors|bin)", file) or ".." in file:
-            raise UserError(f"{path} names the file {file!r}, which is no shard beside it; do not trust this checkpoint")
+            raise UserError(
+                f"{path} names the file {file!r}, which is no shard beside it; do not trust this checkpoint"
+            )
     return files
 
 
@@ -130,7 +146,9 @@ def _checkpoint_of(folder: Path) -> Path:
     """`folder`, or the newest `checkpoint-N` in it if it holds no model itself."""
     if (folder / "config.json").is_file():
         return folder
-    found = [(int(match[1]), path) for path in folder.iterdir() if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))]
+    found = [
+        (int(match[1]), path) for path in folder.iterdir() if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
+    ]
     models = [path for _, path in sorted(found) if (path / "config.json").is_file()]
     return models[-1] if models else folder
 

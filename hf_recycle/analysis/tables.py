@@ -66,7 +66,9 @@ def _recycling(analysis: ModelAnalysis) -> list[str]:
         return []
     neurons = history.stats["neurons"]
     total, ever, step = neurons["total"], neurons["ever_recycled"], history.stats["step"]
-    lines = [f"  recycling, up to step {step:,}: {ever:,} of {total:,} neurons at least once ({100 * ever / total:.1f}%)"]
+    lines = [
+        f"  recycling, up to step {step:,}: {ever:,} of {total:,} neurons at least once ({100 * ever / total:.1f}%)"
+    ]
     if ever:
         counts = np.concatenate(list(history.counts.values()))
         times = ", ".join(f"{group.label}: {group.count(counts):,}" for group in group_times(counts, 8))

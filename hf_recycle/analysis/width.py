@@ -58,7 +58,9 @@ def narrower_config(
     """
     widths = {block.num_neurons for block in blocks}
     if len(widths) > 1:
-        raise UserError(f"the layers have different widths ({sorted(widths)}), which one configuration field can't change")
+        raise UserError(
+            f"the layers have different widths ({sorted(widths)}), which one configuration field can't change"
+        )
     old = widths.pop()
     values = model.config.to_dict()
     others = [name for name, value in values.items() if type(value) is int and value == old and name not in _FIELDS]

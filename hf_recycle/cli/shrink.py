@@ -54,7 +54,9 @@ def _shrink(words: Sequence[str]) -> None:
     from hf_recycle.methods.selection import CRITERIA
 
     if options.criterion not in tuple(CRITERIA):
-        raise UserError(f"criterion={options.criterion!r} is unknown; {nearest(options.criterion, CRITERIA, show_all=True)}")
+        raise UserError(
+            f"criterion={options.criterion!r} is unknown; {nearest(options.criterion, CRITERIA, show_all=True)}"
+        )
     no_progress_bars()
     source = Source(options.model, options.revision)
     model, tokenizer = load_model(source, options.ff_pattern)
@@ -74,7 +76,9 @@ def _check(options: argparse.Namespace) -> None:
     if options.pruned_only == (options.fraction is not None):
         raise UserError("pass either pruned_only or fraction: which neurons go?")
     if options.fraction is not None and not 0 < options.fraction < 1:
-        raise UserError(f"fraction={options.fraction} must lie between 0 and 1, both excluded: every layer keeps a neuron")
+        raise UserError(
+            f"fraction={options.fraction} must lie between 0 and 1, both excluded: every layer keeps a neuron"
+        )
     if options.multiple_of < 1:
         raise UserError(f"multiple_of={options.multiple_of} must be at least 1")
 
