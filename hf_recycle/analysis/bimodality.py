@@ -89,8 +89,8 @@ def dip_p_value(value: float, n: int) -> float:
     """
     size = min(max(n, 2), _POINTS)
     null = _uniform_dips(size)
-    atleast = np.count_nonzero(null * np.sqrt(size) >= value * np.sqrt(n) - 1e-12)
-    return (atleast + 1) / (_DRAWS + 1)
+    at_least = np.count_nonzero(null * np.sqrt(size) >= value * np.sqrt(n) - 1e-12)
+    return float((at_least + 1) / (_DRAWS + 1))
 
 
 @functools.cache

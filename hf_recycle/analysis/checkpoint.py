@@ -19,7 +19,7 @@ from hf_recycle.neurons.blocks import FeedForward, NeuronSlice
 from hf_recycle.neurons.find import find_feed_forwards
 from hf_recycle.neurons.storage.tiles import Tile, tiles_of_rectangle
 
-_BYTES_AT_ONCE = 1 << 22  # float32 weights in memory at a time, unless a single row is longer
+_BYTES_AT_ONCE = 1 << 20  # of float32 weights in memory at a time, unless a single row is longer
 
 
 @dataclass

@@ -14,9 +14,10 @@ from hf_recycle.analysis.scan import Scan, Tiles
 from hf_recycle.neurons.blocks import FeedForward
 
 _NEIGHBOURS = 8  # nearest earlier neurons in the sketch that are compared exactly
-_ROWS = 512  # neurons compared with all earlier ones at a time
+_ROWS = 128  # neurons compared with all others at a time
 _ENTRIES = 1 << 20  # weights of each side of the pairs that are compared exactly at a time
-# A pair at the threshold looks more than 2 times as far in the sketch once in exp(128 (ln 2 - 1)) = 10^-17 draws.
+_ROUNDING = 1e-6  # of the cosine of two equal float32 neurons
+# A pair at the threshold looks more than 2 times as far in the sketch once in exp(64 (1 - ln 2)) = 3 · 10^8 draws.
 _SLACK = 2.0
 
 
@@ -24,12 +25,12 @@ def duplicates(block: FeedForward, tiles: Tiles, scanned: Scan, threshold: float
     """Indices of the duplicates of a block, int64, ascending.
 
     Candidates are looked for in the sketch, then compared exactly in a second pass over the weights, which is spared if
-    there are none. Memory: O(512 · d_ff).
+    there are none. Memory: O(128 · d_ff).
     """
     pairs = _candidates(scanned, threshold)
     if not len(pairs):
         return torch.zeros(0, dtype=torch.int64)
-    close = _cosines(block, tiles, scanned, pairs) >= threshold
+    close = _cosines(block, tiles, scanned, pairs) >= threshold - _ROUNDING
     return pairs[close, 0].unique()
 
 
@@ -39,16 +40,17 @@ def _candidates(scanned: Scan, threshold: float) -> Tensor:
     lengths = sketch.square().sum(1)
     # Rounding of float32 must not hide equal neurons when the threshold is 1.
     limit = _SLACK * 2 * (1 - threshold) + 1e-4
+    columns = torch.arange(len(sketch))
     found = []
-    for start in range(0, len(sketch), _ROWS):
-        stop = min(start + _ROWS, len(sketch))
-        distances = torch.addmm(lengths[:stop], sketch[start:stop], sketch[:stop].T, alpha=-2)
-        distances += lengths[start:stop].unsqueeze(1)
-        rows = torch.arange(start, stop).unsqueeze(1)
-        distances[(torch.arange(stop) >= rows) | ~alive[:stop] | ~alive[start:stop].unsqueeze(1)] = torch.inf
-        nearest = distances.topk(min(_NEIGHBOURS, stop), largest=False)
+    for rows in columns.split(_ROWS):
+        # All of them each time, though only earlier ones count: buffers of one size are reused, growing ones are not.
+        distances = torch.addmm(lengths, sketch[rows], sketch.T, alpha=-2)
+        distances += lengths[rows].unsqueeze(1)
+        distances[(columns >= rows.unsqueeze(1)) | ~alive] = torch.inf
+        distances[~alive[rows]] = torch.inf
+        nearest = distances.topk(min(_NEIGHBOURS, len(sketch)), largest=False)
         close = nearest.values <= limit
-        found.append(torch.stack([rows.expand_as(close)[close], nearest.indices[close]], dim=1))
+        found.append(torch.stack([rows.unsqueeze(1).expand_as(close)[close], nearest.indices[close]], dim=1))
     return torch.cat(found)
 
 

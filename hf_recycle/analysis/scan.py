@@ -10,8 +10,8 @@ from hf_recycle.errors import UserError
 from hf_recycle.neurons.blocks import FeedForward, NeuronSlice
 from hf_recycle.neurons.storage.tiles import Tile
 
-SKETCH = 256
-"""Columns of the sketch. The squared distance of two of its rows is the distance of the neurons times chi²(256) / 256."""
+SKETCH = 128
+"""Columns of the sketch. The squared distance of two of its rows is the distance of the neurons times chi²(128) / 128."""
 
 Tiles = Callable[[NeuronSlice], Iterable[Tile]]
 """How the weights of a slice are reached: from memory (`in_memory`) or from a checkpoint (`Checkpoint.tiles`)."""
@@ -66,7 +66,7 @@ def scan(block: FeedForward, tiles: Tiles) -> Scan:
             if projection is None:
                 continue
             values = tile.values.float()
-            squares[side][tile.neurons] += values.square().sum(1, dtype=torch.float64)
+            squares[side][tile.neurons] += values.double().square().sum(1)
             sketches[side][tile.neurons].addmm_(values, projection[tile.features])
     in_norm, out_norm = squares["in"].sqrt(), squares["out"].sqrt()
     return Scan(in_norm, out_norm, _join(sketches["in"], in_norm, sketches["out"], out_norm))
