@@ -70,8 +70,8 @@ def _hull(x: Array, y: Array, low: int, high: int, sign: int) -> npt.NDArray[np.
 def _widest_gap(
     x: Array, lower: Array, upper: Array, convex: npt.NDArray[np.int64], concave: npt.NDArray[np.int64]
 ) -> tuple[float, int, int]:
-    """Where majorant and minorant lie furthest apart, at a vertex of one: the distance, and that vertex with the nearest
-    vertex of the other, the convex one to the left."""
+    """Where majorant and minorant lie furthest apart, at a vertex of one: the distance, and that vertex with the
+    nearest vertex of the other, the convex one to the left."""
     at_convex = np.interp(x[convex], x[concave], upper[concave]) - lower[convex]
     at_concave = upper[concave] - np.interp(x[concave], x[convex], lower[convex])
     if at_convex.max() > at_concave.max():

@@ -21,8 +21,8 @@ class Thresholds:
     """Where the lines are drawn.
 
     Attributes:
-        dead: a neuron is *dead* if its magnitude is below `dead` times the median magnitude of the block's neurons whose
-            magnitude is not zero, or zero.
+        dead: a neuron is *dead* if its magnitude is below `dead` times the median magnitude of those of the block's
+            neurons whose magnitude is not zero, or zero.
         duplicate: cosine from which a neuron duplicates an earlier one (see `hf_recycle.analysis.duplicates`).
     """
 

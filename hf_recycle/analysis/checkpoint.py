@@ -81,7 +81,7 @@ class Checkpoint:
             raise UserError(f"{self.source.name}: {error}") from error
 
     def tiles(self, piece: NeuronSlice) -> Iterator[Tile]:
-        """The weights of a slice, a few megabytes at a time: float32 (float64 if stored so), each entry once.
+        """The weights of a slice, a megabyte at a time: float32 (float64 if stored so), each entry once.
 
         Raises:
             UserError: the checkpoint lacks the tensor, or it has another shape than the model, or it can't be read.

@@ -151,6 +151,6 @@ def _task(config: PreTrainedConfig, source: Source) -> str:
         ):
             return "mlm"
     raise UserError(
-        f"{source.name} is a {architecture}: pruning curves need a model with a masked or causal language modelling head, "
-        "such as BertForMaskedLM or GPT2LMHeadModel"
+        f"{source.name} is a {architecture}: pruning curves need a model with a masked or causal language modelling "
+        "head, such as BertForMaskedLM or GPT2LMHeadModel"
     )

@@ -11,7 +11,7 @@ from hf_recycle.neurons.blocks import FeedForward, NeuronSlice
 from hf_recycle.neurons.storage.tiles import Tile
 
 SKETCH = 128
-"""Columns of the sketch. The squared distance of two of its rows is the distance of the neurons times chi²(128) / 128."""
+"""Columns of the sketch. The squared distance of two of its rows is that of the neurons times chi²(128) / 128."""
 
 Tiles = Callable[[NeuronSlice], Iterable[Tile]]
 """How the weights of a slice are reached: from memory (`in_memory`) or from a checkpoint (`Checkpoint.tiles`)."""
@@ -88,6 +88,6 @@ def _check_finite(block: FeedForward, piece: NeuronSlice, tile: Tile) -> None:
     if bad.any():
         first = tile.neuron + int(bad.nonzero()[0])
         raise UserError(
-            f"block {block.name}: the weights ({piece.role}) of {int(bad.sum())} neurons, the first of them {first}, are "
-            "NaN or infinite; this checkpoint is broken, use an earlier one"
+            f"block {block.name}: the weights ({piece.role}) of {int(bad.sum())} neurons, the first of them {first}, "
+            "are NaN or infinite; this checkpoint is broken, use an earlier one"
         )

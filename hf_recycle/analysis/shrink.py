@@ -1,8 +1,8 @@
 """Taking feed-forward neurons out of a model, so that a smaller plain transformers model remains.
 
-transformers knows one width for all layers. It becomes the largest number of neurons that a layer keeps, rounded up; the
-other layers are filled up with neurons of zeros. A neuron whose out-column is zero outputs nothing, whatever its in-row,
-its bias and the activation are: it is *pruned*, and leaving it out changes nothing.
+transformers knows one width for all layers. It becomes the largest number of neurons that a layer keeps, rounded up;
+the other layers are filled up with neurons of zeros. A neuron whose out-column is zero outputs nothing, whatever its
+in-row, its bias and the activation are: it is *pruned*, and leaving it out changes nothing.
 """
 
 from collections.abc import Sequence
@@ -83,8 +83,8 @@ def shrink(model: PreTrainedModel, settings: ShrinkSettings) -> Shrunk:
         difference = _difference(_logits(model, inputs), _logits(new, inputs))
     if not difference <= _TOLERANCES.get(model.dtype, 1e-3):
         raise UserError(
-            f"the smaller model's outputs differ from those of the masked one by {difference:.2g}: its feed-forward blocks "
-            "do more than W_out f(W_in x), and can't be shrunk"
+            f"the smaller model's outputs differ from those of the masked one by {difference:.2g}: its feed-forward "
+            "blocks do more than W_out f(W_in x), and can't be shrunk"
         )
     names = [block.name for block in blocks]
     return Shrunk(new, before, d_ff, dict(zip(names, kept, strict=True)), difference)
@@ -142,8 +142,8 @@ def check_pruned_are_zero(blocks: Sequence[FeedForward], masks: dict[str, Tensor
         alive[pruned_neurons(block)] = False
         if alive.any():
             raise UserError(
-                f"block {block.name}: {int(alive.sum())} neurons that the recycling state calls pruned are not zero in the "
-                "weights; this checkpoint was changed after it was written, use the original"
+                f"block {block.name}: {int(alive.sum())} neurons that the recycling state calls pruned are not zero in "
+                "the weights; this checkpoint was changed after it was written, use the original"
             )
 
 

@@ -75,7 +75,7 @@ class Source:
             if _cached(self.name, self.revision):
                 return None
             raise UserError(
-                f"{where} is no folder here, it is not in the cache, and the Hub can't be reached; try again when online"
+                f"{where} is no folder here, it is not in the cache, and the Hub can't be reached; try again later"
             ) from error
         except EntryNotFoundError:
             return None
@@ -100,8 +100,8 @@ class Source:
                 return None, single
         if self.folder is None:
             raise UserError(
-                f"{self.name} has no {WEIGHTS}: other formats of weights are not read from the Hub; download it, load it "
-                "with transformers and save it with save_pretrained"
+                f"{self.name} has no {WEIGHTS}: other formats of weights are not read from the Hub; download it, load "
+                "it with transformers and save it with save_pretrained"
             )
         raise UserError(f"{self.folder} holds neither {WEIGHTS} nor {INDEX}; name the folder of a saved model")
 
@@ -119,8 +119,8 @@ def hub_errors_explained(where: str, problem: str) -> Iterator[None]:
         raise UserError(f"access to {where} is restricted; ask for it on its page and log in") from error
     except RepositoryNotFoundError as error:
         raise UserError(
-            f"{where}: no such folder here, nor a repository on the Hub that you may read; check the spelling, or log in if "
-            "it is private"
+            f"{where}: no such folder here, nor a repository on the Hub that you may read; check the spelling, or log in "
+            "if it is private"
         ) from error
     except RevisionNotFoundError as error:
         raise UserError(f"{where}: the repository has no such revision; check the branch, tag or commit") from error

@@ -11,9 +11,9 @@ from hf_recycle.report.naming import short_names
 from hf_recycle.report.times import group_times
 
 LEGEND = f"""\
-magnitude: ‖w_in‖·‖w_out‖ of a neuron. CV: standard deviation over mean. dip: Hartigan's dip of the magnitudes; p: of the
-test for one mode (two or more where p < {BIMODAL_P:g}). dead: magnitude zero, or far below the median. dup.: in-row and
-out-column nearly parallel to those of an earlier neuron."""
+magnitude: ‖w_in‖·‖w_out‖ of a neuron. CV: standard deviation over mean. dip: Hartigan's dip of the magnitudes; p: of
+the test for one mode (two or more where p < {BIMODAL_P:g}). dead: magnitude zero, or far below the median. dup.: in-row
+and out-column nearly parallel to those of an earlier neuron."""
 
 
 def analysis_text(analyses: Sequence[ModelAnalysis]) -> str:
@@ -25,7 +25,7 @@ def analysis_text(analyses: Sequence[ModelAnalysis]) -> str:
 
 
 def table(rows: Sequence[Sequence[str]], indent: str = "  ") -> str:
-    """Rows of cells in aligned columns, the first to the left, the others to the right; the first row is the heading."""
+    """Rows of cells in aligned columns, the first to the left, the others to the right; the first is the heading."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = []
     for row in rows:

@@ -12,10 +12,10 @@ from hf_recycle.errors import UserError
 HELP = """\
 usage: hf-recycle analyze MODEL [MODEL ...] [--argument VALUE ...]
 
-Measure the feed-forward neurons of trained models: magnitudes, how they are distributed in each layer, whether they have
-one mode, dead and duplicate neurons. A model is a folder, a run's output folder, or a repository of the Hub. Its weights
-are read a few megabytes at a time, and of them only the feed-forward ones. If it holds recycling files, what they record
-is shown too.
+Measure the feed-forward neurons of trained models: magnitudes, how they are distributed in each layer, whether they
+have one mode, dead and duplicate neurons. A model is a folder, a run's output folder, or a repository of the Hub. Its
+weights are read a megabyte at a time, and of them only the feed-forward ones. If it holds recycling files, what they
+record is shown too.
 
   hf-recycle analyze runs/decay runs/no-decay --output figures   two models side by side, with figures
   hf-recycle analyze user/repo --revisions all --output figures  how magnitudes and counts moved over its commits
@@ -25,13 +25,13 @@ is shown too.
   --json                   print JSON, and nothing else, to stdout
   --ff_pattern PATTERN     linear layers of the feed-forward blocks, for a model of unknown layout: 'fc1 -> fc2',
                            'gate + up -> down' or 'fused:Wi -> Wo'
-  --dead FLOAT             a neuron is dead if its magnitude is below this share of the median of its layer (default: 0.01)
+  --dead FLOAT             a neuron is dead if its magnitude is below this share of its layer's median (default: 0.01)
   --duplicate FLOAT        cosine from which a neuron duplicates an earlier one (default: 0.99)
   --revision NAME          branch, tag or commit of a repository
   --revisions {all,A,B,..} of one repository: all commits of its main branch and all its tags, or those named
 
 One-shot pruning curves:
-  --prune-curve            prune a growing share of every layer's neurons at once, without training, and measure the loss
+  --prune-curve            prune a growing share of every layer's neurons at once, without training; measure the loss
   --eval_file FILE         the text (.txt, a document a line; .json, .jsonl) to measure it on
   --criteria A,B,...       selection criteria to prune by (default: all of them)
   --shares A,B,...         shares to prune (default: 0,0.1,...,1)
@@ -89,9 +89,7 @@ def _check(options: argparse.Namespace) -> None:
     if options.output is not None and options.output.exists() and not options.output.is_dir():
         raise UserError(f"output={str(options.output)!r} is a file; name a folder")
     if options.revisions and (len(options.models) > 1 or options.prune_curve or options.revision):
-        raise UserError(
-            f"revisions={options.revisions!r} takes one repository, without prune_curve and revision; analyse them apart"
-        )
+        raise UserError(f"revisions={options.revisions!r} takes one repository, without prune_curve and revision")
     curve_only = ("eval_file", "criteria", "shares")
     if options.prune_curve and options.eval_file is None:
         raise UserError("prune_curve needs a text to measure the loss on; pass eval_file")

@@ -12,8 +12,8 @@ HELP = """\
 usage: hf-recycle shrink MODEL --output DIR (--pruned-only | --fraction FLOAT) [--argument VALUE ...]
 
 Take feed-forward neurons out of a model and save the smaller model that remains, with its tokenizer, as a plain
-transformers model. All layers get the width of the one that keeps most neurons, rounded up; the others are filled up with
-zeros. The result is checked against the original with the same neurons masked, and both are timed.
+transformers model. All layers get the width of the one that keeps most neurons, rounded up; the others are filled up
+with zeros. The result is checked against the original with the same neurons masked, and both are timed.
 
   hf-recycle shrink runs/pruned --pruned-only --output small        what pruning has set to zero, for good
   hf-recycle shrink user/repo --fraction 0.3 --output small         the 30% least important neurons of every layer

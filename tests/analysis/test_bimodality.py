@@ -16,7 +16,7 @@ def nearest_unimodal(values):
         places = [*range(mode + 1), *range(mode, n)]
         rows, bounds = [], []
 
-        def at_most(bound, rows=rows, bounds=bounds, size=len(places) + 1, **weights):
+        def at_most(bound, rows=rows, bounds=bounds, size=n + 2, **weights):
             row = np.zeros(size)
             for key, weight in weights.items():
                 row[int(key[1:])] += weight

@@ -117,14 +117,19 @@ def test_old_names_and_pickled_weights(saved, family_named, tmp_path):
 
 def test_tensors_that_are_none_of_the_model_are_ignored(saved, family_named, tmp_path):
     folder, expected = saved(family_named("bert"))
-    extra = {"something.else": torch.zeros(3), "bert.encoder.layer.7.output.dense.weight": torch.full((2, 2), torch.nan)}
+    extra = {
+        "something.else": torch.zeros(3),
+        "bert.encoder.layer.7.output.dense.weight": torch.full((2, 2), torch.nan),
+    }
     assert_like(edit(folder, lambda tensors: tensors.update(extra), tmp_path), expected)
 
 
 def test_the_newest_checkpoint_of_a_run(saved, family_named, tmp_path):
     folder, expected = saved(family_named("electra"))
     for step in (9, 10):
-        edit(folder, lambda tensors, step=step: [t.mul_(step) for t in tensors.values()], tmp_path / f"checkpoint-{step}")
+        edit(
+            folder, lambda tensors, step=step: [t.mul_(step) for t in tensors.values()], tmp_path / f"checkpoint-{step}"
+        )
     assert_like(tmp_path, {name: 100 * value for name, value in expected.items()})
 
 
@@ -220,7 +225,7 @@ def test_code_of_a_repository_is_never_run(tmp_path, saved, family_named):
     config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config", "AutoModel": "mine.Model"}}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "mine.py").write_text("raise SystemExit('executed')")
-    with pytest.raises(UserError, match="config.json can't be used"):
+    with pytest.raises(UserError, match=r"config\.json can't be used"):
         analyze(Source(str(folder)))
 
 

@@ -64,7 +64,7 @@ def test_the_precision_stays(dtype, family_named):
 def test_fractions_in_decimal():
     blocks = find_feed_forwards(torch.nn.Sequential(torch.nn.Linear(4, 10), torch.nn.Linear(10, 4)), "0 -> 1")
     assert len(removed_neurons(blocks, ShrinkSettings(fraction=0.3))[0]) == 3
-    with pytest.raises(UserError, match="fraction=1.0 leaves block .* with none of its 10 neurons"):
+    with pytest.raises(UserError, match=r"fraction=1\.0 leaves block .* with none of its 10 neurons"):
         removed_neurons(blocks, ShrinkSettings(fraction=1.0))
 
 

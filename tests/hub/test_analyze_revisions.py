@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from huggingface_hub import HfApi
 from hub_server import ALICE
+from huggingface_hub import HfApi
 from simulated_runs import write_run
 from transformers import BertConfig, BertForMaskedLM
 
