@@ -119,8 +119,8 @@ def hub_errors_explained(where: str, problem: str) -> Iterator[None]:
         raise UserError(f"access to {where} is restricted; ask for it on its page and log in") from error
     except RepositoryNotFoundError as error:
         raise UserError(
-            f"{where}: no such folder here, nor a repository on the Hub that you may read; check the spelling, or log in "
-            "if it is private"
+            f"{where}: no such folder here, nor a repository on the Hub that you may read; check the spelling, or log "
+            "in if it is private"
         ) from error
     except RevisionNotFoundError as error:
         raise UserError(f"{where}: the repository has no such revision; check the branch, tag or commit") from error

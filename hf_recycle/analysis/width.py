@@ -80,8 +80,8 @@ def narrower_config(
         if same and [(block.name, block.num_neurons) for block in found] == expected:
             return config
     raise UserError(
-        f"no field of the configuration of {type(model).__name__} was found that sets the width of its feed-forward blocks "
-        f"({old}) and nothing else"
+        f"no field of the configuration of {type(model).__name__} was found that sets the width of its feed-forward "
+        f"blocks ({old}) and nothing else"
     )
 
 
