@@ -105,7 +105,7 @@ def _fit(
             setattr(config, key, value)
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and "max_position_embeddings" not in changes:
-        config.max_position_embeddings = max(positions, _positions_needed(config, max_seq_length))
+        config.max_position_embeddings = max(positions, positions_needed(config, max_seq_length))
 
 
 def scale_width(config: PreTrainedConfig, factor: float) -> None:
@@ -145,9 +145,9 @@ def _check_fit(
             f"vocab_size={len(tokenizer)} or more"
         )
     positions = getattr(config, "max_position_embeddings", None)
-    if positions is not None and _positions_needed(config, max_seq_length) > positions:
+    if positions is not None and positions_needed(config, max_seq_length) > positions:
         raise UserError(
-            f"max_seq_length={max_seq_length} needs {_positions_needed(config, max_seq_length)} "
+            f"max_seq_length={max_seq_length} needs {positions_needed(config, max_seq_length)} "
             "positions, but the model "
             f"has max_position_embeddings={positions}; shorten the sequences, or change it in "
             "config_overrides of a "
@@ -161,7 +161,7 @@ def _check_fit(
         )
 
 
-def _positions_needed(config: PreTrainedConfig, max_seq_length: int) -> int:
+def positions_needed(config: PreTrainedConfig, max_seq_length: int) -> int:
     """Position embeddings a sequence takes up: the RoBERTa family counts from its padding id, plus one."""
     if _counts_from_padding(config):
         return max_seq_length + (config.pad_token_id or 0) + 1

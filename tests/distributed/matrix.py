@@ -43,10 +43,12 @@ def _zero(stage: int, **more) -> Callable[[str], dict]:
         for key, value in more.items():
             config[key] = config[key] | value if isinstance(value, dict) and key in config else value
         config = {key: value for key, value in config.items() if value is not None}
-        # A file for each process: one must not read what another is writing.
-        path = Path(folder, f"zero{stage}-{os.environ.get('RANK', 0)}.json")
+        path = Path(folder, f"zero{stage}.json")
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(config))
+        # Renamed when it is whole: one process must not read what another is writing.
+        temporary = path.with_suffix(f".{os.getpid()}")
+        temporary.write_text(json.dumps(config))
+        temporary.replace(path)
         return {"deepspeed": str(path)}
 
     return arguments
