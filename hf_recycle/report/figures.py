@@ -6,6 +6,7 @@ Okabe-Ito palette and cividis, which colour-blind readers can tell apart.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,33 +28,42 @@ _DPI = 120
 
 
 def draw_figures(history: RecyclingHistory, folder: str | Path, *, unigram_entropy: float | None = None) -> list[Path]:
-    """Draw the figures that `history` has data for, as PNG files in `folder` (made if missing).
-
-    `loss.png`, `magnitudes.png`, `recycle_counts.png`, `ages.png`: a figure without data is left out.
-
-    Args:
-        history: what happened.
-        folder: where the files go.
-        unigram_entropy: entropy of the corpus's unigrams in nats, drawn as a line beside the losses.
+    """Draw the figures that `history` has data for, as PNG files in `folder` (made if missing): see `figure_images`.
 
     Returns:
         The paths of the figures drawn.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    images = figure_images(history, unigram_entropy=unigram_entropy)
+    for name, image in images.items():
+        (folder / name).write_bytes(image)
+    return [folder / name for name in images]
+
+
+def figure_images(history: RecyclingHistory, *, unigram_entropy: float | None = None) -> dict[str, bytes]:
+    """The figures that `history` has data for: {name of the file: PNG}.
+
+    `loss.png`, `magnitudes.png`, `recycle_counts.png`, `ages.png`: a figure without data is left out.
+
+    Args:
+        history: what happened.
+        unigram_entropy: entropy of the corpus's unigrams in nats, drawn as a line beside the losses.
+    """
     drawings: dict[str, Callable[[], Figure | None]] = {
         "loss.png": lambda: loss_figure(history, unigram_entropy),
         "magnitudes.png": lambda: magnitudes_figure(history),
         "recycle_counts.png": lambda: recycle_counts_figure(history),
         "ages.png": lambda: ages_figure(history),
     }
-    paths = []
+    images = {}
     for name, draw in drawings.items():
         figure = draw()
         if figure is not None:
-            figure.savefig(folder / name, dpi=_DPI, metadata={"Software": None})
-            paths.append(folder / name)
-    return paths
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format="png", dpi=_DPI, metadata={"Software": None})
+            images[name] = buffer.getvalue()
+    return images
 
 
 def loss_figure(history: RecyclingHistory, unigram_entropy: float | None = None) -> Figure | None:
