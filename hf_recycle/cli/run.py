@@ -11,6 +11,7 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
+from hf_recycle.cli.context import run_context
 from hf_recycle.cli.parse import RunArguments
 from hf_recycle.data.arguments import DataArguments, ModelArguments
 from hf_recycle.data.collate import CausalCollator
@@ -33,8 +34,11 @@ class Run:
     floor: float | None
 
     @classmethod
-    def prepare(cls, arguments: RunArguments) -> "Run":
+    def prepare(cls, arguments: RunArguments, words: Sequence[str] = ()) -> "Run":
         """Load and build everything, so that what can fail fails before the first step.
+
+        Args:
+            words: the command line that the arguments were parsed from, for the model card.
 
         Raises:
             UserError: see `load_texts`, `load_data`, `load_model` and `find_checkpoint`.
@@ -61,6 +65,7 @@ class Run:
         floor = None
         if arguments.model.task == "mlm" and isinstance(train, Dataset) and isinstance(validation, Dataset):
             floor = unigram_entropy(train, validation, tokenizer)
+        trainer.run_context = run_context(arguments, words, floor)
         return cls(arguments, trainer, checkpoint, floor)
 
     def train(self) -> None:

@@ -37,7 +37,10 @@ def write_card(folder: str | os.PathLike[str], *, repo_id: str | None = None) ->
 
     Raises:
         RecyclingFileError: a recycling file is missing or damaged.
+        ValueError: `repo_id` is no name of a repository.
     """
+    if repo_id is not None and not is_repo_id(repo_id):
+        raise ValueError(f"repo_id={repo_id!r} is no name of a repository: write it as user/name.")
     # matplotlib takes a second to import, and only the process that writes cards needs it.
     from hf_recycle.report.figures import figure_images
 

@@ -9,7 +9,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +111,7 @@ def _methods(arguments: Mapping[str, Any]) -> list[dict[str, Any]]:
         changed = [
             (method.prefix + item.name, _show(getattr(settings, item.name)))
             for item in fields(method)
-            if getattr(settings, item.name) != (item.default if item.default is not MISSING else None)
+            if item.name != "seed" and getattr(settings, item.name) != item.default
         ]
         methods.append({"name": name.strip(" ."), "what": what.strip(), "settings": changed, "prefix": method.prefix})
     return methods
