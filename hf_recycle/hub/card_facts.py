@@ -70,7 +70,7 @@ def facts_of(history: RecyclingHistory, folder: Path, repo_id: str | None = None
         "task": task,
         "architecture": architecture,
         "parameters": run.get("model", {}).get("parameters"),
-        "has_tokenizer": (folder / "tokenizer_config.json").is_file(),
+        "has_tokenizer": (folder / "tokenizer_config.json").is_file() or bool(run.get("tokenizer")),
         "step": history.stats["step"],
         "max_steps": _whole(state.get("max_steps")),
         "epoch": _number(state.get("epoch")),
