@@ -109,7 +109,7 @@ def _base_model(model: torch.nn.Module) -> dict[str, Any] | None:
     # `from_pretrained` leaves this behind; a model that only took its configuration from elsewhere lacks it.
     if not hasattr(model, "_weight_conversions") or not is_repo_id(name) or os.path.isdir(name):
         return None
-    return {"name": name, "revision": getattr(model.config, "_commit_hash", None)}
+    return {"name": name, "revision": None}  # which one it was, transformers does not keep
 
 
 def _data(dataset: Any) -> dict[str, Any]:

@@ -185,7 +185,8 @@ def test_hostile_facts_stay_text(tmp_path):
     assert "<em>" not in html
     assert not [title for title in headings(card) if "Owned" in title]
     lines = card.rstrip().split("\n")
-    assert lines.count(END) == lines.count(BEGIN) == 1 and lines[-1] == END
+    assert lines.count(END) == lines.count(BEGIN) == 1
+    assert lines[-1] == END
     assert "hf-recycle train 'demo;' rm -r x 'x</code>" in card  # as text of a command, which the shell does not run
     assert yaml.safe_load(card.split("---\n")[1]).keys() <= {"library_name", "metrics", "tags", "model-index"}
     rows = re.findall(r"<tr>(.*?)</tr>", html, flags=re.S)
