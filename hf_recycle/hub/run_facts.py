@@ -100,7 +100,8 @@ def _same_by_derivation(name: str, value: Any, arguments: Any) -> bool:
 def _model(model: torch.nn.Module) -> dict[str, Any]:
     # A parameter sharded by DeepSpeed's stage 3 is empty and keeps its size elsewhere.
     sizes = {id(p): getattr(p, "ds_numel", p.numel()) for p in model.parameters()}
-    return {"architecture": type(model).__name__, "parameters": int(sum(sizes.values()))}
+    # FSDP2 puts its name before that of the class.
+    return {"architecture": type(model).__name__.removeprefix("FSDP"), "parameters": int(sum(sizes.values()))}
 
 
 def _base_model(model: torch.nn.Module) -> dict[str, Any] | None:
