@@ -49,7 +49,7 @@ def _run(words: list[str]) -> int:
                 arguments = parse_run(words)
                 from hf_recycle.cli.run import Run
 
-                run = Run.prepare(arguments)
+                run = Run.prepare(arguments, words)
             run.train()
         except KeyboardInterrupt as stop:
             if os.environ.get("RANK", "0") == "0":

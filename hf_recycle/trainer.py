@@ -13,6 +13,7 @@ from hf_recycle.callbacks.base import NeuronCallback
 from hf_recycle.callbacks.recycling import check_layers
 from hf_recycle.checkpoints import CheckpointMixin
 from hf_recycle.engines import check_engine, drop_tied_aliases, leave_embeddings_ungrouped
+from hf_recycle.hub.run_meter import RunMeter
 from hf_recycle.launch_checks import check_same, shared_arguments
 from hf_recycle.mlm.training import MaskedLanguageModelingMixin
 from hf_recycle.neurons.blocks import full_shape
@@ -62,6 +63,9 @@ class RecyclingTrainer(CheckpointMixin, MaskedLanguageModelingMixin):
                 f"run `accelerate launch --num_processes {args.n_gpu} <your script>`, or set CUDA_VISIBLE_DEVICES=0."
             )
         self.recorder, self.tied_aliases = HistoryRecorder(), {}
+        self.meter = RunMeter()
+        # What the caller knows of the run and the trainer can't, for its card: keys of `run_schema.RUN_SCHEMA`.
+        self.run_context: dict[str, Any] = {}
         super().__init__(model, args, *positional, **kwargs)
         self.neuron_callbacks = self._wire_callbacks()
         check_engine(self)
@@ -175,10 +179,14 @@ class RecyclingTrainer(CheckpointMixin, MaskedLanguageModelingMixin):
 
     def train(self, *args, **kwargs):
         self.check_labels()
-        return super().train(*args, **kwargs)
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self.meter.stop()
 
-    def training_step(self, *args, **kwargs) -> torch.Tensor:
-        self._last_loss = super().training_step(*args, **kwargs)
+    def training_step(self, model, inputs, *args, **kwargs) -> torch.Tensor:
+        self.meter.count(inputs)
+        self._last_loss = super().training_step(model, inputs, *args, **kwargs)
         return self._last_loss
 
     def _loss_is_finite(self) -> bool:

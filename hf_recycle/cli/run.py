@@ -12,6 +12,7 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
+from hf_recycle.cli.context import run_context
 from hf_recycle.cli.launcher import LAUNCH_WORDS
 from hf_recycle.cli.parse import RunArguments
 from hf_recycle.data.arguments import DataArguments, ModelArguments
@@ -36,8 +37,11 @@ class Run:
     floor: float | None
 
     @classmethod
-    def prepare(cls, arguments: RunArguments) -> "Run":
+    def prepare(cls, arguments: RunArguments, words: Sequence[str] = ()) -> "Run":
         """Load and build everything, so that what can fail fails before the first step.
+
+        Args:
+            words: the command line that the arguments were parsed from, for the model card.
 
         Raises:
             UserError: see `check_process_count`, `check_same`, `load_texts`, `load_data`, `load_model` and
@@ -67,6 +71,7 @@ class Run:
         floor = None
         if arguments.model.task == "mlm" and isinstance(train, Dataset) and isinstance(validation, Dataset):
             floor = unigram_entropy(train, validation, tokenizer)
+        trainer.run_context = run_context(arguments, words, floor)
         return cls(arguments, trainer, checkpoint, floor)
 
     def train(self) -> None:
@@ -76,9 +81,10 @@ class Run:
         trainer.save_metrics("train", result.metrics, combined=False)
         if trainer.eval_dataset is not None:
             trainer.save_metrics("eval", trainer.evaluate(), combined=False)
-        # After the evaluation, which belongs to the history that is saved with the model.
-        trainer.save_model()
+        # After the evaluation, which belongs to the history that is saved with the model. The state first, which the
+        # model card reads.
         trainer.save_state()
+        trainer.save_model()
         # A baseline without feed-forward neurons has no history of them.
         if trainer.is_world_process_zero() and trainer.neuron_table() is not None:
             _report(Path(trainer.args.output_dir), self.floor)
