@@ -12,11 +12,12 @@ Neuron recycling for transformers.
 
 commands:
   train      pretrain a model with neuron recycling, from recipes and arguments
+  pull       download a checkpoint of the Hub that training can go on from
 
   --help     this text; after a command, that command's help
   --version  the version of the package
 """
-_COMMANDS = ("train",)
+_COMMANDS = ("train", "pull")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,5 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         from hf_recycle.train import main as train
 
         return train(rest)
+    if command == "pull":
+        from hf_recycle.cli.pull import main as pull
+
+        return pull(rest)
     print(f"error: unknown command {command!r}; {nearest(command, _COMMANDS)}", file=sys.stderr)
     return 2
