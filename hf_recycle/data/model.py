@@ -182,4 +182,6 @@ def _counts_from_padding(config: PreTrainedConfig) -> bool:
 
 
 def _first_line(error: BaseException) -> str:
+    if "trust_remote_code" in str(error):
+        return "it brings code of its own, which is run only with --trust_remote_code true"
     return str(error).strip().split("\n", 1)[0].rstrip(". ") or type(error).__name__

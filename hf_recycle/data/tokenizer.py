@@ -132,4 +132,6 @@ def _alphabet(texts: Iterable[str], limit: int) -> list[str]:
 
 
 def _first_line(error: BaseException) -> str:
+    if "trust_remote_code" in str(error):
+        return "it brings code of its own, which is run only with --trust_remote_code true"
     return str(error).strip().split("\n", 1)[0].rstrip(". ") or type(error).__name__

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
 
 from hf_recycle.errors import UserError
 from hf_recycle.files import RECYCLING_FILES
@@ -12,22 +13,31 @@ from hf_recycle.hub.address import LAST, HubAddress
 MAX_FILES = 100_000
 _MAX_SMALL = 256 * 2**20
 
-STATE_FILES = re.compile(
-    r"(optimizer|scheduler|scaler)\.pt|rng_state(_[0-9]{1,6})?\.pth|(optimizer|pytorch_model_fsdp)\.bin"
+STATE_FILES = (
+    *("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state.pth", "rng_state_[0-9]*.pth"),
+    *("optimizer.bin", "pytorch_model_fsdp.bin"),
 )
-"""Files that the Trainer reads with `torch.load(weights_only=True)`."""
-WEIGHTS = re.compile(r"model\.safetensors|model-[0-9]{1,6}-of-[0-9]{1,6}\.safetensors")
+"""Files that the Trainer reads with `torch.load(weights_only=True)`; shell patterns, as the next ones."""
 INDEX = "model.safetensors.index.json"
-_SMALL = re.compile(
-    r"trainer_state\.json|(generation_|tokenizer_)?config\.json|tokenizer\.json|special_tokens_map\.json|"
-    r"added_tokens\.json|vocab\.(json|txt)|merges\.txt|" + re.escape(INDEX)
+WEIGHTS = ("model.safetensors", "model-[0-9]*-of-[0-9]*.safetensors")
+_SMALL = (
+    *("trainer_state.json", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
+    *("special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", INDEX),
 )
+WANTED = (*STATE_FILES, *WEIGHTS, *_SMALL, *RECYCLING_FILES)
+"""Everything that training goes on from, unless the checkpoint is sharded."""
 # DeepSpeed's and torch.distributed.checkpoint's shards, which these libraries unpickle.
 _PICKLED = re.compile(r"global_step[0-9]+/|latest$|[^/]*_[0-9]+/|(.*/)?\.metadata$|.*\.distcp$|zero_pp_rank|bf16_zero")
 # Never needed, and never fetched: transformers unpickles the one, a user may run the other.
 _LEFT_OUT = re.compile(r"(.*/)?training_args\.bin|.*\.pyc?|(.*/)?pytorch_model(-.*)?\.bin|.*\.pkl|.*\.pickle")
 
+_FEW_NUMBERS = ("rng_state", "scheduler", "scaler")
 _CHECKPOINT = re.compile(rf"(?P<folder>{LAST}|checkpoint-[0-9]{{1,18}})/(?P<name>.+)", re.DOTALL)
+
+
+def is_one_of(patterns: Iterable[str], name: str) -> bool:
+    """Whether a file lies directly in its folder and has one of these names."""
+    return "/" not in name and any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def check_names(where: object, names: Iterable[str]) -> None:
@@ -100,8 +110,7 @@ def wanted_files(address: HubAddress, names: Iterable[str], trust_pickled: bool)
         )
     if trust_pickled and pickled:
         return [name for name in names if not _LEFT_OUT.fullmatch(name)]
-    known = (STATE_FILES, WEIGHTS, _SMALL)
-    return [name for name in names if name in RECYCLING_FILES or any(kind.fullmatch(name) for kind in known)]
+    return [name for name in names if is_one_of(WANTED, name)]
 
 
 def check_sizes(address: HubAddress, sizes: Mapping[str, int], free: int) -> None:
@@ -112,7 +121,7 @@ def check_sizes(address: HubAddress, sizes: Mapping[str, int], free: int) -> Non
         free: bytes free where they will lie.
     """
     for name, size in sizes.items():
-        if size > _MAX_SMALL and (_SMALL.fullmatch(name) or re.match("rng_state|scheduler|scaler", name)):
+        if size > _MAX_SMALL and (is_one_of(_SMALL, name) or name.startswith(_FEW_NUMBERS)):
             raise UserError(f"{address}: {name} claims {size} bytes, far more than such a file has; do not use it")
     total = sum(sizes.values())
     if total > free:

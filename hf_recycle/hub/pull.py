@@ -5,19 +5,21 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx2
 from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
-from huggingface_hub.errors import OfflineModeIsEnabled
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.hf_api import RepoFile
 from transformers.trainer import TRAINER_STATE_NAME
 
 from hf_recycle.errors import UserError
 from hf_recycle.hub.address import LAST, HubAddress
 from hf_recycle.hub.explain import explained
-from hf_recycle.hub.names import MAX_FILES, by_checkpoint, check_names, check_sizes, missing_files, wanted_files
+from hf_recycle.hub.names import MAX_FILES, WANTED, by_checkpoint, check_names, check_sizes, missing_files, wanted_files
 from hf_recycle.hub.trust import check_checkpoint, read_step
 
 
@@ -42,13 +44,12 @@ class Pull:
             UserError: a file can't be had, or is damaged or hostile.
         """
         with explained(self.address):
-            snapshot = snapshot_download(
-                self.address.repo_id, revision=self.address.revision, allow_patterns=list(self.files), token=token
+            snapshot = _patiently(
+                lambda: snapshot_download(
+                    self.address.repo_id, revision=self.address.revision, allow_patterns=list(self.files), token=token
+                )
             )
         folder = Path(snapshot, self.address.folder)
-        absent = [name for name in self.files if not Path(snapshot, name).is_file()]
-        if absent:
-            raise UserError(f"{self.address}: {absent[0]} is not in the cache; try again when online")
         check_checkpoint(folder, self.address)
         return folder
 
@@ -56,8 +57,8 @@ class Pull:
 def plan(address: HubAddress, token: str | None = None, trust_pickled: bool = False) -> Pull:
     """Settles which commit and which checkpoint an address stands for, and which files are needed of it.
 
-    Without a folder it is the newest checkpoint of the repository. Offline, what the cache holds of the repository
-    is all there is to it.
+    Without a folder it is the newest checkpoint of the repository; where the Hub can't be reached, the newest one in
+    the cache.
 
     Args:
         token: token of a user who may read the repository; by default the one that is logged in.
@@ -69,7 +70,7 @@ def plan(address: HubAddress, token: str | None = None, trust_pickled: bool = Fa
     with explained(address):
         commit = HfApi(token=token).resolve_revision(address.repo_id, revision=address.revision).resolved
     pinned = HubAddress(address.repo_id, address.folder, commit)
-    sizes = _sizes(pinned, token)
+    sizes, told = _sizes(pinned, token)
     check_names(address, sizes)
     found = by_checkpoint(sizes)
     folder = address.folder or _newest(pinned, found, token, trust_pickled)
@@ -77,6 +78,10 @@ def plan(address: HubAddress, token: str | None = None, trust_pickled: bool = Fa
         there = f"it has {', '.join(sorted(found))}" if found else "it has no checkpoint to resume from"
         raise UserError(f"{address}: the repository has no folder {folder}; {there}")
     pinned = HubAddress(address.repo_id, folder, commit)
+    if not told:
+        # A folder of which an interrupted download left only a part would make a run that differs silently.
+        with explained(pinned):
+            _cached(pinned, [f"{folder}/{pattern}" for pattern in WANTED])
     names = wanted_files(pinned, found[folder], trust_pickled)
     if missing := missing_files(names, trust_pickled):
         raise UserError(f"{address}: the checkpoint {folder} lacks {missing[0]}; name another one, or push it again")
@@ -94,19 +99,42 @@ def is_pulled(folder: str | os.PathLike[str]) -> bool:
     return Path(os.path.abspath(folder)).is_relative_to(os.path.abspath(constants.HF_HUB_CACHE))
 
 
-def _sizes(pinned: HubAddress, token: str | None) -> Mapping[str, int]:
-    """All files of the repository at a commit, with their sizes in bytes."""
+def _sizes(pinned: HubAddress, token: str | None) -> tuple[dict[str, int], bool]:
+    """The files of the repository at a commit with their sizes in bytes, and whether the Hub itself has named them.
+
+    Where it can't be reached it is what the cache holds of that commit.
+    """
     with explained(pinned):
         try:
             tree = HfApi(token=token).list_repo_tree(pinned.repo_id, recursive=True, revision=pinned.revision)
             files = [entry for entry in itertools.islice(tree, MAX_FILES) if isinstance(entry, RepoFile)]
-        except OfflineModeIsEnabled:
-            snapshot = snapshot_download(pinned.repo_id, revision=pinned.revision, local_files_only=True)
-            paths = [path for path in Path(snapshot).rglob("*") if path.is_file()]
-            return {path.relative_to(snapshot).as_posix(): path.stat().st_size for path in paths}
+        except (OfflineModeIsEnabled, httpx2.TransportError):
+            root = _cached(pinned, [])
+            paths = [path for path in root.rglob("*") if path.is_file()]
+            return {path.relative_to(root).as_posix(): path.stat().st_size for path in paths}, False
     if len(files) >= MAX_FILES:
         raise UserError(f"{pinned}: the repository has {MAX_FILES} files or more; name one made for checkpoints")
-    return {entry.path: entry.size for entry in files}
+    return {entry.path: entry.size for entry in files}, True
+
+
+def _cached(pinned: HubAddress, patterns: list[str]) -> Path:
+    """The repository's folder in the cache; an error if a file of these names was never downloaded."""
+    path = snapshot_download(pinned.repo_id, revision=pinned.revision, allow_patterns=patterns, local_files_only=True)
+    return Path(path)
+
+
+def _patiently(ask: Callable[[], str], attempts: int = 4) -> str:
+    """Asks again, after 1, 2, 4 seconds, where the client gives up on a Hub that is busy or lost in between."""
+    for attempt in range(attempts):
+        try:
+            return ask()
+        except (HfHubHTTPError, httpx2.TransportError) as error:
+            response = error.response if isinstance(error, HfHubHTTPError) else None
+            lasting = isinstance(error, HfHubHTTPError) and (response is None or response.status_code < 500)
+            if lasting or attempt == attempts - 1:
+                raise
+            time.sleep(2**attempt)
+    raise AssertionError("unreachable")
 
 
 def _newest(pinned: HubAddress, found: Mapping[str, list[str]], token: str | None, trust_pickled: bool) -> str:

@@ -19,7 +19,7 @@ from transformers.trainer_pt_utils import safe_globals
 from hf_recycle.errors import UserError
 from hf_recycle.files import RECYCLING_FILES
 from hf_recycle.history import RecyclingHistory
-from hf_recycle.hub.names import INDEX, STATE_FILES, WEIGHTS
+from hf_recycle.hub.names import INDEX, STATE_FILES, WEIGHTS, is_one_of
 
 _MAX_STEPS = 2**53
 
@@ -39,9 +39,9 @@ def check_checkpoint(folder: Path, where: object) -> None:
         UserError: names the file and what is wrong with it.
     """
     for path in sorted(folder.iterdir()):
-        if STATE_FILES.fullmatch(path.name):
+        if is_one_of(STATE_FILES, path.name):
             _checked(where, path, _check_state_file)
-        elif WEIGHTS.fullmatch(path.name):
+        elif is_one_of(WEIGHTS, path.name):
             _checked(where, path, _check_weights)
         elif path.name == INDEX:
             _checked(where, path, _check_index)
@@ -91,7 +91,7 @@ def _check_index(path: Path) -> None:
     # The Trainer joins these names to the folder and opens what is there.
     shards = set(_read_json(path)["weight_map"].values())
     for name in shards:
-        if not WEIGHTS.fullmatch(name):
+        if not is_one_of(WEIGHTS, name):
             _bad(f"it names the shard {name[:80]!r}")
         if not (path.parent / name).is_file():
             _bad(f"its shard {name} is missing")
