@@ -128,7 +128,7 @@ print(f"process {rank} came to the same end\\n", end="", flush=True)
 def test_two_processes_take_the_same_commit(hub, hub_environment, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(_TWO_PROCESSES)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = hub_environment()
     environment["PYTHONPATH"] += f":{Path(__file__).parent}"
     done = subprocess.run(
@@ -136,7 +136,7 @@ def test_two_processes_take_the_same_commit(hub, hub_environment, tmp_path):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=120,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
