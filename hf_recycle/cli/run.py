@@ -86,10 +86,18 @@ class Run:
         folder = self.trainer.args.output_dir
         if last_checkpoint(folder) is None:
             return f"no checkpoint was saved yet in {folder}, so the same command starts again"
-        command = shlex.join(words)
-        if self.trainer.args.resume_from_checkpoint is None:
-            command += " --resume_from_checkpoint true"
+        command = shlex.join([*_without(words, "--resume_from_checkpoint"), "--resume_from_checkpoint", "true"])
         return f"go on from the last checkpoint with: hf-recycle train {command}"
+
+
+def _without(words: Sequence[str], flag: str) -> list[str]:
+    """The words of a command without one argument and its value."""
+    kept: list[str] = []
+    for word, before in zip(words, ["", *words], strict=False):
+        value_of_it = before == flag and not word.startswith("--")
+        if word != flag and not word.startswith(f"{flag}=") and not value_of_it:
+            kept.append(word)
+    return kept
 
 
 def prepare_data(

@@ -27,7 +27,10 @@ _SMALL = (
 WANTED = (*STATE_FILES, *WEIGHTS, *_SMALL, *RECYCLING_FILES)
 """Everything that training goes on from, unless the checkpoint is sharded."""
 # DeepSpeed's and torch.distributed.checkpoint's shards, which these libraries unpickle.
-_PICKLED = re.compile(r"global_step[0-9]+/|latest$|[^/]*_[0-9]+/|(.*/)?\.metadata$|.*\.distcp$|zero_pp_rank|bf16_zero")
+_PICKLED = re.compile(
+    r"(global_step|universal)[^/]*/|latest(_universal)?$|[^/]*_[0-9]+/|(.*/)?\.metadata$|.*\.distcp$|"
+    r"(zero|bf16_zero)_pp_rank"
+)
 # Never needed, and never fetched: transformers unpickles the one, a user may run the other.
 _LEFT_OUT = re.compile(r"(.*/)?training_args\.bin|.*\.pyc?|(.*/)?pytorch_model(-.*)?\.bin|.*\.pkl|.*\.pickle")
 
@@ -105,7 +108,7 @@ def wanted_files(address: HubAddress, names: Iterable[str], trust_pickled: bool)
     if pickled and not trust_pickled:
         raise UserError(
             f"{address}: the checkpoint is sharded ({pickled[0]}), and the library that wrote it reads it by "
-            "unpickling, so whoever wrote it can run any code on this machine; pass --trust_pickled_checkpoint true "
+            "unpickling, so whoever wrote it can run any code on this machine; pass --trust_pickled_checkpoint "
             f"if you trust the owner of {address.repo_id}"
         )
     if trust_pickled and pickled:

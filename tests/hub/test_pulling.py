@@ -4,6 +4,7 @@ import json
 import re
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -13,6 +14,7 @@ from pulled_runs import contents, new_trainer
 
 from hf_recycle import RecyclingHistory
 from hf_recycle.cli.main import main
+from hf_recycle.cli.run import Run
 from hf_recycle.data.arguments import ModelArguments
 from hf_recycle.data.model import load_config, load_model, pin_revision
 from hf_recycle.errors import UserError
@@ -55,6 +57,7 @@ def step_of(folder: Path) -> int:
     [
         ({"last-checkpoint": 6, "checkpoint-4": 4}, "last-checkpoint"),
         ({"last-checkpoint": 4, "checkpoint-4": 4, "checkpoint-6": 6}, "checkpoint-6"),
+        ({"last-checkpoint": 6, "checkpoint-6": 6}, "checkpoint-6"),
         ({"last-checkpoint": 2}, "last-checkpoint"),
         ({"checkpoint-2": 2, "checkpoint-4": 4}, "checkpoint-4"),
     ],
@@ -268,3 +271,13 @@ def test_the_real_client_can_upload_what_is_pulled(hub, online, run):
     api.upload_folder(repo_id=name, folder_path=run / "checkpoint-4", path_in_repo="checkpoint-4")
     folder = pull_checkpoint(f"hub://{name}")
     assert (folder / "optimizer.pt").read_bytes() == (run / "checkpoint-4" / "optimizer.pt").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "form", [["--resume_from_checkpoint", "hub://alice/a"], ["--resume_from_checkpoint=hub://alice/a"]]
+)
+def test_what_was_interrupted_goes_on_from_its_own_checkpoint(tmp_path, form):
+    (tmp_path / "checkpoint-4").mkdir()
+    run = SimpleNamespace(trainer=SimpleNamespace(args=SimpleNamespace(output_dir=str(tmp_path))))
+    advice = Run.how_to_go_on(run, ["demo", *form, "--seed", "1"])
+    assert advice.endswith("hf-recycle train demo --seed 1 --resume_from_checkpoint true")
