@@ -18,6 +18,8 @@ from transformers.utils import logging
 from hf_recycle import files
 from hf_recycle.engine_checkpoints import EngineCheckpointMixin
 from hf_recycle.history_checks import check_agreement
+from hf_recycle.hub.pull import is_pulled
+from hf_recycle.hub.resume import forget_foreign_best
 from hf_recycle.hub.run_facts import run_facts
 from hf_recycle.hub.run_meter import RunMeter
 from hf_recycle.neurons.table import NeuronTable
@@ -185,6 +187,8 @@ class CheckpointMixin(EngineCheckpointMixin):
             if (table := self.neuron_table()) is not None:
                 table.reset()
         else:
+            if is_pulled(resume_from_checkpoint):
+                forget_foreign_best(self.state, resume_from_checkpoint, self.args.output_dir)
             self.load_recycling_files(resume_from_checkpoint)
         return progress
 

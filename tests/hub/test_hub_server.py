@@ -314,11 +314,13 @@ def test_a_process_of_its_own_keeps_its_repositories(tmp_path, online, hub):
         server.stdout.close()
 
 
+@pytest.mark.slow
 def test_a_new_process_talks_to_it(hub, hub_environment, run_python):
     code = """
-import huggingface_hub, transformers
+import huggingface_hub
 api = huggingface_hub.HfApi()
 repo = api.create_repo("new-process").repo_id
+import transformers
 config = transformers.BertConfig(hidden_size=8, num_attention_heads=2, intermediate_size=16, num_hidden_layers=1,
                                  vocab_size=32)
 transformers.BertForMaskedLM(config).push_to_hub(repo)
