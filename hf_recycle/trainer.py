@@ -16,6 +16,7 @@ from hf_recycle.callbacks.recycling import check_layers
 from hf_recycle.checkpoints import CheckpointMixin
 from hf_recycle.engines import check_engine, drop_tied_aliases
 from hf_recycle.hub.run_meter import RunMeter
+from hf_recycle.hub.trainer import HubMixin
 from hf_recycle.mlm.training import MaskedLanguageModelingMixin
 from hf_recycle.neurons.table import NeuronTable
 from hf_recycle.recorder import HistoryRecorder
@@ -28,7 +29,7 @@ CALLBACKS: tuple[type[NeuronCallback], ...] = (MidpointLossCallback, RecyclingCa
 _LOGGED_QUANTILES = {"magnitude_p10": 0.1, "magnitude_p50": 0.5, "magnitude_p90": 0.9}
 
 
-class RecyclingTrainer(CheckpointMixin, MaskedLanguageModelingMixin):
+class RecyclingTrainer(HubMixin, CheckpointMixin, MaskedLanguageModelingMixin):
     """A `transformers.Trainer` that recycles feed-forward neurons while it trains.
 
     Same signature and methods as `Trainer`; `args` is a `RecyclingArguments`, and the callbacks that it asks for are
