@@ -12,11 +12,12 @@ Neuron recycling for transformers.
 
 commands:
   train      pretrain a model with neuron recycling, from recipes and arguments
+  push       publish a run or a checkpoint on the Hugging Face Hub
 
   --help     this text; after a command, that command's help
   --version  the version of the package
 """
-_COMMANDS = ("train",)
+_COMMANDS = ("train", "push")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,5 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         from hf_recycle.train import main as train
 
         return train(rest)
+    if command == "push":
+        from hf_recycle.cli.push import main as push
+
+        return push(rest)
     print(f"error: unknown command {command!r}; {nearest(command, _COMMANDS)}", file=sys.stderr)
     return 2

@@ -80,6 +80,8 @@ class Run:
         trainer.save_state()
         if trainer.is_world_process_zero():
             _report(Path(trainer.args.output_dir), self.floor)
+            if trainer.publisher is not None and (unpublished := trainer.publisher.report()):
+                print(unpublished)
 
     def how_to_go_on(self, words: Sequence[str]) -> str:
         """A clause that tells how to resume what was interrupted."""

@@ -2,45 +2,38 @@
 
 from __future__ import annotations
 
-import time
-
 import httpx2
 import torch
 import torch.distributed as dist
 from transformers.utils import logging
 
 from hf_recycle.hub.repository import Refused, Repository
-from hf_recycle.hub.retry import RetryPolicy, limit_waiting, passes, say
+from hf_recycle.hub.retry import limit_waiting, say
 
 logger = logging.get_logger(__name__)
 
-_ATTEMPTS = 3
 _QUICK = httpx2.Timeout(20, connect=10)
 
 
-def check_repository(repository: Repository, policy: RetryPolicy) -> str:
+def check_repository(repository: Repository) -> str:
     """The full name of the repository, made sure of; as the user wrote it if the Hub can't be reached, with a warning.
 
     Raises:
         Refused: if nothing can ever be pushed there.
     """
     limit_waiting(_QUICK)
-    for attempt in range(1, _ATTEMPTS + 1):
-        try:
-            return repository.ensure()
-        except Refused:
-            raise
-        except Exception as error:
-            if attempt == _ATTEMPTS or not passes(error):
-                logger.warning(
-                    "The Hub can't be reached now (%s). Training starts; what it publishes to %s is kept in its output "
-                    "folder and pushed once the Hub answers.",
-                    say(error),
-                    repository.name,
-                )
-                return repository.name
-            time.sleep(min(policy.wait(attempt, error), 5.0))
-    raise AssertionError("unreachable")
+    try:
+        return repository.ensure()
+    except Refused:
+        raise
+    except Exception as error:
+        logger.warning(
+            "The Hub can't be reached now (%s). Training starts; what it publishes to %s is kept in its output folder "
+            "and pushed once the Hub answers.",
+            say(error),
+            repository.name,
+        )
+        return repository.name
 
 
 def share(outcome: str | Refused | None, device: torch.device) -> str:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import json
 import os
@@ -123,10 +124,8 @@ class Secrets:
     @cached_property
     def _names(self) -> list[str]:
         names = {socket.gethostname(), Path.home().name, os.environ.get("USER", "")}
-        try:
+        with contextlib.suppress(OSError, KeyError):  # a container's user may have no name
             names.add(getpass.getuser())
-        except (OSError, KeyError):
-            pass  # a container's user may have no name
         return [name for name in names if len(name) > 2 and name not in self.public]
 
     def _check(self, data: Path | bytes) -> None:

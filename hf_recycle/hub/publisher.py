@@ -12,7 +12,7 @@ from transformers.utils import logging
 
 from hf_recycle.hub.job import Push
 from hf_recycle.hub.repository import Refused, Repository
-from hf_recycle.hub.retry import CONFLICTS, RetryPolicy, passes, say, status_of
+from hf_recycle.hub.retry import CONFLICTS, passes, say, status_of
 from hf_recycle.hub.staging import unstage
 
 logger = logging.get_logger(__name__)
@@ -26,6 +26,7 @@ class Unpublished:
 
     push: Push
     reason: str
+    error: Exception | None = None
 
 
 class Publisher:
@@ -35,8 +36,8 @@ class Publisher:
     land. None of the methods raises because of the Hub.
     """
 
-    def __init__(self, repository: Repository, policy: RetryPolicy | None = None):
-        self.repository, self.policy = repository, policy or RetryPolicy()
+    def __init__(self, repository: Repository):
+        self.repository, self.policy = repository, repository.policy
         self.unpublished: list[Unpublished] = []
         self._waiting: deque[tuple[Push, Future]] = deque()
         self._current: tuple[Push, Future] | None = None
@@ -59,8 +60,8 @@ class Publisher:
             self._changed.notify_all()
         return future
 
-    def finish(self) -> None:
-        """Waits until everything has landed or been given up, and says what could not be published.
+    def finish(self, say: bool = True) -> None:
+        """Waits until everything has landed or been given up, and says again what could not be published.
 
         As long as pushes land it waits; once none has for `policy.last_patience` seconds of failed attempts, the rest
         is given up.
@@ -73,11 +74,10 @@ class Publisher:
                 self._changed.wait(1.0)
                 if self._busy() and time.monotonic() - said >= _PROGRESS:
                     said = time.monotonic()
-                    logger.warning(
-                        "Waiting for %d push(es) to %s.", len(self._waiting) + 1, self.repository.name
-                    )
+                    logger.warning("Waiting for %d push(es) to %s.", len(self._waiting) + 1, self.repository.name)
             self._last_call = None
-        self._say_again()
+        if say:
+            self._say_again()
 
     def abandon(self, grace: float = 5.0) -> None:
         """Stops pushing within `grace` seconds: training was interrupted. What is staged stays where it is."""
@@ -122,7 +122,7 @@ class Publisher:
                 attempt += 1
                 reason = say(error)
                 if isinstance(error, Refused) or not passes(error):
-                    return self._give_up(push, reason)
+                    return self._give_up(push, reason, error)
                 wait = self.policy.wait(1 if status_of(error) in CONFLICTS else attempt, error)
                 if self._out_of_patience(began, wait):
                     return self._give_up_all(push, reason)
@@ -154,9 +154,9 @@ class Publisher:
             return now - last_call > self.policy.last_patience
         return now - began > self.policy.patience
 
-    def _give_up(self, push: Push, reason: str) -> None:
+    def _give_up(self, push: Push, reason: str, error: Exception | None = None) -> None:
         with self._changed:
-            self._note(push, reason)
+            self._note(push, reason, error)
         logger.error(
             "Could not publish %r to %s: %s. Publish it later with: %s",
             push.message,
@@ -191,9 +191,9 @@ class Publisher:
                 future.cancel()
         self._waiting = kept
 
-    def _note(self, push: Push, reason: str) -> None:
+    def _note(self, push: Push, reason: str, error: Exception | None = None) -> None:
         if all(item.push is not push for item in self.unpublished):
-            self.unpublished.append(Unpublished(push, reason))
+            self.unpublished.append(Unpublished(push, reason, error))
 
     def _say_again(self) -> None:
         if text := self.report():

@@ -5,7 +5,9 @@ from __future__ import annotations
 import tempfile
 import threading
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import (
     CommitInfo,
@@ -26,7 +28,7 @@ from hf_recycle.hub.job import Push
 from hf_recycle.hub.layout import CARD, checkpoint_files, model_files, replaced_files
 from hf_recycle.hub.merge import merge_card
 from hf_recycle.hub.privacy import Secrets, Withheld
-from hf_recycle.hub.retry import limit_waiting, say, status_of
+from hf_recycle.hub.retry import Result, RetryPolicy, insist, limit_waiting, say, status_of
 
 logger = logging.get_logger(__name__)
 
@@ -48,6 +50,7 @@ class Repository:
         revision: the branch to push to; made if it is not there. None for `main`.
         output_dir: the run's folder, whose path is not to be published.
         named_by: the argument that the name comes from, for messages.
+        policy: how patiently a request is tried again.
     """
 
     def __init__(
@@ -59,9 +62,11 @@ class Repository:
         revision: str | None = None,
         output_dir: Path = Path(),
         named_by: str = "hub_model_id",
+        policy: RetryPolicy | None = None,
     ):
         self.name, self.token, self.private, self.revision = name, token, private, revision
         self.output_dir, self.named_by = output_dir, named_by
+        self.policy = policy or RetryPolicy()
         self.api = HfApi(library_name="hf_recycle", library_version=package_version())
         self.repo_id: str | None = None  # once it is known to exist
         self._branches: set[str] = set()
@@ -79,8 +84,10 @@ class Repository:
                 self._check_name_and_token()
                 limit_waiting()
                 try:
-                    url = self.api.create_repo(self.name, token=self.token, private=self.private, exist_ok=True)
-                    self._check_right(url.repo_id)
+                    url = self._insist(
+                        self.api.create_repo, self.name, token=self.token, private=self.private, exist_ok=True
+                    )
+                    self._insist(self._check_right, url.repo_id)
                     self._ensure_branch(url.repo_id, self.revision)
                 except HfHubHTTPError as error:
                     raise self._refusal(error) or error from error
@@ -101,24 +108,25 @@ class Repository:
         if push.revision != self.revision:
             self._ensure_branch(repo_id, push.revision)
         revision = push.revision or constants.DEFAULT_REVISION
-        try:
-            head = self.api.repo_info(repo_id, revision=revision, token=token).sha
-        except RevisionNotFoundError:  # a repository without any commit
-            head = None
+        head = self._head(repo_id, revision, token)
         present = self._files(repo_id, head, token) if head else []
         old_card = self._card(repo_id, head, token) if CARD in present else ""
         additions = self._additions(push, old_card)
         new_card = additions[CARD].decode() if isinstance(additions.get(CARD), bytes) else old_card
         stale = replaced_files(present, additions, push.checkpoint, old_card, new_card)
-        info = self.api.create_commit(
+        operations = [
+            CommitOperationAdd(name, content if isinstance(content, bytes) else str(content))
+            for name, content in additions.items()
+        ]
+        # The model first: the client would send what goes to two places twice if it went in one call.
+        inside = f"{push.checkpoint}/"
+        for part in (False, True):
+            some = [operation for operation in operations if operation.path_in_repo.startswith(inside) is part]
+            self._insist(self.api.preupload_lfs_files, repo_id, some, revision=revision, token=token, free_memory=False)
+        info = self._insist(
+            self.api.create_commit,
             repo_id,
-            [
-                *(CommitOperationDelete(name, is_folder=False) for name in stale),
-                *(
-                    CommitOperationAdd(name, content if isinstance(content, bytes) else str(content))
-                    for name, content in additions.items()
-                ),
-            ],
+            [*(CommitOperationDelete(name, is_folder=False) for name in stale), *operations],
             commit_message=push.message,
             commit_description=push.description,
             revision=revision,
@@ -126,8 +134,11 @@ class Repository:
             token=token,
         )
         if push.tag:
-            self._tag(repo_id, push.tag, info.oid, token)
+            self._insist(self._tag, repo_id, push.tag, info.oid, token)
         return info
+
+    def _insist(self, call: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
+        return insist(self.policy, lambda: call(*args, **kwargs))
 
     # ---- What goes up ----
 
@@ -153,13 +164,24 @@ class Repository:
             additions[CARD] = _merged(old_card, text).encode()
         return additions
 
+    def _head(self, repo_id: str, revision: str, token: str | None) -> str | None:
+        try:
+            return self._insist(self.api.repo_info, repo_id, revision=revision, token=token).sha
+        except RevisionNotFoundError:  # a repository without any commit
+            return None
+
     def _files(self, repo_id: str, revision: str, token: str | None) -> list[str]:
-        tree = self.api.list_repo_tree(repo_id, recursive=True, revision=revision, token=token)
-        return [item.path for item in tree if isinstance(item, RepoFile)]
+        def listed() -> list[str]:
+            tree = self.api.list_repo_tree(repo_id, recursive=True, revision=revision, token=token)
+            return [item.path for item in tree if isinstance(item, RepoFile)]
+
+        return self._insist(listed)
 
     def _card(self, repo_id: str, revision: str, token: str | None) -> str:
         with tempfile.TemporaryDirectory() as folder:
-            path = self.api.hf_hub_download(repo_id, CARD, revision=revision, token=token, local_dir=folder)
+            path = self._insist(
+                self.api.hf_hub_download, repo_id, CARD, revision=revision, token=token, local_dir=folder
+            )
             return Path(path).read_text(encoding="utf-8", errors="replace")
 
     def _tag(self, repo_id: str, tag: str, commit: str, token: str | None) -> None:
@@ -195,7 +217,7 @@ class Repository:
     def _ensure_branch(self, repo_id: str, revision: str | None) -> None:
         if revision in (None, constants.DEFAULT_REVISION, *self._branches) or revision.startswith("refs/"):
             return
-        self.api.create_branch(repo_id, branch=revision, token=self.token, exist_ok=True)
+        self._insist(self.api.create_branch, repo_id, branch=revision, token=self.token, exist_ok=True)
         self._branches.add(revision)
 
     def _refusal(self, error: HfHubHTTPError) -> Refused | None:

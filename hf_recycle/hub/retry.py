@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import httpx2
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
@@ -15,6 +17,9 @@ CONFLICTS = frozenset({409, 412})
 _PASSING = CONFLICTS | {408, 425, 429}
 # Longer than the Hub takes to refuse a slow request itself; the client alone would wait for ever.
 _TIMEOUT = httpx2.Timeout(120, connect=20)
+_QUICK_ATTEMPTS, _QUICK_WAIT = 4, 10.0
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,23 @@ class RetryPolicy:
         ceiling = min(self.longest, self.first * 2 ** min(attempt - 1, 30))
         wait = random.uniform(0.5, 1) * ceiling
         return max(wait, min(asked_for(error), self.patience))
+
+
+def insist(policy: RetryPolicy, call: Callable[[], Result]) -> Result:
+    """One step of a push, tried a few times with short waits.
+
+    A push is a dozen requests; if it began anew after each that fails, it would never get through a Hub that fails one
+    in three. What needs a long wait, or another start, is raised.
+    """
+    for attempt in range(1, _QUICK_ATTEMPTS):
+        try:
+            return call()
+        except Exception as error:
+            wait = policy.wait(attempt, error)
+            if not passes(error) or status_of(error) in CONFLICTS or wait > _QUICK_WAIT:
+                raise
+            time.sleep(wait)
+    return call()
 
 
 def passes(error: BaseException) -> bool:

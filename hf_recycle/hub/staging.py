@@ -7,6 +7,7 @@ overwritten in place by the next `save_model`, so those are copied.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -48,10 +49,8 @@ def unstage(push: Push) -> None:
     """Removes what is no longer needed."""
     if push.staged:
         shutil.rmtree(push.folder, ignore_errors=True)
-        try:
+        with contextlib.suppress(OSError):  # others wait there
             push.folder.parent.rmdir()
-        except OSError:
-            pass  # others wait there
 
 
 def leftovers(output_dir: Path) -> list[Push]:

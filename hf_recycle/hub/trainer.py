@@ -57,9 +57,10 @@ class HubMixin(Trainer):
                 revision=args.hub_revision,
                 output_dir=Path(args.output_dir),
                 named_by="hub_model_id" if args.hub_model_id else "the name of output_dir, hub_model_id",
+                policy=self.push_policy,
             )
             try:
-                outcome = check_repository(repository, self.push_policy)
+                outcome = check_repository(repository)
                 self.publisher = Publisher(repository, self.push_policy)
             except Refused as refusal:
                 outcome = refusal
@@ -162,7 +163,7 @@ class HubMixin(Trainer):
         return future.result()
 
     def create_model_card(self, **kwargs: Any) -> None:
-        """Writes the card into `output_dir`: ours, with the metadata that the stock method takes added to its header."""
+        """Writes our card into `output_dir`, with the metadata that the stock method takes added to its header."""
         if not self.is_world_process_zero():
             return
         self.write_card(self.args.output_dir)
@@ -173,7 +174,11 @@ class HubMixin(Trainer):
             for key, value in metadata.items():
                 known = getattr(card.data, key, None)
                 is_list = isinstance(value, list)
-                setattr(card.data, key, [*(known or []), *(v for v in value if v not in (known or []))] if is_list else value)
+                setattr(
+                    card.data,
+                    key,
+                    [*(known or []), *(v for v in value if v not in (known or []))] if is_list else value,
+                )
             card.save(path)
 
     def _push_of(self, folder: Path, wanted: str | None = None) -> Push:
