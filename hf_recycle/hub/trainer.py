@@ -61,7 +61,7 @@ class HubMixin(Trainer):
             )
             try:
                 outcome = check_repository(repository)
-                self.publisher = Publisher(repository, self.push_policy)
+                self.publisher = Publisher(repository)
             except Refused as refusal:
                 outcome = refusal
         self.hub_model_id = share(outcome, self.args.device)
