@@ -14,11 +14,10 @@ _STATE = re.compile(
     r"optimizer(_\d+)?(\.(pt|bin))?|scheduler\.(pt|bin)|scaler\.pt|rng_state(_\d+)?\.pth|trainer_state\.json"
     r"|pytorch_model_fsdp(_\d+)?(\.bin)?|(global_step|universal)\d*|latest(_universal)?|zero_to_fp32\.py"
 )
-# Logs name the machine, hidden and underscored files are nobody else's business, and the rest are folders of ours.
-_NEVER = (
-    *("*.log", "events.out.tfevents.*", "runs", "wandb", "mlruns", "trackio", "logs"),
-    *(".*", "_*", "tmp-*", "unpublished", "__pycache__", "checkpoint-*", "last-checkpoint"),
-)
+# Logs name the machine, and hidden files are nobody else's business.
+_NEVER = ("*.log", "events.out.tfevents.*", ".*", "__pycache__")
+# Only directly in the folder, where loggers and we ourselves have folders; sharded states have files like __0_0.distcp.
+_NEVER_ON_TOP = ("runs", "wandb", "mlruns", "trackio", "logs", "_*", "tmp-*", "unpublished", "checkpoint-*")
 _SAFETENSORS = re.compile(r"(model|adapter_model)(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 _PICKLED = re.compile(r"(pytorch_model|adapter_model)(-\d+-of-\d+)?\.bin(\.index\.json)?")
 _FIGURE = re.compile(r"figures/[\w./-]+")
@@ -74,7 +73,8 @@ def replaced_files(
 
 def _walk(folder: Path, inside: PurePosixPath) -> Iterable[str]:
     for path in folder.iterdir():
-        if any(fnmatch.fnmatchcase(path.name, pattern) for pattern in _NEVER):
+        patterns = _NEVER if inside.parts else (*_NEVER, *_NEVER_ON_TOP)
+        if any(fnmatch.fnmatchcase(path.name, pattern) for pattern in patterns):
             continue
         if path.is_symlink() and path.is_dir():
             continue  # it may lead anywhere, also back

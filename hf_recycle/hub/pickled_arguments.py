@@ -51,11 +51,14 @@ def _known_classes(data: bytes) -> list[type]:
         module, _, name = path.rpartition(".")
         value = getattr(sys.modules.get(module), name, None)
         if isinstance(value, type) and (
-            issubclass(value, TrainingArguments)
-            or (module.split(".")[0] in _LIBRARIES and (is_dataclass(value) or issubclass(value, Enum | PartialState)))
+            issubclass(value, TrainingArguments) or (module.split(".")[0] in _LIBRARIES and _is_argument(value))
         ):
             found.append(value)
     return found
+
+
+def _is_argument(cls: type) -> bool:
+    return is_dataclass(cls) or issubclass(cls, Enum | PartialState) or cls.__name__.endswith("Config")
 
 
 def _scrubbed(value: Any, scrub: Callable[[str], str]) -> Any:

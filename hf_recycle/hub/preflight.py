@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import httpx2
 import torch
 import torch.distributed as dist
 from transformers.utils import logging
 
 from hf_recycle.hub.repository import Refused, Repository
-from hf_recycle.hub.retry import limit_waiting, say
+from hf_recycle.hub.retry import ASKING, limit_waiting, say
 
 logger = logging.get_logger(__name__)
-
-_QUICK = httpx2.Timeout(20, connect=10)
 
 
 def check_repository(repository: Repository) -> str:
@@ -21,7 +18,7 @@ def check_repository(repository: Repository) -> str:
     Raises:
         Refused: if nothing can ever be pushed there.
     """
-    limit_waiting(_QUICK)
+    limit_waiting(ASKING)
     try:
         return repository.ensure()
     except Refused:

@@ -82,7 +82,6 @@ class Repository:
         with self._lock:
             if self.repo_id is None:
                 self._check_name_and_token()
-                limit_waiting()
                 try:
                     url = self._insist(
                         self.api.create_repo, self.name, token=self.token, private=self.private, exist_ok=True
@@ -103,8 +102,8 @@ class Repository:
         Raises:
             Exception: whatever the client raises; `retry.passes` tells what is worth another call.
         """
-        repo_id, token = self.ensure(), push.token or self.token
         limit_waiting()
+        repo_id, token = self.ensure(), push.token or self.token
         if push.revision != self.revision:
             self._ensure_branch(repo_id, push.revision)
         revision = push.revision or constants.DEFAULT_REVISION

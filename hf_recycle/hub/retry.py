@@ -15,8 +15,9 @@ from huggingface_hub.utils import get_session, parse_ratelimit_headers
 # Conflicts among them: another attempt starts from what is there by then.
 CONFLICTS = frozenset({409, 412})
 _PASSING = CONFLICTS | {408, 425, 429}
-# Longer than the Hub takes to refuse a slow request itself; the client alone would wait for ever.
-_TIMEOUT = httpx2.Timeout(120, connect=20)
+# Longer than the Hub takes to refuse a slow request itself; and shorter, where somebody waits for training to start.
+UPLOADING = httpx2.Timeout(120, connect=20)
+ASKING = httpx2.Timeout(20, connect=10)
 _QUICK_ATTEMPTS, _QUICK_WAIT = 4, 10.0
 
 Result = TypeVar("Result")
@@ -103,10 +104,10 @@ def say(error: BaseException) -> str:
     return text if status is None or str(status) in text else f"{status}: {text}"
 
 
-def limit_waiting(timeout: httpx2.Timeout = _TIMEOUT) -> None:
-    """Lets no request of the client hang for ever, which by itself it does."""
+def limit_waiting(timeout: httpx2.Timeout = UPLOADING) -> None:
+    """Lets no request of the client hang for ever, which by itself it does. A limit that the user set stays."""
     session = get_session()
-    if session.timeout == httpx2.Timeout(None):
+    if session.timeout in (httpx2.Timeout(None), UPLOADING, ASKING):
         session.timeout = timeout
 
 

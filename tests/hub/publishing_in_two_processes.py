@@ -1,6 +1,7 @@
 """A run on two processes that publishes; each notes what it saw in `FOLDER/rank-N.json`.
 
-The last push of process 0 waits until process 1 has left `train()`: if that waited for the push, both would wait in vain.
+The last push of process 0 waits until process 1 has left `train()`: if that waited for the push, both would wait in
+vain.
 """
 
 import json

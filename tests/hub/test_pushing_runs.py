@@ -269,7 +269,7 @@ def test_nothing_published_tells_about_the_machine(online, hub, tmp_path, monkey
 
 def test_of_two_processes_one_talks_to_the_hub_and_the_other_does_not_wait(hub, hub_environment, tmp_path):
     script = Path(__file__).with_name("publishing_in_two_processes.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
         [*command, str(script), str(tmp_path)],
         env=hub_environment(),
