@@ -17,7 +17,18 @@ _STATE = re.compile(
 # Logs name the machine, and hidden files are nobody else's business.
 _NEVER = ("*.log", "events.out.tfevents.*", ".*", "__pycache__")
 # Only directly in the folder, where loggers and we ourselves have folders; sharded states have files like __0_0.distcp.
-_NEVER_ON_TOP = ("runs", "wandb", "mlruns", "trackio", "logs", "_*", "tmp-*", "unpublished", "checkpoint-*")
+_NEVER_ON_TOP = (
+    "runs",
+    "wandb",
+    "mlruns",
+    "trackio",
+    "logs",
+    "_*",
+    "tmp-*",
+    "unpublished",
+    "checkpoint-*",
+    "last-checkpoint",
+)
 _SAFETENSORS = re.compile(r"(model|adapter_model)(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 _PICKLED = re.compile(r"(pytorch_model|adapter_model)(-\d+-of-\d+)?\.bin(\.index\.json)?")
 _FIGURE = re.compile(r"figures/[\w./-]+")

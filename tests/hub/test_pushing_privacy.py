@@ -115,7 +115,12 @@ def test_what_of_a_folder_goes_where(tmp_path):
     state = ["optimizer.pt", "scheduler.pt", "scaler.pt", "trainer_state.json", "rng_state_1.pth", "latest"]
     state += ["global_step20/mp_rank_00_model_states.pt", "zero_to_fp32.py", "pytorch_model_fsdp_0/__0_0.distcp"]
     never = ["runs/events.out.tfevents.1.host", "wandb/x", "train.log", ".git/config", ".push.json", "_private"]
-    never += ["checkpoint-2/model.safetensors", "unpublished/0001-x/config.json", "tmp-checkpoint-3/config.json"]
+    never += [
+        "last-checkpoint/x",
+        "checkpoint-2/model.safetensors",
+        "unpublished/0001-x/config.json",
+        "tmp-checkpoint-3/config.json",
+    ]
     for name in model + state + never:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("x")
@@ -125,13 +130,12 @@ def test_what_of_a_folder_goes_where(tmp_path):
     assert not has_weights(tmp_path / "figures")
 
 
+SOMETHING = ["notes.txt", "figures/a.png", "figures/b.png", "checkpoint-2/x", "last-checkpoint/x", "last-checkpoint/y"]
+SOME_WEIGHTS = ["model.safetensors", "model-00001-of-00002.safetensors", "pytorch_model.bin"]
+
+
 @given(
-    st.sets(
-        st.sampled_from(
-            "notes.txt model.safetensors model-00001-of-00002.safetensors pytorch_model.bin figures/a.png figures/b.png "
-            "last-checkpoint/x last-checkpoint/y checkpoint-2/x".split()
-        )
-    ),
+    st.sets(st.sampled_from(SOMETHING + SOME_WEIGHTS)),
     st.sets(st.sampled_from(["model.safetensors", "figures/a.png", "last-checkpoint/x", "pytorch_model.bin"])),
 )
 def test_a_push_takes_away_only_what_contradicts_it(present, added):
