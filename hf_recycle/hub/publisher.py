@@ -50,6 +50,12 @@ class Publisher:
         """Queues a push; the future gives its `CommitInfo`, or None if it could not be published."""
         future: Future = Future()
         with self._changed:
+            # A run that was interrupted and goes on takes up what is left, perhaps while it is still on its way.
+            under_way = [self._current] if self._current else []
+            for other, its_future in [*under_way, *self._waiting]:
+                if push.staged and other.folder == push.folder:
+                    self._abandoned = False
+                    return its_future
             if not push.always:
                 self._drop_older(push)
             self._abandoned = False
@@ -110,6 +116,8 @@ class Publisher:
             except Exception as error:  # a mistake of ours must not leave anyone waiting
                 info = self._give_up(push, f"{type(error).__name__}: {say(error)}")
             if info is not None:
+                with self._changed:  # an earlier attempt may have been given up, or this one while it was on its way
+                    self.unpublished = [item for item in self.unpublished if item.push.folder != push.folder]
                 unstage(push)
             future.set_result(info)
 

@@ -73,23 +73,24 @@ def test_what_holds_a_token_and_cannot_be_mended_stays_here(tmp_path):
 
 def test_training_arguments_come_back_without_secrets(tmp_path, monkeypatch):
     monkeypatch.setenv("USER", "wanda")
+    secrets = Secrets(SECRETS.tokens, SECRETS.places, "bert")
     args = RecyclingArguments(
         output_dir="/home/wanda/work/run-7",
         run_name="wanda's run",
         hub_token=TOKEN,
-        hub_model_id="wanda-hub/bert",
+        hub_model_id="acme/bert",
         recycle_steps=7,
         report_to=["none"],
-        lr_scheduler_kwargs={"where": "/home/wanda/x", "api_token": TOKEN},
+        lr_scheduler_kwargs={"where": "/home/wanda/x", "api_token": TOKEN, "who": "by wanda-2"},
         use_cpu=True,
     )
     torch.save(args, tmp_path / "training_args.bin")
-    data = SECRETS.content(tmp_path / "training_args.bin")
+    data = secrets.content(tmp_path / "training_args.bin")
     again = torch.load(io.BytesIO(data), weights_only=False)
     assert type(again) is RecyclingArguments
     assert (again.output_dir, again.hub_token, again.recycle_steps) == ("run-7", None, 7)
-    assert again.hub_model_id == "wanda-hub/bert"
-    assert again.lr_scheduler_kwargs == {"where": "x", "api_token": None}
+    assert again.hub_model_id == "acme/bert"
+    assert again.lr_scheduler_kwargs == {"where": "x", "api_token": None, "who": "by …-2"}
     assert again.lr_scheduler_type == args.lr_scheduler_type
     assert TOKEN.encode() not in data
     assert b"/home" not in data

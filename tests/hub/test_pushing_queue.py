@@ -144,6 +144,32 @@ def test_interrupted_it_stops_soon_and_says_what_is_left(tmp_path):
     assert repository.attempts == ["0"]
 
 
+def test_what_is_left_is_taken_up_once_and_forgotten_when_it_lands(tmp_path):
+    gate = threading.Event()
+    repository = FakeRepository(gate=gate)
+    publisher = Publisher(repository)
+    staged = [push(tmp_path / str(n), n, always=True, staged=True) for n in range(2)]
+    futures = [publisher.submit(one) for one in staged]
+    repository.started.wait(10)
+    publisher.abandon(grace=0.05)
+    assert publisher.report()
+    again = [publisher.submit(one) for one in staged]
+    gate.set()
+    publisher.finish()
+    assert again == futures
+    assert repository.landed == ["0", "1"]
+    assert publisher.report() == ""
+
+
+def test_a_second_attempt_that_lands_clears_the_first(tmp_path):
+    repository = FakeRepository(lambda message, attempt: refusal(403) if attempt == 1 else None)
+    publisher = Publisher(repository)
+    for _ in range(2):
+        publisher.submit(push(tmp_path, "0", always=True))
+        publisher.finish()
+    assert publisher.report() == ""
+
+
 def test_a_mistake_of_ours_leaves_nobody_waiting(tmp_path):
     publisher = Publisher(FakeRepository(lambda message, attempt: KeyError("oops")))
     future = publisher.submit(push(tmp_path, 0))
