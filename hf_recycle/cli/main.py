@@ -13,11 +13,12 @@ Neuron recycling for transformers.
 commands:
   train      pretrain a model with neuron recycling, from recipes and arguments
   push       publish a run or a checkpoint on the Hugging Face Hub
+  report     draw a run, or a repository of the Hub, as one HTML page
 
   --help     this text; after a command, that command's help
   --version  the version of the package
 """
-_COMMANDS = ("train", "push")
+_COMMANDS = ("train", "push", "report")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,5 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         from hf_recycle.cli.push import main as push
 
         return push(rest)
+    if command == "report":
+        from hf_recycle.cli.report import main as report
+
+        return report(rest)
     print(f"error: unknown command {command!r}; {nearest(command, _COMMANDS)}", file=sys.stderr)
     return 2

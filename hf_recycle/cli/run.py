@@ -75,9 +75,10 @@ class Run:
         trainer.save_metrics("train", result.metrics, combined=False)
         if trainer.eval_dataset is not None:
             trainer.save_metrics("eval", trainer.evaluate(), combined=False)
-        # After the evaluation, which belongs to the history that is saved with the model.
-        trainer.save_model()
+        # After the evaluation, which belongs to the history that is saved with the model. The state first, which the
+        # model card reads.
         trainer.save_state()
+        trainer.save_model()
         if trainer.is_world_process_zero():
             _report(Path(trainer.args.output_dir), self.floor)
             if trainer.publisher is not None and (unpublished := trainer.publisher.report()):

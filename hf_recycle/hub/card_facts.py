@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -17,6 +18,7 @@ import numpy as np
 
 from hf_recycle.history import RecyclingHistory
 from hf_recycle.hub.architectures import task_of
+from hf_recycle.hub.escape import one_line
 from hf_recycle.hub.run_facts import is_repo_id
 from hf_recycle.report.naming import short_names
 from hf_recycle.settings import METHODS, Settings
@@ -62,7 +64,7 @@ def facts_of(history: RecyclingHistory, folder: Path, repo_id: str | None = None
     architecture = _architecture(config, run)
     task = task_of(architecture)
     name = repo_id.split("/")[-1] if repo_id else None
-    data, methods = run.get("data", {}), _methods(history.config["arguments"])
+    data, base = run.get("data", {}), run.get("base_model") or {}
     return {
         "repo_id": repo_id,
         "name": name or "A model trained with hf_recycle",
@@ -70,13 +72,13 @@ def facts_of(history: RecyclingHistory, folder: Path, repo_id: str | None = None
         "task": task,
         "architecture": architecture,
         "parameters": run.get("model", {}).get("parameters"),
-        "has_tokenizer": (folder / "tokenizer_config.json").is_file(),
+        "has_tokenizer": (folder / "tokenizer_config.json").is_file() or bool(run.get("tokenizer")),
         "step": history.stats["step"],
         "max_steps": _whole(state.get("max_steps")),
         "epoch": _number(state.get("epoch")),
-        "base_model": run.get("base_model"),
-        "command": run.get("command"),
-        "methods": methods,
+        "base_model": {"name": base["name"], "revision": base.get("revision")} if "name" in base else None,
+        "command": _command(run.get("command")),
+        "methods": _methods(history.config["arguments"]),
         "results": _results(history),
         "evaluation": _evaluation(history),
         "data_name": data.get("name"),
@@ -195,6 +197,15 @@ def block_columns(facts: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 # ---- Run ----
+
+
+def _command(command: str | None) -> str | None:
+    """The command, if it is one of ours, quoted so that pasting it runs nothing else."""
+    try:
+        words = shlex.split(one_line(command or ""))
+    except ValueError:  # a quotation without its end
+        return None
+    return shlex.join(words) if words[:2] == ["hf-recycle", "train"] else None
 
 
 def _surroundings(run: Mapping[str, Any]) -> Rows:

@@ -117,7 +117,8 @@ class Publisher:
                 info = self._give_up(push, f"{type(error).__name__}: {say(error)}")
             if info is not None:
                 with self._changed:  # an earlier attempt may have been given up, or this one while it was on its way
-                    self.unpublished = [item for item in self.unpublished if item.push.folder != push.folder]
+                    done = (push.folder, push.revision)
+                    self.unpublished = [i for i in self.unpublished if (i.push.folder, i.push.revision) != done]
                 unstage(push)
             future.set_result(info)
 

@@ -100,7 +100,8 @@ def _same_by_derivation(name: str, value: Any, arguments: Any) -> bool:
 def _model(model: torch.nn.Module) -> dict[str, Any]:
     # A parameter sharded by DeepSpeed's stage 3 is empty and keeps its size elsewhere.
     sizes = {id(p): getattr(p, "ds_numel", p.numel()) for p in model.parameters()}
-    return {"architecture": type(model).__name__, "parameters": int(sum(sizes.values()))}
+    # FSDP2 puts its name before that of the class.
+    return {"architecture": type(model).__name__.removeprefix("FSDP"), "parameters": int(sum(sizes.values()))}
 
 
 def _base_model(model: torch.nn.Module) -> dict[str, Any] | None:
@@ -109,7 +110,7 @@ def _base_model(model: torch.nn.Module) -> dict[str, Any] | None:
     # `from_pretrained` leaves this behind; a model that only took its configuration from elsewhere lacks it.
     if not hasattr(model, "_weight_conversions") or not is_repo_id(name) or os.path.isdir(name):
         return None
-    return {"name": name, "revision": getattr(model.config, "_commit_hash", None)}
+    return {"name": name, "revision": None}  # which one it was, transformers does not keep
 
 
 def _data(dataset: Any) -> dict[str, Any]:

@@ -11,6 +11,8 @@ import torch
 from matrix import ENGINES, METHODS
 from safetensors.torch import load_file
 
+from hf_recycle.files import read_config
+
 SCRIPT = Path(__file__).with_name("engine_run.py")
 DISTRIBUTED = [name for name in ENGINES if name != "single"]
 # Resumed in mid-transition: the hardest case.
@@ -87,6 +89,16 @@ def test_same_as_one_process(engine, method, runs):
     if method in ("plain", "immunity_matched", "smooth"):
         assert sum(len(row["recycled"]) for row in found[0]["history"]) > 10
     assert_same_outcome(outcome(runs("single"), method), found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", DISTRIBUTED)
+def test_a_run_tells_of_all_its_processes(engine, runs):
+    found, expected = (read_config(runs(name) / "plain" / "checkpoint-10")["run"] for name in (engine, "single"))
+    assert found["hardware"]["processes"] == 2
+    assert found["tokens"] == expected["tokens"] > 0
+    assert found["model"] == expected["model"]
+    assert (runs(engine) / "plain" / "checkpoint-10" / "README.md").is_file()
 
 
 @pytest.mark.slow

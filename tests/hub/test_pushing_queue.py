@@ -82,10 +82,12 @@ def test_a_failure_that_passes_is_tried_again_before_the_next_push(tmp_path):
 def test_a_failure_that_stays_is_said_kept_and_does_not_stop_the_others(tmp_path, caplog):
     repository = FakeRepository(lambda message, attempt: refusal(403) if message == "1" else None)
     publisher = Publisher(repository)
-    futures = [publisher.submit(push(tmp_path, message, always=True, revision="dev")) for message in range(3)]
+    futures = [
+        publisher.submit(push(tmp_path / str(message), message, always=True, revision="dev")) for message in range(3)
+    ]
     with caplog.at_level("WARNING"):
         publisher.finish()
-    command = f"hf-recycle push {tmp_path} alice/fake --revision dev"
+    command = f"hf-recycle push {tmp_path}/1 alice/fake --revision dev"
     assert repository.attempts == ["0", "1", "2"]
     assert futures[1].result() is None
     assert publisher.report().count(command) == 1
