@@ -73,6 +73,13 @@ class RecyclingArguments(TrainingArguments):
             "'gate + up -> down' or 'fused:Wi -> Wo'."
         },
     )
+    trust_pickled_checkpoint: bool = field(
+        default=False,
+        metadata={
+            "help": "Resume from a repository of the Hub also where DeepSpeed or torch.distributed.checkpoint have to "
+            "unpickle the shards of its checkpoint: whoever wrote them can then run any code on this machine."
+        },
+    )
 
     hub_tag_steps: bool = field(
         default=False,

@@ -20,6 +20,8 @@ from hf_recycle import files
 from hf_recycle.history_checks import check_agreement
 from hf_recycle.hub.run_facts import run_facts
 from hf_recycle.hub.run_meter import RunMeter
+from hf_recycle.hub.pull import is_pulled
+from hf_recycle.hub.resume import forget_foreign_best
 from hf_recycle.neurons.table import NeuronTable
 from hf_recycle.recorder import HistoryRecorder
 from hf_recycle.run_schema import run_problem
@@ -186,6 +188,8 @@ class CheckpointMixin(Trainer):
             if (table := self.neuron_table()) is not None:
                 table.reset()
         else:
+            if is_pulled(resume_from_checkpoint):
+                forget_foreign_best(self.state, resume_from_checkpoint, self.args.output_dir)
             self.load_recycling_files(resume_from_checkpoint)
         return progress
 

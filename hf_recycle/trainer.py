@@ -15,6 +15,7 @@ from hf_recycle.callbacks.base import NeuronCallback
 from hf_recycle.callbacks.recycling import check_layers
 from hf_recycle.checkpoints import CheckpointMixin
 from hf_recycle.engines import check_engine, drop_tied_aliases
+from hf_recycle.hub.resume import local_checkpoint
 from hf_recycle.hub.run_meter import RunMeter
 from hf_recycle.hub.trainer import HubMixin
 from hf_recycle.mlm.training import MaskedLanguageModelingMixin
@@ -157,10 +158,16 @@ class RecyclingTrainer(HubMixin, CheckpointMixin, MaskedLanguageModelingMixin):
             drop_tied_aliases(self.model)
         return super()._prepare_for_training(*args, **kwargs)
 
-    def train(self, *args, **kwargs):
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        """As `Trainer.train`; `resume_from_checkpoint` may also be `hub://user/repo[/folder][@revision]`, with
+        `last-checkpoint` or `checkpoint-N` as folder, by default the newest one.
+
+        Raises:
+            UserError: if the checkpoint can't be had from the Hub, or is not to be trusted.
+        """
         self.check_labels()
         try:
-            return super().train(*args, **kwargs)
+            return super().train(local_checkpoint(resume_from_checkpoint, self.args), *args, **kwargs)
         finally:
             self.meter.stop()
 

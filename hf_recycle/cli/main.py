@@ -14,11 +14,12 @@ commands:
   train      pretrain a model with neuron recycling, from recipes and arguments
   push       publish a run or a checkpoint on the Hugging Face Hub
   report     draw a run, or a repository of the Hub, as one HTML page
+  pull       download a checkpoint of the Hub that training can go on from
 
   --help     this text; after a command, that command's help
   --version  the version of the package
 """
-_COMMANDS = ("train", "push", "report")
+_COMMANDS = ("train", "push", "pull", "report")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,5 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         from hf_recycle.cli.report import main as report
 
         return report(rest)
+    if command == "pull":
+        from hf_recycle.cli.pull import main as pull
+
+        return pull(rest)
     print(f"error: unknown command {command!r}; {nearest(command, _COMMANDS)}", file=sys.stderr)
     return 2

@@ -16,10 +16,12 @@ from hf_recycle.cli.parse import RunArguments
 from hf_recycle.data.arguments import DataArguments, ModelArguments
 from hf_recycle.data.collate import CausalCollator
 from hf_recycle.data.loading import load_data, unigram_entropy
-from hf_recycle.data.model import load_model
+from hf_recycle.data.model import load_model, pin_revision
 from hf_recycle.data.sources import load_texts
 from hf_recycle.data.tokenizer import load_tokenizer, trained_tokenizer
 from hf_recycle.errors import UserError
+from hf_recycle.hub.address import is_address
+from hf_recycle.hub.resume import local_checkpoint
 from hf_recycle.mlm.masking import MaskedLanguageModelingCollator
 from hf_recycle.trainer import RecyclingTrainer
 
@@ -48,6 +50,9 @@ class Run:
         checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
         if checkpoint is None and args.resume_from_checkpoint and args.should_log:
             print(f"no checkpoint in {args.output_dir} yet: starting from scratch")
+        # Now, so that what the Hub refuses is said before the data is prepared.
+        checkpoint = local_checkpoint(checkpoint, args)
+        pin_revision(arguments.model)
         set_seed(args.seed)
         # The main process fills the caches, the others then read them.
         with args.main_process_first(local=False, desc="preparing the data"):
@@ -89,10 +94,18 @@ class Run:
         folder = self.trainer.args.output_dir
         if last_checkpoint(folder) is None:
             return f"no checkpoint was saved yet in {folder}, so the same command starts again"
-        command = shlex.join(words)
-        if self.trainer.args.resume_from_checkpoint is None:
-            command += " --resume_from_checkpoint true"
+        command = shlex.join([*_without(words, "--resume_from_checkpoint"), "--resume_from_checkpoint", "true"])
         return f"go on from the last checkpoint with: hf-recycle train {command}"
+
+
+def _without(words: Sequence[str], flag: str) -> list[str]:
+    """The words of a command without one argument and its value."""
+    kept: list[str] = []
+    for word, before in zip(words, ["", *words], strict=False):
+        value_of_it = before == flag and not word.startswith("--")
+        if word != flag and not word.startswith(f"{flag}=") and not value_of_it:
+            kept.append(word)
+    return kept
 
 
 def prepare_data(
@@ -103,7 +116,7 @@ def prepare_data(
     name = model.tokenizer_name or model.model_name_or_path or model.config_name
     if name:
         revision = "main" if model.tokenizer_name else model.model_revision
-        tokenizer = load_tokenizer(name, data.max_seq_length, revision)
+        tokenizer = load_tokenizer(name, data.max_seq_length, revision, model.trust_remote_code)
     else:
         tokenizer = trained_tokenizer(texts.sample(), model.tokenizer_vocab_size, data.max_seq_length)
     train, validation = load_data(data, tokenizer, texts)
@@ -134,7 +147,8 @@ def find_checkpoint(output_dir: str, resume: str | None) -> str | None:
 
     Args:
         output_dir: the folder of the run.
-        resume: a path; or "true": the last checkpoint of `output_dir`, if there is one; or None or "false".
+        resume: a path; or `hub://user/repo...`, which is returned as it is; or "true": the last checkpoint of
+            `output_dir`, if there is one; or None or "false".
 
     Raises:
         UserError: `resume` does not exist, or `output_dir` holds another run and no resume was asked for.
@@ -152,9 +166,12 @@ def find_checkpoint(output_dir: str, resume: str | None) -> str | None:
         return None
     if resume.lower() == "true":
         return found
+    if is_address(resume):
+        return resume
     if not Path(resume).is_dir():
         raise UserError(
-            f"resume_from_checkpoint={resume!r} does not exist; pass true or the path of a checkpoint folder"
+            f"resume_from_checkpoint={resume!r} does not exist; pass true, the path of a checkpoint folder or "
+            "hub://user/repo"
         )
     # The folder of a finished run has a trainer state, but no optimizer: going on from it would not be resuming.
     if not Path(resume, "trainer_state.json").is_file() or not any(Path(resume, n).exists() for n in _RESUMABLE):

@@ -23,6 +23,9 @@ class ModelArguments:
         None, "Changes to the configuration of a model from scratch: 'hidden_size=128,num_hidden_layers=2'."
     )
     model_revision: str = _argument("main", "Branch, tag or commit of model_name_or_path and config_name.")
+    trust_remote_code: bool = _argument(
+        False, "Run the code that a repository brings for its model, configuration or tokenizer."
+    )
     task: str = field(
         default="mlm",
         metadata={

@@ -11,6 +11,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.hub import resolve_revision
 
 from hf_recycle.data.arguments import ModelArguments
 from hf_recycle.data.overrides import apply_overrides, parse_overrides
@@ -44,8 +45,12 @@ def load_model(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase, ma
     try:
         if scratch:
             return auto_class.from_config(config)
-        return auto_class.from_pretrained(
-            arguments.model_name_or_path, config=config, revision=arguments.model_revision, dtype="float32"
+        model = auto_class.from_pretrained(
+            arguments.model_name_or_path,
+            config=config,
+            revision=arguments.model_revision,
+            trust_remote_code=arguments.trust_remote_code,
+            dtype="float32",
         )
     except (ValueError, OSError) as error:
         source = (
@@ -53,6 +58,20 @@ def load_model(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase, ma
             or f"a {config.model_type} with config_overrides={arguments.config_overrides!r}"
         )
         raise UserError(f"{source} could not be built: {_first_line(error)}") from error
+    # The ancestry: transformers keeps it no longer, and never writes it to config.json.
+    model.config._commit_hash = getattr(arguments.model_revision, "resolved", None)
+    return model
+
+
+def pin_revision(arguments: ModelArguments) -> None:
+    """Settles the commit of `model_name_or_path` or `config_name`, once: configuration, tokenizer and weights then come
+    from the same one, whatever is pushed meanwhile.
+
+    `model_revision` becomes a `huggingface_hub.ResolvedRevision`: the text it was, and the commit as `.resolved`. It
+    stays as it is for a local folder, and where the Hub can't be asked and the cache does not know.
+    """
+    name = arguments.model_name_or_path or arguments.config_name
+    arguments.model_revision = resolve_revision(name, arguments.model_revision)
 
 
 def load_config(arguments: ModelArguments) -> PreTrainedConfig:
@@ -65,7 +84,9 @@ def load_config(arguments: ModelArguments) -> PreTrainedConfig:
     if name:
         argument = "model_name_or_path" if arguments.model_name_or_path else "config_name"
         try:
-            return AutoConfig.from_pretrained(name, revision=arguments.model_revision)
+            return AutoConfig.from_pretrained(
+                name, revision=arguments.model_revision, trust_remote_code=arguments.trust_remote_code
+            )
         except (OSError, ValueError) as error:
             raise UserError(
                 f"{argument}={name!r} could not be loaded ({_first_line(error)}); name a model of "
@@ -161,4 +182,6 @@ def _counts_from_padding(config: PreTrainedConfig) -> bool:
 
 
 def _first_line(error: BaseException) -> str:
+    if "trust_remote_code" in str(error):
+        return "it brings code of its own, which is run only with --trust_remote_code true"
     return str(error).strip().split("\n", 1)[0].rstrip(". ") or type(error).__name__

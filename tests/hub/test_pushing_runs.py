@@ -97,6 +97,11 @@ def test_every_checkpoint_and_tag_lands_though_uploads_are_slow_and_rotation_is_
         assert json.loads(hub.store.read(name, "recycling_stats.json", f"step-{step}"))["step"] == step
     assert not (tmp_path / "run" / FOLDER).exists()
 
+    hub.faults.set()
+    resumed = make_trainer(tmp_path / "elsewhere", push_to_hub=False)
+    resumed.train(resume_from_checkpoint=f"hub://{name}/checkpoint-4")
+    assert_same_weights(resumed, unpublished_run)
+
 
 def test_waiting_updates_of_the_root_coalesce_and_the_newest_wins(online, hub, tmp_path):
     hub.faults.set([Fault(COMMIT, "delay", delay=2.0, times=1)])
