@@ -18,10 +18,10 @@ from transformers.utils import logging
 
 from hf_recycle import files
 from hf_recycle.history_checks import check_agreement
-from hf_recycle.hub.run_facts import run_facts
-from hf_recycle.hub.run_meter import RunMeter
 from hf_recycle.hub.pull import is_pulled
 from hf_recycle.hub.resume import forget_foreign_best
+from hf_recycle.hub.run_facts import run_facts
+from hf_recycle.hub.run_meter import RunMeter
 from hf_recycle.neurons.table import NeuronTable
 from hf_recycle.recorder import HistoryRecorder
 from hf_recycle.run_schema import run_problem
