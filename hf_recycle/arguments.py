@@ -94,6 +94,11 @@ class RecyclingArguments(TrainingArguments):
         },
     )
 
+    hub_tag_steps: bool = field(
+        default=False,
+        metadata={"help": "Tag the commit of each published checkpoint as step-N. With push_to_hub."},
+    )
+
     def __post_init__(self):
         super().__post_init__()
         for method in METHODS:

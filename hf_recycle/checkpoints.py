@@ -120,7 +120,9 @@ class CheckpointMixin(EngineCheckpointMixin):
             # Late, because it brings matplotlib, which a run that saves nothing can do without.
             from hf_recycle.hub.card import write_card
 
-            write_card(folder, repo_id=self.hub_model_id or self.args.hub_model_id)
+            name = self.hub_model_id or self.args.hub_model_id
+            # Its namespace is not known as long as the Hub can't be reached.
+            write_card(folder, repo_id=name if name and "/" in name else None)
         except Exception as error:  # a card is drawn by libraries that may fail in any way
             logger.warning_once(f"No model card is written ({type(error).__name__}: {error}); training goes on.")
 

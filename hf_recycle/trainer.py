@@ -15,6 +15,7 @@ from hf_recycle.checkpoints import CheckpointMixin
 from hf_recycle.engines import check_engine, drop_tied_aliases, leave_embeddings_ungrouped
 from hf_recycle.hub.resume import local_checkpoint
 from hf_recycle.hub.run_meter import RunMeter
+from hf_recycle.hub.trainer import HubMixin
 from hf_recycle.launch_checks import check_same, shared_arguments
 from hf_recycle.mlm.training import MaskedLanguageModelingMixin
 from hf_recycle.neurons.blocks import full_shape
@@ -34,7 +35,7 @@ CALLBACKS: tuple[type[NeuronCallback], ...] = (
 _LOGGED_QUANTILES = {"magnitude_p10": 0.1, "magnitude_p50": 0.5, "magnitude_p90": 0.9}
 
 
-class RecyclingTrainer(CheckpointMixin, MaskedLanguageModelingMixin):
+class RecyclingTrainer(HubMixin, CheckpointMixin, MaskedLanguageModelingMixin):
     """A `transformers.Trainer` that recycles feed-forward neurons while it trains.
 
     Same signature and methods as `Trainer`; `args` is a `RecyclingArguments`, and the callbacks that it asks for are

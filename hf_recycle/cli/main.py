@@ -13,6 +13,7 @@ _COMMANDS = {
         "hf_recycle.cli.analyze",
         "measure the feed-forward neurons of trained models: magnitudes, dead neurons, pruning curves",
     ),
+    "push": ("hf_recycle.cli.push", "publish a run or a checkpoint on the Hugging Face Hub"),
     "pull": ("hf_recycle.cli.pull", "download a checkpoint of the Hub that training can go on from"),
     "report": ("hf_recycle.cli.report", "draw a run, or a repository of the Hub, as one HTML page"),
     "study": ("hf_recycle.cli.study", "run experiments over seeds and report on them"),

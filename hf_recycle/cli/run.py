@@ -93,6 +93,8 @@ class Run:
         # A baseline without feed-forward neurons has no history of them.
         if trainer.is_world_process_zero() and trainer.neuron_table() is not None:
             _report(Path(trainer.args.output_dir), self.floor)
+            if trainer.publisher is not None and (unpublished := trainer.publisher.report()):
+                print(unpublished)
 
     def how_to_go_on(self, words: Sequence[str]) -> str:
         """A clause that tells how to resume what was interrupted."""
