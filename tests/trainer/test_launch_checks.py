@@ -54,9 +54,8 @@ def test_the_single_process_launcher_of_accelerate(monkeypatch):
 def trainer_with(engine: DistributedType, **arguments):
     state = SimpleNamespace(fsdp_plugin=None)
     accelerator = SimpleNamespace(num_processes=2, distributed_type=engine, state=state)
-    return SimpleNamespace(
-        accelerator=accelerator, args=SimpleNamespace(**{"fsdp": None, "deepspeed": None} | arguments)
-    )
+    args = SimpleNamespace(**{"fsdp": None, "deepspeed": None} | arguments)
+    return SimpleNamespace(accelerator=accelerator, args=args, is_deepspeed_enabled=False)
 
 
 @pytest.mark.parametrize(
