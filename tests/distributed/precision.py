@@ -47,7 +47,8 @@ class Watched(TrainerCallback):
 
         def select(scores, eligible, k):
             ranked = scores[eligible].sort().values
-            self.margins.append(float(ranked[k] / ranked[k - 1] - 1))
+            if 0 < k < len(ranked):
+                self.margins.append(float(ranked[k] / ranked[k - 1] - 1))
             return self._original(scores, eligible, k)
 
         phase.select = select

@@ -34,8 +34,10 @@ def outcome(folder, run: str, steps: int = 10) -> tuple[dict, dict]:
 
 
 def farthest(first: dict, second: dict) -> float:
-    """The largest relative difference between the magnitudes of two runs."""
-    return max(float((a / second["magnitudes"][name] - 1).abs().max()) for name, a in first["magnitudes"].items())
+    """The largest relative difference between the magnitudes of two runs; zero, as of a pruned neuron, only equals
+    zero."""
+    pairs = [(a, second["magnitudes"][name]) for name, a in first["magnitudes"].items()]
+    return max(float(((a - b).abs() / b.clamp(min=1e-12)).max()) for a, b in pairs)
 
 
 @pytest.mark.slow
