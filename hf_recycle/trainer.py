@@ -10,11 +10,17 @@ from transformers.utils import logging
 
 from hf_recycle.agreement import check_agreement
 from hf_recycle.arguments import RecyclingArguments
-from hf_recycle.callbacks import MagnitudeCallback, MidpointLossCallback, PruningCallback, RecyclingCallback
+from hf_recycle.callbacks import (
+    MagnitudeCallback,
+    MidpointLossCallback,
+    OvertrainingCallback,
+    PruningCallback,
+    RecyclingCallback,
+)
 from hf_recycle.callbacks.base import NeuronCallback
 from hf_recycle.callbacks.recycling import check_layers
 from hf_recycle.checkpoints import CheckpointMixin
-from hf_recycle.engines import check_engine, drop_tied_aliases
+from hf_recycle.engines import check_can_overtrain, check_engine, drop_tied_aliases
 from hf_recycle.mlm.training import MaskedLanguageModelingMixin
 from hf_recycle.neurons.table import NeuronTable
 from hf_recycle.recorder import HistoryRecorder
@@ -26,6 +32,7 @@ CALLBACKS: tuple[type[NeuronCallback], ...] = (
     MidpointLossCallback,
     PruningCallback,
     RecyclingCallback,
+    OvertrainingCallback,
     MagnitudeCallback,
 )
 
@@ -97,6 +104,9 @@ class RecyclingTrainer(CheckpointMixin, MaskedLanguageModelingMixin):
         for callback in wired:
             if isinstance(callback, RecyclingCallback):
                 callback.loss_is_finite = self._loss_is_finite
+            if isinstance(callback, OvertrainingCallback) and callback.settings.enabled:
+                check_can_overtrain(self)
+                callback.loss_of, callback.second_pass = self.loss_of, self.second_pass
         self._share_recorder(wired)
         return wired
 

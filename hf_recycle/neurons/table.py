@@ -102,12 +102,16 @@ class NeuronTable:
         views: what a reinitialization may see of each block.
         states: one for each block.
         phases: selection phases that happened so far.
+        overtrain_samples, overtrain_tokens: samples and tokens of the second pass over the data that overtraining
+            took so far, by all processes together.
     """
 
     blocks: list[FeedForward]
     views: list[BlockView]
     states: list[BlockState] = field(default_factory=list)
     phases: int = 0
+    overtrain_samples: int = 0
+    overtrain_tokens: int = 0
 
     def __post_init__(self):
         if not self.states:
@@ -129,7 +133,7 @@ class NeuronTable:
     def reset(self) -> None:
         """Forgets everything that happened; weights stay as they are."""
         self.states = [BlockState.fresh(block.num_neurons) for block in self.blocks]
-        self.phases = 0
+        self.phases = self.overtrain_samples = self.overtrain_tokens = 0
 
     @property
     def counts(self) -> dict[str, Tensor]:
@@ -154,7 +158,10 @@ class NeuronTable:
 
     def state_dict(self) -> dict[str, Tensor]:
         """All of it as CPU tensors, for `recycling_state.safetensors`; to be called on every process."""
-        tensors = {"trainer/phases": torch.tensor([self.phases], dtype=torch.int64)}
+        counters = {name: getattr(self, name) for name in _COUNTERS}
+        tensors = {
+            f"trainer/{name}": torch.tensor([value]) for name, value in counters.items() if value or name == "phases"
+        }
         for block, state in zip(self.blocks, self.states, strict=True):
             tensors[f"{block.name}/counts"] = state.counts
             tensors[f"{block.name}/last_phase"] = state.last_phase
@@ -177,8 +184,13 @@ class NeuronTable:
             ValueError: if the tensors do not fit the model's blocks.
         """
         states = [self._load_block(block, tensors) for block in self.blocks]
+        counters = {name: tensors.get(f"trainer/{name}", torch.tensor([0])) for name in _COUNTERS}
+        for name, value in counters.items():
+            if value.shape != (1,) or value.dtype != torch.int64 or value < 0:
+                raise ValueError(f"trainer/{name} must be one whole number from 0.")
         self.states = states
-        self.phases = int(tensors["trainer/phases"][0]) if "trainer/phases" in tensors else 0
+        for name, value in counters.items():
+            setattr(self, name, int(value))
 
     def _load_block(self, block: FeedForward, tensors: dict[str, Tensor]) -> BlockState:
         columns = {}
@@ -228,5 +240,7 @@ def _load_transition(block: FeedForward, prefix: str, tensors: dict[str, Tensor]
             values[piece.role] = found.clone()  # in the precision of the masters, which may be more than the model's
     return Transition(index.clone(), age.clone(), sides["old"], sides["new"], whole=True)
 
+
+_COUNTERS = ("phases", "overtrain_samples", "overtrain_tokens")
 
 _tables: "weakref.WeakKeyDictionary[nn.Module, NeuronTable]" = weakref.WeakKeyDictionary()
