@@ -51,4 +51,5 @@ def _can_freeze(model: nn.Module) -> bool:
     """Whether gradients that nobody uses can be left out. FSDP2 has settled which it reduces when it sharded the model,
     and a reentrant checkpoint none of whose inputs require gradients computes none at all."""
     sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
-    return not sharded and not getattr(model, "is_gradient_checkpointing", False)
+    checkpointed = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    return not sharded and not checkpointed
