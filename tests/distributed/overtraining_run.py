@@ -1,4 +1,4 @@
-"""Overtrained runs on one engine, as `engine_run.py` runs methods; if one is refused, FOLDER/RUN.error gets the message.
+"""Overtrained runs on one engine; process 0 writes what came out, or FOLDER/RUN.error if one is refused.
 
 [torchrun --nproc_per_node N] overtraining_run.py ENGINE FOLDER RUN[:CHECKPOINT] ...
 """
