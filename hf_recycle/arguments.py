@@ -97,6 +97,18 @@ class RecyclingArguments(TrainingArguments):
             "'gate + up -> down' or 'fused:Wi -> Wo'."
         },
     )
+    trust_pickled_checkpoint: bool = field(
+        default=False,
+        metadata={
+            "help": "Resume from a repository of the Hub also where DeepSpeed or torch.distributed.checkpoint have to "
+            "unpickle the shards of its checkpoint: whoever wrote them can then run any code on this machine."
+        },
+    )
+
+    hub_tag_steps: bool = field(
+        default=False,
+        metadata={"help": "Tag the commit of each published checkpoint as step-N. With push_to_hub."},
+    )
 
     def __post_init__(self):
         super().__post_init__()

@@ -18,8 +18,13 @@ from transformers.utils import logging
 from hf_recycle import files
 from hf_recycle.engine_checkpoints import EngineCheckpointMixin
 from hf_recycle.history_checks import check_agreement
+from hf_recycle.hub.pull import is_pulled
+from hf_recycle.hub.resume import forget_foreign_best
+from hf_recycle.hub.run_facts import run_facts
+from hf_recycle.hub.run_meter import RunMeter
 from hf_recycle.neurons.table import NeuronTable
 from hf_recycle.recorder import HistoryRecorder
+from hf_recycle.run_schema import run_problem
 from hf_recycle.settings import METHODS
 from hf_recycle.statistics import summarize
 
@@ -33,10 +38,11 @@ class CheckpointMixin(EngineCheckpointMixin):
     """Writes each checkpoint under another name and renames it last, with the recycling files inside, and resumes
     from it exactly.
 
-    Expects `self.recorder`, `self.neuron_table()` and `self.recycling_arguments()`.
+    Expects `self.recorder`, `self.meter`, `self.neuron_table()` and `self.recycling_arguments()`.
     """
 
     recorder: HistoryRecorder
+    meter: RunMeter
 
     # ---- Writing ----
 
@@ -63,6 +69,7 @@ class CheckpointMixin(EngineCheckpointMixin):
         if self.args.should_save:
             self._export_callback_states()
             self.state.save_to_json(str(staging / TRAINER_STATE_NAME))
+            self.write_card(staging)
             _sync_folder(staging)
         self._wait_for_everyone()
         if self.args.should_save:
@@ -95,13 +102,39 @@ class CheckpointMixin(EngineCheckpointMixin):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         folder = self.args.output_dir if output_dir is None else output_dir
+        super().save_model(folder, _internal_call=True)
+        self.write_recycling_files(folder)
         if _internal_call:
-            super().save_model(folder, _internal_call=True)
-            self.write_recycling_files(folder)
-        else:
-            # Ours first, because the stock method also pushes the folder if it was asked to.
-            self.write_recycling_files(folder)
-            super().save_model(folder)
+            return
+        self.write_card(folder)
+        # As the stock method does, but with our files in the folder.
+        if self.args.push_to_hub:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def write_card(self, folder: str | os.PathLike[str]) -> None:
+        """Writes the model card of `folder`, on the process that saves. Training never stops for it: what keeps it from
+        being written is said once."""
+        if not self.args.should_save or self.neuron_table() is None:
+            return
+        try:
+            # Late, because it brings matplotlib, which a run that saves nothing can do without.
+            from hf_recycle.hub.card import write_card
+
+            name = self.hub_model_id or self.args.hub_model_id
+            # Its namespace is not known as long as the Hub can't be reached.
+            write_card(folder, repo_id=name if name and "/" in name else None)
+        except Exception as error:  # a card is drawn by libraries that may fail in any way
+            logger.warning_once(f"No model card is written ({type(error).__name__}: {error}); training goes on.")
+
+    def _run_facts(self, tokens: int) -> dict[str, Any]:
+        try:
+            facts = run_facts(self)
+            problem = run_problem(facts)
+        except Exception as error:  # they are told for the reader; a checkpoint is whole without
+            problem = f"{type(error).__name__}: {error}"
+        if problem:
+            logger.warning_once(f"The facts of the run are not recorded ({problem}); training goes on.")
+        return ({} if problem else facts) | self.meter.reading(tokens)
 
     def write_recycling_files(self, folder: str | os.PathLike[str]) -> None:
         """Writes the four recycling files; a model without feed-forward blocks has none."""
@@ -113,6 +146,8 @@ class CheckpointMixin(EngineCheckpointMixin):
             running_loss = nested_gather(running_loss, self.args.parallel_mode).mean()
         # Before the other processes leave: both gather what is sharded.
         tensors, statistics = table.state_dict(), self.statistics()
+        tokens = torch.tensor([self.meter.own_tokens], device=self.args.device)
+        tokens = int(nested_gather(tokens, self.args.parallel_mode).sum())
         if not self.args.should_save:
             return
         os.makedirs(folder, exist_ok=True)
@@ -120,7 +155,8 @@ class CheckpointMixin(EngineCheckpointMixin):
             tensors[_RUNNING_LOSS] = running_loss.detach().float().reshape(1).cpu()
             tensors[_LAST_LOGGED] = torch.tensor([self._globalstep_last_logged])
         blocks = [{"name": b.name, "num_neurons": b.num_neurons, "gated": b.gated} for b in table.blocks]
-        files.write_config(folder, {"arguments": self.recycling_arguments(), "blocks": blocks})
+        config = {"arguments": self.recycling_arguments(), "blocks": blocks, "run": self._run_facts(tokens)}
+        files.write_config(folder, config)
         files.write_state(folder, tensors)
         files.write_history(folder, self.recorder.to_table())
         files.write_stats(folder, statistics)
@@ -149,9 +185,12 @@ class CheckpointMixin(EngineCheckpointMixin):
         self._resumed_loss: tuple[float, int] | None = None
         if resume_from_checkpoint is None:
             self.use_recorder(HistoryRecorder())
+            self.meter.start({"seconds": 0.0, "tokens": 0})
             if (table := self.neuron_table()) is not None:
                 table.reset()
         else:
+            if is_pulled(resume_from_checkpoint):
+                forget_foreign_best(self.state, resume_from_checkpoint, self.args.output_dir)
             self.load_recycling_files(resume_from_checkpoint)
         return progress
 
@@ -166,6 +205,7 @@ class CheckpointMixin(EngineCheckpointMixin):
         present = [name for name in files.RECYCLING_FILES if Path(folder, name).exists()]
         if table is None or not present:
             self.use_recorder(HistoryRecorder())
+            self.meter.start({})  # how long the stock Trainer has trained it is not known
             if table is not None:
                 table.reset()
             return
@@ -188,6 +228,7 @@ class CheckpointMixin(EngineCheckpointMixin):
         history = files.read_history(folder, config["blocks"])
         check_agreement(Path(folder), config, tensors, history)
         self.use_recorder(HistoryRecorder.from_table(history))
+        self.meter.start(config.get("run", {}))
         if _RUNNING_LOSS in tensors and _LAST_LOGGED in tensors:
             self._resumed_loss = float(tensors[_RUNNING_LOSS][0]), int(tensors[_LAST_LOGGED][0])
 

@@ -1,18 +1,38 @@
 """What the engines under the Trainer need before they take the model over."""
 
+import os
 from typing import Any
 
+from accelerate.utils import DistributedType
 from torch import nn
 from transformers import Trainer
 
+from hf_recycle.errors import UserError
+from hf_recycle.launch_checks import check_process_count
+
 
 def check_engine(trainer: Trainer) -> None:
-    """Refuses engines that the methods can't work on, and has ZeRO-3 write plain weights with its checkpoints.
+    """Refuses engines that the methods can't work on and those that Accelerate silently replaced, and has ZeRO-3 write
+    plain weights with its checkpoints.
 
     Raises:
-        ValueError: for FSDP version 1, which flattens parameters out of reach, and for what keeps parameters or the
-            optimizer's state out of reach under DeepSpeed.
+        ValueError: for FSDP version 1, which flattens parameters out of reach; for what keeps parameters or the
+            optimizer's state out of reach under DeepSpeed; if there are fewer processes than were asked for; if FSDP or
+            DeepSpeed was asked for and something else is used.
     """
+    check_process_count(trainer.accelerator.num_processes)
+    engine = trainer.accelerator.distributed_type
+    instead = "on one process" if engine == DistributedType.NO else "with plain data parallelism (DDP)"
+    if _asked_for(trainer, "FSDP") and engine != DistributedType.FSDP:
+        raise UserError(
+            f"FSDP was asked for, but Accelerate would silently train {instead}, because it shards over accelerator "
+            "devices only: on CPUs use ddp, zero2 or zero3; on GPUs start the processes with accelerate launch"
+        )
+    if _asked_for(trainer, "DEEPSPEED") and engine != DistributedType.DEEPSPEED:
+        raise UserError(
+            f"DeepSpeed was asked for, but Accelerate would silently train {instead}, as it does where "
+            "ACCELERATE_USE_CPU is set: unset it, and pass --use_cpu (use_cpu=True) to the training instead"
+        )
     plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
     if plugin is not None and getattr(plugin, "fsdp_version", 1) != 2:
         raise ValueError(
@@ -36,6 +56,28 @@ def check_can_overtrain(trainer: Trainer) -> None:
     for name in ("tp", "cp", "sp"):
         if (size := getattr(trainer, f"get_{name}_size")()) > 1:
             raise ValueError(f"overtrain_steps can't be used with {name}_size={size}: use DDP or FSDP2 alone.")
+
+
+def _asked_for(trainer: Trainer, engine: str) -> bool:
+    by_argument = trainer.args.fsdp if engine == "FSDP" else trainer.args.deepspeed
+    return bool(by_argument) or os.environ.get(f"ACCELERATE_USE_{engine}", "").lower() == "true"
+
+
+def leave_embeddings_ungrouped(plugin, model: nn.Module) -> None:
+    """Leaves the input embeddings out of the groups that FSDP2 makes of a model's `_no_split_modules`, where the
+    accelerate configuration names no classes.
+
+    An output layer tied to them lies in another group, and a parameter in two groups is an error.
+
+    Args:
+        plugin: Accelerate's FSDP plugin, which is changed.
+    """
+    if plugin.transformer_cls_names_to_wrap is not None or not getattr(model, "_no_split_modules", None):
+        return
+    embeddings = model.get_input_embeddings()
+    present = {type(module).__name__ for module in model.modules()}
+    holders = {type(module).__name__ for module in model.modules() if any(m is embeddings for m in module.modules())}
+    plugin.transformer_cls_names_to_wrap = sorted((present & set(model._no_split_modules)) - holders)
 
 
 def check_deepspeed(config: dict[str, Any]) -> None:

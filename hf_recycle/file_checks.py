@@ -12,6 +12,8 @@ from typing import Any, NoReturn
 
 import torch
 
+from hf_recycle.run_schema import run_problem
+
 FORMAT_VERSION = 1
 """Version of the four files' layout. Raised only when an older package could misread them."""
 
@@ -63,6 +65,8 @@ def check_config(path: Path, config: Mapping[str, Any]) -> None:
         if not all(item is None or isinstance(item, str | int | float) for item in items):
             fail(path, f"argument {field} is {_show(value)} where a number, text or a flat list is expected")
     check_blocks(path, config.get("blocks"))
+    if "run" in config and (problem := run_problem(config["run"])):
+        fail(path, problem)
 
 
 def check_blocks(path: Path, blocks: Any) -> None:

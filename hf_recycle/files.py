@@ -51,6 +51,7 @@ __all__ = [
     "read_history",
     "read_state",
     "read_stats",
+    "write_bytes",
     "write_config",
     "write_history",
     "write_state",
@@ -241,6 +242,11 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> Path:
         data = text.encode("utf-8")
     except (TypeError, ValueError) as error:
         fail(path, f"its content is not JSON ({_first_line(error)})", "write only numbers, texts and lists")
+    return write_bytes(path, data)
+
+
+def write_bytes(path: Path, data: bytes) -> Path:
+    """Write a file that is whole or absent; returns its path."""
     return _replace(path, lambda temporary: temporary.write_bytes(data))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,10 @@ import pyarrow as pa
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import (
-    EntryNotFoundError,
     GatedRepoError,
     HFValidationError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
-    RevisionNotFoundError,
 )
 
 from hf_recycle.file_checks import fail
@@ -32,6 +31,7 @@ from hf_recycle.files import (
     read_stats,
 )
 from hf_recycle.history_checks import check_agreement
+from hf_recycle.hub.explain import explain
 from hf_recycle.recorder import HistoryRecorder, metric_values, rows_of_kind
 from hf_recycle.statistics import summarize
 
@@ -192,20 +192,11 @@ def _download(repo: str, revision: str | None, token: str | None) -> Path:
     for name in RECYCLING_FILES:
         try:
             path = Path(hf_hub_download(repo, name, revision=revision, token=token))
-        except HFValidationError:
-            fail(repo, "it is neither a folder here nor the name of a repository", "check the path or the name")
-        except GatedRepoError:
-            fail(where, "access to this repository is restricted", "ask for access on its page and log in")
-        except RepositoryNotFoundError:
-            fail(where, "no such folder here, nor a repository on the Hub that you may read", _CHECK_NAME)
-        except RevisionNotFoundError:
-            fail(where, "the repository has no such revision", "check the branch, tag or commit")
-        except LocalEntryNotFoundError:
-            fail(where, f"{name} is not in the cache and the Hub can't be reached", "try again when online")
-        except EntryNotFoundError:
-            fail(where, f"the repository has no {name}", "name a repository that hf_recycle has published into")
         except Exception as error:  # the client lets the errors of its HTTP library through, whichever that is
-            fail(where, f"{name} can't be downloaded ({type(error).__name__})", "try again later")
+            problem, remedy = explain(error, name)
+            if isinstance(error, _MAYBE_A_FOLDER) and not isinstance(error, GatedRepoError):
+                problem = f"it is no folder here{_similar(repo)}, and {problem}"
+            fail(where, problem, remedy)
         if folder is None:
             folder = path.parent
             # The other files must come from the same commit, whatever is pushed meanwhile.
@@ -216,7 +207,17 @@ def _download(repo: str, revision: str | None, token: str | None) -> Path:
     return folder
 
 
-_CHECK_NAME = "check the spelling, or log in if it is private"
+# What comes of asking the Hub for a folder whose name was mistyped.
+_MAYBE_A_FOLDER = (HFValidationError, RepositoryNotFoundError, LocalEntryNotFoundError)
+
+
+def _similar(name: str) -> str:
+    """A hint at a folder whose name is much like a mistyped one."""
+    path = Path(name)
+    if not path.parent.is_dir():
+        return ""
+    close = get_close_matches(path.name, [child.name for child in path.parent.iterdir() if child.is_dir()], n=1)
+    return f" (did you mean {path.parent / close[0]}?)" if close else ""
 
 
 def _frame(rows: pa.Table, columns: list[str]) -> pd.DataFrame:

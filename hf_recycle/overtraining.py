@@ -23,14 +23,12 @@ class OvertrainingRecord:
     """What one overtraining did.
 
     Attributes:
-        step: optimizer step of the main run.
         neurons: neurons trained, over all blocks.
         learning_rate: the highest, after the warm-up.
         losses: of each batch before its step, float32 `(batches,)` on the device, of this process.
         skipped: batches whose gradient was not finite, which changed nothing.
     """
 
-    step: int
     neurons: int
     learning_rate: float
     losses: Tensor
@@ -55,6 +53,7 @@ def overtrain(
 
     Args:
         settings: validated settings, with a seed.
+        step: optimizer step of the main run.
         model: computes without a wrapper that reduces gradients, or is an FSDP2 model.
         optimizer: the main one, wrapped or not; it is looked at only.
         batches: of this process.
@@ -95,7 +94,7 @@ def overtrain(
                 skipped += 1
                 scale = max(scale / 2, 1.0)  # what a gradient scaler does about an overflow
             model.zero_grad(set_to_none=True)
-    return OvertrainingRecord(step, neurons, max(rates), torch.stack(losses), skipped)
+    return OvertrainingRecord(neurons, max(rates), torch.stack(losses), skipped)
 
 
 def _parameters(table: NeuronTable) -> Iterator[nn.Parameter]:

@@ -23,7 +23,7 @@ class PhaseRecord:
     """What a phase did in one block.
 
     Attributes:
-        step: optimizer step.
+        step: of the Trainer.
         phase: number of the phase, from 1 (of a skipped phase: the number it would have had).
         block: name of the block.
         requested: neurons that the settings ask for, also of a skipped phase (in global scope: those of this block
@@ -53,7 +53,7 @@ def run_phase(
     optimizer=None,
     loss_is_finite: bool = True,
 ) -> list[PhaseRecord]:
-    """Runs the selection phase right after optimizer step `step`.
+    """Runs the selection phase right after step `step` of the Trainer.
 
     A non-finite loss or magnitude skips the whole phase: nothing is written, and the records say why. A skipped phase
     does not count for immunity.
@@ -68,11 +68,11 @@ def run_phase(
     """
     positions = list(range(len(table.blocks))) if settings.layers is None else sorted(set(settings.layers))
     magnitudes = [table.blocks[position].magnitudes().cpu() for position in positions]
-    phase = table.phases + 1
+    phase, taken = table.phases + 1, table.optimizer_steps(step)
     if settings.scope == "global":
-        quotas = [schedule.quota(step, sum(len(values) for values in magnitudes))]
+        quotas = [schedule.quota(taken, sum(len(values) for values in magnitudes))]
     else:
-        quotas = [schedule.quota(step, len(values)) for values in magnitudes]
+        quotas = [schedule.quota(taken, len(values)) for values in magnitudes]
     eligible = [_eligible(table, position, phase, settings.immunity) for position in positions]
 
     reason = _reason_to_skip(magnitudes, loss_is_finite)
@@ -86,7 +86,7 @@ def run_phase(
         ]
 
     scores = [
-        CRITERIA[settings.selection](Signals(values, generator_for(settings.seed, step, position, "select")))
+        CRITERIA[settings.selection](Signals(values, generator_for(settings.seed, taken, position, "select")))
         for position, values in zip(positions, magnitudes, strict=True)
     ]
     if settings.scope == "global":
@@ -101,12 +101,13 @@ def run_phase(
         notes = ["too few eligible neurons" if len(c) < q else "" for c, q in zip(chosen, quotas, strict=True)]
 
     table.phases = phase
-    written = [
+    # One block at a time: every process draws the new weights of all recycled neurons, whatever its share of the model.
+    written = itertools.chain.from_iterable(
         _recycle(table, position, index, settings, step, phase, smooth_steps, optimizer)
         for position, index in zip(positions, chosen, strict=True)
-    ]
+    )
     device = table.blocks[positions[0]].out_slice.device
-    check_agreement(checksum([*chosen, *itertools.chain(*written)]), f"the neurons recycled at step {step}", device)
+    check_agreement(checksum(itertools.chain(chosen, written)), f"the neurons recycled at step {step}", device)
     return [
         PhaseRecord(step, phase, table.blocks[position].name, request, int(mask.sum()), index.tolist(), note)
         for position, request, mask, index, note in zip(positions, requested, eligible, chosen, notes, strict=True)
@@ -141,7 +142,7 @@ def _recycle(
     if not len(index):
         return []
     block, state = table.blocks[position], table.states[position]
-    generator = generator_for(settings.seed, step, position, "reinit")
+    generator = generator_for(settings.seed, table.optimizer_steps(step), position, "reinit")
     options = Options(noise_scale=settings.noise_scale)
     values = REINITIALIZATIONS[settings.reinit](table.views[position], index, generator, options)
     if optimizer is not None:

@@ -36,8 +36,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(words: list[str]) -> int:
     # Imported late: importing torch takes seconds, and the branches above do without it.
     from hf_recycle.cli.interruption import Terminated, sigterm_as_interrupt
+    from hf_recycle.cli.launcher import launch, split_launch_options
     from hf_recycle.cli.parse import parse_run
 
+    options, words = split_launch_options(words)
+    if options:
+        return launch(options, words)
     with sigterm_as_interrupt():
         run = None
         try:
@@ -45,7 +49,7 @@ def _run(words: list[str]) -> int:
                 arguments = parse_run(words)
                 from hf_recycle.cli.run import Run
 
-                run = Run.prepare(arguments)
+                run = Run.prepare(arguments, words)
             run.train()
         except KeyboardInterrupt as stop:
             if os.environ.get("RANK", "0") == "0":

@@ -1,14 +1,12 @@
 """`RecyclingTrainer`: a Hugging Face Trainer with the methods of this package."""
 
-import json
-import zlib
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers.utils import logging
 
-from hf_recycle.agreement import check_agreement
 from hf_recycle.arguments import RecyclingArguments
 from hf_recycle.callbacks import (
     MagnitudeCallback,
@@ -20,8 +18,13 @@ from hf_recycle.callbacks import (
 from hf_recycle.callbacks.base import NeuronCallback
 from hf_recycle.callbacks.recycling import check_layers
 from hf_recycle.checkpoints import CheckpointMixin
-from hf_recycle.engines import check_can_overtrain, check_engine, drop_tied_aliases
+from hf_recycle.engines import check_can_overtrain, check_engine, drop_tied_aliases, leave_embeddings_ungrouped
+from hf_recycle.hub.resume import local_checkpoint
+from hf_recycle.hub.run_meter import RunMeter
+from hf_recycle.hub.trainer import HubMixin
+from hf_recycle.launch_checks import check_same, shared_arguments
 from hf_recycle.mlm.training import MaskedLanguageModelingMixin
+from hf_recycle.neurons.blocks import full_shape
 from hf_recycle.neurons.table import NeuronTable
 from hf_recycle.recorder import HistoryRecorder
 
@@ -39,7 +42,7 @@ CALLBACKS: tuple[type[NeuronCallback], ...] = (
 _LOGGED_QUANTILES = {"magnitude_p10": 0.1, "magnitude_p50": 0.5, "magnitude_p90": 0.9}
 
 
-class RecyclingTrainer(CheckpointMixin, MaskedLanguageModelingMixin):
+class RecyclingTrainer(HubMixin, CheckpointMixin, MaskedLanguageModelingMixin):
     """A `transformers.Trainer` that recycles feed-forward neurons while it trains.
 
     Same signature and methods as `Trainer`; `args` is a `RecyclingArguments`, and the callbacks that it asks for are
@@ -52,7 +55,7 @@ class RecyclingTrainer(CheckpointMixin, MaskedLanguageModelingMixin):
     Raises:
         TypeError: if `args` is not a `RecyclingArguments`.
         ValueError: for what can't work, before training starts: a model without feed-forward blocks, `nn.DataParallel`,
-            FSDP version 1.
+            FSDP version 1, fewer processes or another engine than the launcher was asked for.
     """
 
     def __init__(self, model=None, args: RecyclingArguments | None = None, *positional, **kwargs):
@@ -69,6 +72,9 @@ class RecyclingTrainer(CheckpointMixin, MaskedLanguageModelingMixin):
                 f"run `accelerate launch --num_processes {args.n_gpu} <your script>`, or set CUDA_VISIBLE_DEVICES=0."
             )
         self.recorder, self.tied_aliases = HistoryRecorder(), {}
+        self.meter = RunMeter()
+        # What the caller knows of the run and the trainer can't, for its card: keys of `run_schema.RUN_SCHEMA`.
+        self.run_context: dict[str, Any] = {}
         super().__init__(model, args, *positional, **kwargs)
         self.neuron_callbacks = self._wire_callbacks()
         check_engine(self)
@@ -156,14 +162,25 @@ class RecyclingTrainer(CheckpointMixin, MaskedLanguageModelingMixin):
 
     # ---- Training ----
 
-    def _prepare_for_training(self, *args, **kwargs):
-        settings = json.dumps(self.recycling_arguments(), sort_keys=True, default=str)
-        check_agreement(zlib.crc32(settings.encode()), "the settings of the methods", self.args.device)
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        check_same(self._start(max_steps, resume_from_checkpoint))
         # The last moment at which the model is not wrapped or sharded.
         if self.recycling is not None:
             for view in self.neuron_table().views:
                 view.learn_distribution()
-        return super()._prepare_for_training(*args, **kwargs)
+        if self.is_fsdp_enabled:
+            leave_embeddings_ungrouped(self.accelerator.state.fsdp_plugin, self.model)
+        return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+
+    def _start(self, max_steps: int, resume_from_checkpoint: str | None) -> dict[str, Any]:
+        """All that the processes of a training must have in common when it starts, by name."""
+        config = getattr(self.model, "config", None)
+        start = shared_arguments(self.args) | self.recycling_arguments()
+        checkpoint = Path(resume_from_checkpoint).name if resume_from_checkpoint else None
+        start |= {"max_steps": max_steps, "the checkpoint": checkpoint}
+        start |= {f"the model's {name}": value for name, value in (config.to_dict() if config else {}).items()}
+        start |= {f"the shape of {name}": full_shape(value) for name, value in self.model.named_parameters()}
+        return start | {"the number of training examples": getattr(self.train_dataset, "__len__", lambda: None)()}
 
     def create_optimizer(self, *args, **kwargs):
         optimizer = super().create_optimizer(*args, **kwargs)
@@ -172,12 +189,22 @@ class RecyclingTrainer(CheckpointMixin, MaskedLanguageModelingMixin):
             self.tied_aliases |= drop_tied_aliases(self.accelerator.unwrap_model(self.model, keep_torch_compile=False))
         return optimizer
 
-    def train(self, *args, **kwargs):
-        self.check_labels()
-        return super().train(*args, **kwargs)
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        """As `Trainer.train`; `resume_from_checkpoint` may also be `hub://user/repo[/folder][@revision]`, with
+        `last-checkpoint` or `checkpoint-N` as folder, by default the newest one.
 
-    def training_step(self, *args, **kwargs) -> torch.Tensor:
-        self._last_loss = super().training_step(*args, **kwargs)
+        Raises:
+            UserError: if the checkpoint can't be had from the Hub, or is not to be trusted.
+        """
+        self.check_labels()
+        try:
+            return super().train(local_checkpoint(resume_from_checkpoint, self.args), *args, **kwargs)
+        finally:
+            self.meter.stop()
+
+    def training_step(self, model, inputs, *args, **kwargs) -> torch.Tensor:
+        self.meter.count(inputs)
+        self._last_loss = super().training_step(model, inputs, *args, **kwargs)
         return self._last_loss
 
     def _loss_is_finite(self) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor
 from hf_recycle.methods.smooth import interpolation, mix
 from hf_recycle.neurons.blocks import FeedForward, NeuronSlice
 from hf_recycle.neurons.storage import Fragments
+from hf_recycle.neurons.storage.base import scaled
 from hf_recycle.neurons.storage.plain import whole
 from hf_recycle.neurons.table import BlockState, NeuronTable
 from hf_recycle.neurons.transition import Transition
@@ -78,11 +79,11 @@ class _ScaledGradient:
         if transition is None:
             return None
         gradient = gradient.clone()
-        alpha = interpolation(transition.age, self._smooth_steps).to(gradient)
+        alpha = interpolation(transition.age, self._smooth_steps)
         index = transition.index.to(gradient.device)
         for piece in self._pieces:
             for tile in whole(piece, gradient):
-                tile.values[index] *= alpha.unsqueeze(1)
+                tile.values[index] = scaled(tile.values[index], alpha)
         return gradient
 
 

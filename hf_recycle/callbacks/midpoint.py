@@ -5,7 +5,7 @@ from transformers.utils import logging
 
 from hf_recycle.callbacks.base import NeuronCallback
 from hf_recycle.methods.midpoint import MidpointLoss
-from hf_recycle.neurons.optimizer import StepWatch
+from hf_recycle.neurons.optimizer import StepWatch, check_optimizer
 from hf_recycle.settings import MidpointSettings
 
 logger = logging.get_logger(__name__)
@@ -39,6 +39,8 @@ class MidpointLossCallback(NeuronCallback):
         self.attach(model, state)
         if self._watch is not None:
             self._watch.remove()
+        if self.settings.enabled:
+            check_optimizer(optimizer, "midpoint_weight", self.settings.weight)
         self._watch = StepWatch(optimizer)
         half = [
             piece.dtype

@@ -12,6 +12,7 @@ from hf_recycle.methods.overtraining import subset_size
 from hf_recycle.methods.schedule import resolve_steps
 from hf_recycle.mlm.seeded import apart
 from hf_recycle.neurons.fresh_optimizer import fresh_optimizer
+from hf_recycle.neurons.optimizer import StepWatch
 from hf_recycle.overtraining import overtrain
 from hf_recycle.second_pass import SecondPass, mask_seed
 from hf_recycle.settings import OvertrainingSettings
@@ -29,7 +30,8 @@ class OvertrainingCallback(NeuronCallback):
     fresh one of the class and hyper-parameters of the main one, at the learning rate that the main schedule has come
     to; over the first tenth of the batches (at least one), w in all, the rate of batch b is b / (w + 1) of that.
     Gradients are clipped as in the main run, over the weights that are trained. Afterwards the main run goes on where
-    it was: optimizer, schedule, data order and random states are untouched. It works on one process, DDP and FSDP2,
+    it was: optimizer, schedule, data order and random states are untouched. Steps that the optimizer skips, because a
+    gradient scaler found an overflow, do not count. It works on one process, DDP and FSDP2,
     uncompiled where the main run is compiled; DeepSpeed is refused.
 
     Takes the settings of `RecyclingArguments` whose names begin with `overtrain_`, without that prefix. On a stock
@@ -47,6 +49,8 @@ class OvertrainingCallback(NeuronCallback):
         self.second_pass: Callable[[int], SecondPass] | None = None
         self._data: SecondPass | None = None
         self._every = 0
+        self._watch: StepWatch | None = None
+        self._stepped = True
         self._last_loss: float | None = None
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, train_dataloader=None, **kwargs):
@@ -62,6 +66,8 @@ class OvertrainingCallback(NeuronCallback):
         self._check_subset()
         # One is made at every overtraining; what can't be made is said now.
         fresh_optimizer(optimizer, (p for block in self.table.blocks for p in block.parameters()))
+        self._let_go()
+        self._watch = StepWatch(optimizer)
         self._data = (self.second_pass or _second_pass_of(train_dataloader))(settings.seed)
 
     def _check_subset(self) -> None:
@@ -72,14 +78,21 @@ class OvertrainingCallback(NeuronCallback):
                 f"{smallest.name} is less than one: raise it."
             )
 
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        if self._every:
+            self._stepped = self._watch.taken
+            self._watch.reset()
+            self.table.note_step(state.global_step, self._stepped)
+
     def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
-        if not self._every or state.global_step % self._every:
+        taken = self.table.optimizer_steps(state.global_step)
+        if not self._every or not self._stepped or taken % self._every:
             return
         size, tokens = args.per_device_train_batch_size, []
         record = overtrain(
             self.table,
             self.settings,
-            state.global_step,
+            taken,
             model=model,
             optimizer=optimizer,
             batches=self._batches(size, args.process_index, args.world_size, tokens),
@@ -116,6 +129,14 @@ class OvertrainingCallback(NeuronCallback):
             batch = self._data.batch(position + number * processes * size, size)
             tokens.append(_count_tokens(batch))
             yield batch
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._let_go()
+
+    def _let_go(self) -> None:
+        if self._watch is not None:
+            self._watch.remove()
+        self._watch = None
 
     def scalars(self) -> dict[str, float]:
         """Extra tokens so far, over all processes, and the loss of the last extra batch."""

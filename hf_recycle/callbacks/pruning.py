@@ -5,6 +5,7 @@ from transformers.utils import logging
 from hf_recycle.callbacks.base import NeuronCallback
 from hf_recycle.methods.pruning import PruningSchedule
 from hf_recycle.methods.schedule import resolve_steps
+from hf_recycle.neurons.optimizer import StepWatch
 from hf_recycle.pruning import hold_at_zero, prune
 from hf_recycle.settings import PruningSettings
 
@@ -15,7 +16,8 @@ class PruningCallback(NeuronCallback):
     """Gradual pruning: a growing share of the FF neurons of each layer is switched off, and stays off.
 
     Source: *Neuron Recycling*, section "Gradual FF pruning". With `fraction=1.0` only the out-projection's bias is
-    left; with `start=0, end=0` everything is pruned before the first step.
+    left; with `start=0, end=0` everything is pruned before the first step. Steps that the optimizer skips, because a
+    gradient scaler found an overflow, do not count; the final share is reached at the last step all the same.
 
     Takes the settings of `RecyclingArguments` whose names begin with `prune_`, without that prefix. On a stock
     `Trainer` a resumed run has forgotten which neurons were pruned: it chooses anew, among all of them.
@@ -24,27 +26,52 @@ class PruningCallback(NeuronCallback):
     settings_class = PruningSettings
     settings: PruningSettings
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        self._watch: StepWatch | None = None
+        self._stepped = True
+
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         self.attach(model, state)
         if self.settings.seed is None:
             self.settings.seed = args.seed
         self.schedule = make_schedule(self.settings, state.max_steps)
-        if state.global_step == 0:
-            self._prune(0)
+        self._let_go()
+        self._watch = StepWatch(optimizer)
+        if self.schedule.is_due(0) and state.global_step == 0:
+            self._prune(0, 0)
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self._stepped = self._watch.taken
+        self._watch.reset()
+        self.table.note_step(state.global_step, self._stepped)
 
     def on_step_end(self, args, state, control, **kwargs):
         hold_at_zero(self.table)
-        self._prune(state.global_step)
+        taken = self.table.optimizer_steps(state.global_step)
+        if state.global_step == state.max_steps and taken < self.schedule.end:
+            self._prune(state.global_step, self.schedule.end)
+        elif self._stepped and self.schedule.is_due(taken):
+            self._prune(state.global_step, taken)
 
-    def _prune(self, step: int) -> None:
-        if not self.settings.enabled or not self.schedule.is_due(step):
+    def _prune(self, step: int, progress: int) -> None:
+        """Prunes, after the Trainer's step `step`, to the share of optimizer step `progress`."""
+        if not self.settings.enabled:
             return
-        records = prune(self.table, self.settings, self.schedule, step)
+        records = prune(self.table, self.settings, self.schedule, progress)
         for record in records:
             if record.requested or record.note:
-                self.recorder.pruning(**vars(record))
+                self.recorder.pruning(**vars(record) | {"step": step})
         for note in {record.note for record in records if record.note}:
             logger.warning(f"Pruning at step {step} {note}.")
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._let_go()
+
+    def _let_go(self) -> None:
+        if self._watch is not None:
+            self._watch.remove()
+        self._watch = None
 
     def scalars(self) -> dict[str, float]:
         """Share of the neurons that are pruned."""

@@ -8,7 +8,7 @@ from hf_recycle.callbacks.base import NeuronCallback
 from hf_recycle.methods.immunity import is_immune
 from hf_recycle.methods.schedule import PhaseSchedule, resolve_steps
 from hf_recycle.methods.seeds import generator_for
-from hf_recycle.neurons.optimizer import StepWatch, check_can_reset
+from hf_recycle.neurons.optimizer import StepWatch, check_can_reset, check_optimizer, check_state
 from hf_recycle.phase import run_phase
 from hf_recycle.settings import RecyclingSettings
 from hf_recycle.transitions import (
@@ -26,6 +26,9 @@ class RecyclingCallback(NeuronCallback):
     """Neuron recycling: every `steps` optimizer steps, the least important FF neurons get new weights.
 
     Source: *Neuron Recycling*, section "Recycling".
+
+    Steps that the optimizer skips, because a gradient scaler found an overflow, do not count: everything happens as if
+    their batches had never been. The history notes the Trainer's steps, which do count them.
 
     Takes the settings of `RecyclingArguments` whose names begin with `recycle_`, without that prefix:
     `RecyclingCallback(steps=1000, fraction=0.1, immunity=2)`.
@@ -46,6 +49,7 @@ class RecyclingCallback(NeuronCallback):
         self.loss_is_finite: Callable[[], bool] = lambda: True
         self._gradients_scaled = False
         self._watch: StepWatch | None = None
+        self._stepped, self._state_checked = True, False
         self._hooks: list = []
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
@@ -57,10 +61,12 @@ class RecyclingCallback(NeuronCallback):
         self.smooth_steps = resolve_steps(settings.smooth_steps, state.max_steps) if self.schedule else 0
         if self.schedule is None:
             return
+        self._let_go()
+        check_optimizer(optimizer, "recycle_steps", settings.steps)
         check_can_reset(optimizer, settings.optimizer_state)
+        self._watch = StepWatch(optimizer)
+        self._stepped, self._state_checked = True, False
         if self.smooth_steps:
-            self._let_go()
-            self._watch = StepWatch(optimizer)
             self._hooks = hook_gradients(self.table, self.smooth_steps)
             settle(self.table, self.smooth_steps)
         check_layers(settings, len(self.table.blocks))
@@ -109,14 +115,25 @@ class RecyclingCallback(NeuronCallback):
             self.scale_gradients()
             show_new_weights(self.table)
 
-    def on_optimizer_step(self, args, state, control, **kwargs):
+    def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        if self.schedule is None:
+            return
+        stepped = self._watch.taken
+        self._watch.reset()
         if self.smooth_steps:
             self._gradients_scaled = False
-            show_effective_weights(self.table, self.smooth_steps, advance=self._watch.taken)
-            self._watch.reset()
+            show_effective_weights(self.table, self.smooth_steps, advance=stepped)
+        self.table.note_step(state.global_step, stepped)
+        if stepped and not self._state_checked:
+            # Optimizers make their state at the first step; what is unknown in it is said now, not at the first phase.
+            check_state(optimizer, self.table.blocks, self.settings.optimizer_state)
+            self._state_checked = True
+        self._stepped = stepped
 
     def on_step_end(self, args, state, control, optimizer=None, **kwargs):
-        if self.schedule is None or not self.schedule.is_phase(state.global_step):
+        if self.schedule is None or not self._stepped or state.global_step >= self.schedule.last_step:
+            return
+        if not self.schedule.is_phase(self.table.optimizer_steps(state.global_step)):
             return
         records = run_phase(
             self.table,

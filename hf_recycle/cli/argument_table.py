@@ -11,8 +11,6 @@ from transformers import TrainingArguments
 
 from hf_recycle.arguments import RecyclingArguments
 
-BEGIN, END = "<!-- arguments: begin -->", "<!-- arguments: end -->"
-
 
 def argument_table() -> str:
     """Markdown: one row for each argument that `RecyclingArguments` adds to `TrainingArguments`."""
@@ -28,11 +26,16 @@ def argument_table() -> str:
 
 def renew(text: str) -> str:
     """`text` with what lies between the markers replaced by the table."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
+    return renew_between(text, "arguments", argument_table())
+
+
+def renew_between(text: str, name: str, content: str) -> str:
+    """`text` with what lies between the markers `<!-- name: begin -->` and `<!-- name: end -->` replaced."""
+    before, begin, rest = text.partition(f"<!-- {name}: begin -->")
+    _, end, after = rest.partition(f"<!-- {name}: end -->")
     if not begin or not end:
-        raise ValueError(f"the text has no {BEGIN} ... {END}")
-    return f"{before}{BEGIN}\n{argument_table()}\n{END}{after}"
+        raise ValueError(f"the text has no <!-- {name}: begin --> ... <!-- {name}: end -->")
+    return f"{before}{begin}\n{content}\n{end}{after}"
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from transformers import TrainingArguments
 
 from hf_recycle.arguments import RecyclingArguments
+from hf_recycle.cli.launcher import LAUNCH_OPTIONS
 from hf_recycle.data.arguments import DataArguments, ModelArguments
 
 _INTRODUCTION = """\
@@ -36,6 +37,7 @@ def help_text(everything: bool = False) -> str:
     own = [field for field in dataclasses.fields(RecyclingArguments) if field.name not in inherited]
     parts = [
         _INTRODUCTION,
+        _launching(),
         _group("Model", ModelArguments, dataclasses.fields(ModelArguments)),
         _group("Data", DataArguments, dataclasses.fields(DataArguments)),
         _group("Method", RecyclingArguments, own),
@@ -46,6 +48,11 @@ def help_text(everything: bool = False) -> str:
     else:
         parts.append(_TRAINING_NOTE)
     return "\n".join(parts)
+
+
+def _launching() -> str:
+    entries = (f"  --{name} VALUE\n      {text}" for name, text in LAUNCH_OPTIONS.items())
+    return "\n".join(["Several processes:", *entries, ""])
 
 
 def _group(title: str, cls: type, fields: Iterable[Any]) -> str:

@@ -9,6 +9,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from transformers.hf_argparser import HfArgumentParser, string_to_bool
 
 from hf_recycle.arguments import RecyclingArguments
+from hf_recycle.cli.launcher import LAUNCH_OPTIONS
 from hf_recycle.cli.recipes import Recipe, load_recipes, run_name
 from hf_recycle.data.arguments import DataArguments, ModelArguments
 from hf_recycle.errors import UserError
@@ -81,6 +82,7 @@ def _read_flags(parser: _Parser, words: list[str]) -> dict[str, list[str]]:
             action = parser._option_string_actions.get(name)
             if action is None:
                 known = {option for option in parser._option_string_actions if "-" not in option[2:]}
+                known |= {f"--{option}" for option in LAUNCH_OPTIONS}
                 raise UserError(
                     f"unknown argument {name}; {_hint(name.replace('-', '_').replace('__', '--', 1), known)}"
                 )

@@ -32,7 +32,9 @@ def recipe_root() -> Path:
 def recipe_names() -> list[str]:
     """Short names of the packaged recipes, such as `demo` and `scale/laptop`."""
     root = recipe_root()
-    return sorted(path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.yaml"))
+    names = (path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.yaml"))
+    # How to start processes is no part of a recipe: see `hf_recycle.cli.launcher`.
+    return sorted(name for name in names if not name.startswith("accelerate/"))
 
 
 def describe_recipes() -> str:

@@ -1,9 +1,10 @@
 """A run from its arguments: everything made, trained, evaluated, saved and summed up."""
 
+import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,19 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
+from hf_recycle.cli.context import run_context
+from hf_recycle.cli.launcher import LAUNCH_WORDS
 from hf_recycle.cli.parse import RunArguments
 from hf_recycle.data.arguments import DataArguments, ModelArguments
 from hf_recycle.data.collate import CausalCollator
 from hf_recycle.data.loading import load_data, unigram_entropy
-from hf_recycle.data.model import load_model
+from hf_recycle.data.model import load_model, pin_revision
 from hf_recycle.data.sources import load_texts
 from hf_recycle.data.tokenizer import load_tokenizer, trained_tokenizer
 from hf_recycle.errors import UserError
+from hf_recycle.hub.address import is_address
+from hf_recycle.hub.resume import local_checkpoint
+from hf_recycle.launch_checks import check_process_count, check_same, shared_arguments
 from hf_recycle.mlm.masking import MaskedLanguageModelingCollator
 from hf_recycle.trainer import RecyclingTrainer
 
@@ -33,17 +39,26 @@ class Run:
     floor: float | None
 
     @classmethod
-    def prepare(cls, arguments: RunArguments) -> "Run":
+    def prepare(cls, arguments: RunArguments, words: Sequence[str] = ()) -> "Run":
         """Load and build everything, so that what can fail fails before the first step.
 
+        Args:
+            words: the command line that the arguments were parsed from, for the model card.
+
         Raises:
-            UserError: see `load_texts`, `load_data`, `load_model` and `find_checkpoint`.
+            UserError: see `check_process_count`, `check_same`, `load_texts`, `load_data`, `load_model` and
+                `find_checkpoint`.
             ValueError: what the trainer refuses.
         """
         args = arguments.training
+        check_process_count(args.world_size)
+        check_same(asdict(arguments.model) | asdict(arguments.data) | shared_arguments(args))
         checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
         if checkpoint is None and args.resume_from_checkpoint and args.should_log:
             print(f"no checkpoint in {args.output_dir} yet: starting from scratch")
+        # Now, so that what the Hub refuses is said before the data is prepared.
+        checkpoint = local_checkpoint(checkpoint, args)
+        pin_revision(arguments.model)
         set_seed(args.seed)
         # The main process fills the caches, the others then read them.
         with args.main_process_first(local=False, desc="preparing the data"):
@@ -61,6 +76,7 @@ class Run:
         floor = None
         if arguments.model.task == "mlm" and isinstance(train, Dataset) and isinstance(validation, Dataset):
             floor = unigram_entropy(train, validation, tokenizer)
+        trainer.run_context = run_context(arguments, words, floor)
         return cls(arguments, trainer, checkpoint, floor)
 
     def train(self) -> None:
@@ -70,22 +86,35 @@ class Run:
         trainer.save_metrics("train", result.metrics, combined=False)
         if trainer.eval_dataset is not None:
             trainer.save_metrics("eval", trainer.evaluate(), combined=False)
-        # After the evaluation, which belongs to the history that is saved with the model.
-        trainer.save_model()
+        # After the evaluation, which belongs to the history that is saved with the model. The state first, which the
+        # model card reads.
         trainer.save_state()
+        trainer.save_model()
         # A baseline without feed-forward neurons has no history of them.
         if trainer.is_world_process_zero() and trainer.neuron_table() is not None:
             _report(Path(trainer.args.output_dir), self.floor)
+            if trainer.publisher is not None and (unpublished := trainer.publisher.report()):
+                print(unpublished)
 
     def how_to_go_on(self, words: Sequence[str]) -> str:
         """A clause that tells how to resume what was interrupted."""
         folder = self.trainer.args.output_dir
         if last_checkpoint(folder) is None:
             return f"no checkpoint was saved yet in {folder}, so the same command starts again"
-        command = shlex.join(words)
-        if self.trainer.args.resume_from_checkpoint is None:
-            command += " --resume_from_checkpoint true"
+        words = _without(words, "--resume_from_checkpoint")
+        parts = [shlex.join(words), os.environ.get(LAUNCH_WORDS), "--resume_from_checkpoint true"]
+        command = " ".join(filter(None, parts))
         return f"go on from the last checkpoint with: hf-recycle train {command}"
+
+
+def _without(words: Sequence[str], flag: str) -> list[str]:
+    """The words of a command without one argument and its value."""
+    kept: list[str] = []
+    for word, before in zip(words, ["", *words], strict=False):
+        value_of_it = before == flag and not word.startswith("--")
+        if word != flag and not word.startswith(f"{flag}=") and not value_of_it:
+            kept.append(word)
+    return kept
 
 
 def prepare_data(
@@ -96,7 +125,7 @@ def prepare_data(
     name = model.tokenizer_name or model.model_name_or_path or model.config_name
     if name:
         revision = "main" if model.tokenizer_name else model.model_revision
-        tokenizer = load_tokenizer(name, data.max_seq_length, revision)
+        tokenizer = load_tokenizer(name, data.max_seq_length, revision, model.trust_remote_code)
     else:
         tokenizer = trained_tokenizer(texts.sample(), model.tokenizer_vocab_size, data.max_seq_length)
     train, validation = load_data(data, tokenizer, texts)
@@ -127,7 +156,8 @@ def find_checkpoint(output_dir: str, resume: str | None) -> str | None:
 
     Args:
         output_dir: the folder of the run.
-        resume: a path; or "true": the last checkpoint of `output_dir`, if there is one; or None or "false".
+        resume: a path; or `hub://user/repo...`, which is returned as it is; or "true": the last checkpoint of
+            `output_dir`, if there is one; or None or "false".
 
     Raises:
         UserError: `resume` does not exist, or `output_dir` holds another run and no resume was asked for.
@@ -145,9 +175,12 @@ def find_checkpoint(output_dir: str, resume: str | None) -> str | None:
         return None
     if resume.lower() == "true":
         return found
+    if is_address(resume):
+        return resume
     if not Path(resume).is_dir():
         raise UserError(
-            f"resume_from_checkpoint={resume!r} does not exist; pass true or the path of a checkpoint folder"
+            f"resume_from_checkpoint={resume!r} does not exist; pass true, the path of a checkpoint folder or "
+            "hub://user/repo"
         )
     # The folder of a finished run has a trainer state, but no optimizer: going on from it would not be resuming.
     if not Path(resume, "trainer_state.json").is_file() or not any(Path(resume, n).exists() for n in _RESUMABLE):

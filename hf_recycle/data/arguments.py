@@ -26,6 +26,9 @@ class ModelArguments:
         1.0, "Multiplies the feed-forward neurons of a model from scratch; 0 leaves none of them."
     )
     model_revision: str = _argument("main", "Branch, tag or commit of model_name_or_path and config_name.")
+    trust_remote_code: bool = _argument(
+        False, "Run the code that a repository brings for its model, configuration or tokenizer."
+    )
     task: str = field(
         default="mlm",
         metadata={

@@ -11,6 +11,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.hub import resolve_revision
 
 from hf_recycle.data.arguments import ModelArguments
 from hf_recycle.data.overrides import apply_overrides, parse_overrides
@@ -47,8 +48,12 @@ def load_model(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase, ma
     try:
         if scratch:
             return auto_class.from_config(config)
-        return auto_class.from_pretrained(
-            arguments.model_name_or_path, config=config, revision=arguments.model_revision, dtype="float32"
+        model = auto_class.from_pretrained(
+            arguments.model_name_or_path,
+            config=config,
+            revision=arguments.model_revision,
+            trust_remote_code=arguments.trust_remote_code,
+            dtype="float32",
         )
     except (ValueError, OSError) as error:
         source = (
@@ -56,6 +61,20 @@ def load_model(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase, ma
             or f"a {config.model_type} with config_overrides={arguments.config_overrides!r}"
         )
         raise UserError(f"{source} could not be built: {_first_line(error)}") from error
+    # The ancestry: transformers keeps it no longer, and never writes it to config.json.
+    model.config._commit_hash = getattr(arguments.model_revision, "resolved", None)
+    return model
+
+
+def pin_revision(arguments: ModelArguments) -> None:
+    """Settles the commit of `model_name_or_path` or `config_name`, once: configuration, tokenizer and weights then come
+    from the same one, whatever is pushed meanwhile.
+
+    `model_revision` becomes a `huggingface_hub.ResolvedRevision`: the text it was, and the commit as `.resolved`. It
+    stays as it is for a local folder, and where the Hub can't be asked and the cache does not know.
+    """
+    name = arguments.model_name_or_path or arguments.config_name
+    arguments.model_revision = resolve_revision(name, arguments.model_revision)
 
 
 def load_config(arguments: ModelArguments) -> PreTrainedConfig:
@@ -68,7 +87,9 @@ def load_config(arguments: ModelArguments) -> PreTrainedConfig:
     if name:
         argument = "model_name_or_path" if arguments.model_name_or_path else "config_name"
         try:
-            return AutoConfig.from_pretrained(name, revision=arguments.model_revision)
+            return AutoConfig.from_pretrained(
+                name, revision=arguments.model_revision, trust_remote_code=arguments.trust_remote_code
+            )
         except (OSError, ValueError) as error:
             raise UserError(
                 f"{argument}={name!r} could not be loaded ({_first_line(error)}); name a model of "
@@ -105,7 +126,7 @@ def _fit(
             setattr(config, key, value)
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and "max_position_embeddings" not in changes:
-        config.max_position_embeddings = max(positions, _positions_needed(config, max_seq_length))
+        config.max_position_embeddings = max(positions, positions_needed(config, max_seq_length))
 
 
 def scale_width(config: PreTrainedConfig, factor: float) -> None:
@@ -145,9 +166,9 @@ def _check_fit(
             f"vocab_size={len(tokenizer)} or more"
         )
     positions = getattr(config, "max_position_embeddings", None)
-    if positions is not None and _positions_needed(config, max_seq_length) > positions:
+    if positions is not None and positions_needed(config, max_seq_length) > positions:
         raise UserError(
-            f"max_seq_length={max_seq_length} needs {_positions_needed(config, max_seq_length)} "
+            f"max_seq_length={max_seq_length} needs {positions_needed(config, max_seq_length)} "
             "positions, but the model "
             f"has max_position_embeddings={positions}; shorten the sequences, or change it in "
             "config_overrides of a "
@@ -161,7 +182,7 @@ def _check_fit(
         )
 
 
-def _positions_needed(config: PreTrainedConfig, max_seq_length: int) -> int:
+def positions_needed(config: PreTrainedConfig, max_seq_length: int) -> int:
     """Position embeddings a sequence takes up: the RoBERTa family counts from its padding id, plus one."""
     if _counts_from_padding(config):
         return max_seq_length + (config.pad_token_id or 0) + 1
@@ -186,4 +207,6 @@ def _counts_from_padding(config: PreTrainedConfig) -> bool:
 
 
 def _first_line(error: BaseException) -> str:
+    if "trust_remote_code" in str(error):
+        return "it brings code of its own, which is run only with --trust_remote_code true"
     return str(error).strip().split("\n", 1)[0].rstrip(". ") or type(error).__name__

@@ -16,14 +16,18 @@ _VERSION = 1
 _SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
-def load_tokenizer(name_or_path: str, max_seq_length: int, revision: str = "main") -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    name_or_path: str, max_seq_length: int, revision: str = "main", trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
     """A tokenizer of the Hub or of a local folder, set to `max_seq_length`.
 
     Raises:
         UserError: it cannot be loaded.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, revision=revision, use_fast=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            name_or_path, revision=revision, use_fast=True, trust_remote_code=trust_remote_code
+        )
     except (OSError, ValueError) as error:
         raise UserError(
             f"tokenizer_name={name_or_path!r} could not be loaded ({_first_line(error)}); name a "
@@ -128,4 +132,6 @@ def _alphabet(texts: Iterable[str], limit: int) -> list[str]:
 
 
 def _first_line(error: BaseException) -> str:
+    if "trust_remote_code" in str(error):
+        return "it brings code of its own, which is run only with --trust_remote_code true"
     return str(error).strip().split("\n", 1)[0].rstrip(". ") or type(error).__name__

@@ -4,9 +4,12 @@ One table says which entries of an optimizer's state are a first moment (a runni
 neuron) and which a second moment (a running mean of squared gradients). To support an optimizer, add its entries.
 """
 
+from collections.abc import Iterator
+
 import torch
 import transformers
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from hf_recycle.neurons.blocks import FeedForward, NeuronSlice
 from hf_recycle.neurons.storage.tiles import Tile
@@ -17,11 +20,12 @@ FIRST, SECOND, SHARED = "first", "second", "shared"
 # number for each row, or each column, of the parameter. SHARED entries say nothing of a single neuron.
 _ADAM = {"exp_avg": FIRST, "exp_avg_sq": SECOND, "max_exp_avg_sq": SECOND, "step": SHARED}
 _ROWS, _COLUMNS = "second:rows", "second:columns"
-_LAYOUTS: dict[type, dict[str, str]] = {
+_LAYOUTS: dict[type | str, dict[str, str]] = {
     torch.optim.Adam: _ADAM,  # AdamW is a subclass, and fused changes nothing of the state
     torch.optim.NAdam: {**_ADAM, "mu_product": SHARED},
     torch.optim.RAdam: _ADAM,
     torch.optim.SGD: {"momentum_buffer": FIRST},
+    torch.optim.Muon: {"momentum_buffer": FIRST},
     torch.optim.RMSprop: {"square_avg": SECOND, "grad_avg": FIRST, "momentum_buffer": FIRST, "step": SHARED},
     torch.optim.Adagrad: {"sum": SECOND, "step": SHARED},
     torch.optim.Adafactor: {"row_var": _ROWS, "col_var": _COLUMNS, "variance": SECOND, "step": SHARED},
@@ -33,9 +37,14 @@ _LAYOUTS: dict[type, dict[str, str]] = {
         "step": SHARED,
         "RMS": SHARED,
     },
+    # By name, because importing DeepSpeed takes seconds.
+    "deepspeed.ops.adam.fused_adam.FusedAdam": _ADAM,
+    "deepspeed.ops.adam.cpu_adam.DeepSpeedCPUAdam": _ADAM,
 }
-# DeepSpeed's own, by name: importing it takes seconds and compilers.
-_DEEPSPEED_LAYOUTS = {"FusedAdam": _ADAM, "DeepSpeedCPUAdam": _ADAM}
+
+# LOMO, and what the Trainer shows in place of layer-wise optimizers (GaLore, APOLLO).
+_STEP_IN_BACKWARD = {"Lomo", "AdaLomo", "LayerWiseDummyOptimizer"}
+_FACTORED = (torch.optim.Adafactor, transformers.Adafactor)
 
 
 def unwrap_optimizer(optimizer) -> torch.optim.Optimizer:
@@ -55,6 +64,54 @@ def check_can_reset(optimizer, mode: str) -> None:
         _layout_of(unwrap_optimizer(optimizer))
 
 
+def check_state(optimizer, blocks: list[FeedForward], mode: str) -> None:
+    """Refuses an optimizer that turns out to keep something unknown, as a subclass of a known one may.
+
+    Args:
+        optimizer: one that has taken a step, wrapped or not.
+
+    Raises:
+        ValueError: if `mode` is not "keep" and an entry of its state of some neurons is not known.
+    """
+    if mode == "keep":
+        return
+    optimizer = unwrap_optimizer(optimizer)
+    layout = _layout_of(optimizer)
+    for piece in (piece for block in blocks for piece in block.slices):
+        for key, value in piece.storage.optimizer_state(optimizer, piece).items():
+            _check_entry(optimizer, layout, key, value)
+
+
+def _check_entry(optimizer, layout: dict[str, str], key: str, value: list[Tile] | Tensor | None) -> None:
+    if key not in layout and (isinstance(value, list) or (isinstance(value, Tensor) and value.numel() > 1)):
+        raise ValueError(_refusal(optimizer, f"its state {key!r} is unknown"))
+    if layout.get(key) in (FIRST, SECOND) and isinstance(value, Tensor):
+        raise ValueError(_refusal(optimizer, f"its state {key!r} is not laid out like the weights"))
+
+
+def check_optimizer(optimizer, field: str, value: float) -> None:
+    """Refuses, before training, optimizers under which no method can tell or change what a neuron's weights are.
+
+    Args:
+        field, value: the argument that switched the method on, for the message.
+
+    Raises:
+        ValueError: for optimizers that update weights during the backward pass, schedule-free ones, and Adafactor on
+            sharded parameters.
+    """
+    optimizer = unwrap_optimizer(optimizer)
+    names = {cls.__name__ for cls in type(optimizer).__mro__}
+    if names & _STEP_IN_BACKWARD:
+        why = "it updates weights during the backward pass, where its steps can't be followed"
+    elif any("ScheduleFree" in name for name in names):
+        why = "it keeps a second copy of the weights, which would bring old neurons back"
+    elif isinstance(optimizer, _FACTORED) and any(isinstance(p, DTensor) for p in _parameters(optimizer)):
+        why = "its factored state does not work with parameters that FSDP2 or tensor parallelism has sharded"
+    else:
+        return
+    raise ValueError(f"{field}={value} can't be used with {_name(optimizer)}: {why}; use optim='adamw_torch', say.")
+
+
 @torch.no_grad()
 def reset_state(optimizer, block: FeedForward, index: Tensor, mode: str) -> None:
     """Resets the optimizer state of neurons `index` `(n,)` of a block, in place.
@@ -72,9 +129,8 @@ def reset_state(optimizer, block: FeedForward, index: Tensor, mode: str) -> None
     layout = _layout_of(optimizer)
     for piece in block.slices:
         for key, value in piece.storage.optimizer_state(optimizer, piece).items():
+            _check_entry(optimizer, layout, key, value)
             kind = layout.get(key)
-            if kind is None and isinstance(value, list):
-                raise ValueError(_refusal(optimizer, f"its state {key!r} is unknown"))
             tiles = _tiles(piece, kind, value)
             if tiles is None:
                 continue
@@ -147,16 +203,30 @@ class StepWatch:
 
 def _layout_of(optimizer: torch.optim.Optimizer) -> dict[str, str]:
     for cls in type(optimizer).__mro__:
-        if cls in _LAYOUTS:
-            return _LAYOUTS[cls]
-        if cls.__module__.startswith("deepspeed.ops.adam") and cls.__name__ in _DEEPSPEED_LAYOUTS:
-            return _DEEPSPEED_LAYOUTS[cls.__name__]
+        for key in (cls, _full_name(cls)):
+            if key in _LAYOUTS:
+                return _LAYOUTS[key]
     raise ValueError(_refusal(optimizer, "its state is unknown"))
 
 
+def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
+    return (parameter for group in optimizer.param_groups for parameter in group["params"])
+
+
+def _full_name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _name(optimizer: torch.optim.Optimizer) -> str:
+    """With its package where that matters: bitsandbytes has an AdamW of its own."""
+    cls = type(optimizer)
+    package = cls.__module__.partition(".")[0]
+    return cls.__name__ if package in ("torch", "transformers") else f"{cls.__name__} of {package}"
+
+
 def _refusal(optimizer: torch.optim.Optimizer, why: str) -> str:
-    known = dict.fromkeys([*(cls.__name__ for cls in _LAYOUTS), *_DEEPSPEED_LAYOUTS])
+    known = dict.fromkeys(cls.__name__ for cls in _LAYOUTS if isinstance(cls, type))
     return (
-        f"recycle_optimizer_state='reset' or 'zero' can't be used with {type(optimizer).__name__}: {why}; "
+        f"recycle_optimizer_state='reset' or 'zero' can't be used with {_name(optimizer)}: {why}; "
         f"use recycle_optimizer_state='keep', or one of {', '.join(known)}."
     )

@@ -104,6 +104,7 @@ class NeuronTable:
         phases: selection phases that happened so far.
         overtrain_samples, overtrain_tokens: samples and tokens of the second pass over the data that overtraining
             took so far, by all processes together.
+        skipped_steps: steps of the Trainer in which the optimizer took none (a gradient scaler found an overflow).
     """
 
     blocks: list[FeedForward]
@@ -112,6 +113,8 @@ class NeuronTable:
     phases: int = 0
     overtrain_samples: int = 0
     overtrain_tokens: int = 0
+    skipped_steps: int = 0
+    _noted: int = -1
 
     def __post_init__(self):
         if not self.states:
@@ -133,7 +136,23 @@ class NeuronTable:
     def reset(self) -> None:
         """Forgets everything that happened; weights stay as they are."""
         self.states = [BlockState.fresh(block.num_neurons) for block in self.blocks]
-        self.phases = self.overtrain_samples = self.overtrain_tokens = 0
+        self.phases = self.skipped_steps = self.overtrain_samples = self.overtrain_tokens = 0
+        self._noted = -1
+
+    def note_step(self, step: int, taken: bool) -> None:
+        """Counts a step of the Trainer that the optimizer skipped, once, however many callbacks tell of it.
+
+        Args:
+            step: number of the Trainer's steps before this one.
+        """
+        if not taken and step != self._noted:
+            self.skipped_steps += 1
+        self._noted = step
+
+    def optimizer_steps(self, step: int) -> int:
+        """How many steps the optimizer has taken at step `step` of the Trainer: what schedules and seeds count in, so
+        that a skipped step is as if its batch had never been."""
+        return step - self.skipped_steps
 
     @property
     def counts(self) -> dict[str, Tensor]:
@@ -158,24 +177,12 @@ class NeuronTable:
 
     def state_dict(self) -> dict[str, Tensor]:
         """All of it as CPU tensors, for `recycling_state.safetensors`; to be called on every process."""
-        counters = {name: getattr(self, name) for name in _COUNTERS}
-        tensors = {
-            f"trainer/{name}": torch.tensor([value]) for name, value in counters.items() if value or name == "phases"
-        }
+        tensors = {f"trainer/{name}": torch.tensor([getattr(self, name)], dtype=torch.int64) for name in _COUNTERS}
         for block, state in zip(self.blocks, self.states, strict=True):
-            tensors[f"{block.name}/counts"] = state.counts
-            tensors[f"{block.name}/last_phase"] = state.last_phase
-            tensors[f"{block.name}/last_step"] = state.last_step
-            if state.pruned.any():
-                tensors[f"{block.name}/pruned"] = state.pruned
-            if state.transition is None:
-                continue
-            prefix = f"{block.name}/transition"
-            tensors[f"{prefix}/index"] = state.transition.index
-            tensors[f"{prefix}/age"] = state.transition.age
-            for side, lines in zip(("old", "new"), state.transition.lines(block), strict=True):
-                tensors |= {f"{prefix}/{side}/{role}": values for role, values in lines.items()}
-        return {key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}
+            # Block by block to the CPU: whole lines of all blocks may be more than a device holds beside the model.
+            for key, value in _tensors_of(block, state).items():
+                tensors[f"{block.name}/{key}"] = value.detach().cpu().clone().contiguous()
+        return tensors
 
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
         """Takes back what `state_dict` gave.
@@ -210,6 +217,9 @@ class NeuronTable:
         return state
 
 
+_COUNTERS = ("phases", "skipped_steps", "overtrain_samples", "overtrain_tokens")
+
+
 def _effective_magnitudes(block: FeedForward, state: BlockState) -> Tensor:
     magnitudes = block.magnitudes()
     if state.transition is None or not block.out_slice.storage.separate_masters:
@@ -220,6 +230,18 @@ def _effective_magnitudes(block: FeedForward, state: BlockState) -> Tensor:
     out = lines.pop("out").float().norm(dim=1)
     magnitudes[index.to(magnitudes.device)] = torch.cat(list(lines.values()), dim=1).float().norm(dim=1) * out
     return magnitudes
+
+
+def _tensors_of(block: FeedForward, state: BlockState) -> dict[str, Tensor]:
+    tensors = {"counts": state.counts, "last_phase": state.last_phase, "last_step": state.last_step}
+    if state.pruned.any():
+        tensors["pruned"] = state.pruned
+    transition = state.transition
+    if transition is not None:
+        tensors |= {"transition/index": transition.index, "transition/age": transition.age}
+        for side, lines in zip(("old", "new"), transition.lines(block), strict=True):
+            tensors |= {f"transition/{side}/{role}": values for role, values in lines.items()}
+    return tensors
 
 
 def _load_transition(block: FeedForward, prefix: str, tensors: dict[str, Tensor]) -> Transition:
@@ -240,7 +262,5 @@ def _load_transition(block: FeedForward, prefix: str, tensors: dict[str, Tensor]
             values[piece.role] = found.clone()  # in the precision of the masters, which may be more than the model's
     return Transition(index.clone(), age.clone(), sides["old"], sides["new"], whole=True)
 
-
-_COUNTERS = ("phases", "overtrain_samples", "overtrain_tokens")
 
 _tables: "weakref.WeakKeyDictionary[nn.Module, NeuronTable]" = weakref.WeakKeyDictionary()

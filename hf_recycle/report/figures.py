@@ -6,6 +6,7 @@ Okabe-Ito palette and cividis, which colour-blind readers can tell apart.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,37 +24,46 @@ from hf_recycle.report.naming import short_names
 from hf_recycle.report.times import group_times
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
-_DPI = 120
+_DPI = 110
 
 
 def draw_figures(history: RecyclingHistory, folder: str | Path, *, unigram_entropy: float | None = None) -> list[Path]:
-    """Draw the figures that `history` has data for, as PNG files in `folder` (made if missing).
-
-    `loss.png`, `magnitudes.png`, `recycle_counts.png`, `ages.png`: a figure without data is left out.
-
-    Args:
-        history: what happened.
-        folder: where the files go.
-        unigram_entropy: entropy of the corpus's unigrams in nats, drawn as a line beside the losses.
+    """Draw the figures that `history` has data for, as PNG files in `folder` (made if missing): see `figure_images`.
 
     Returns:
         The paths of the figures drawn.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    images = figure_images(history, unigram_entropy=unigram_entropy)
+    for name, image in images.items():
+        (folder / name).write_bytes(image)
+    return [folder / name for name in images]
+
+
+def figure_images(history: RecyclingHistory, *, unigram_entropy: float | None = None) -> dict[str, bytes]:
+    """The figures that `history` has data for: {name of the file: PNG}.
+
+    `loss.png`, `magnitudes.png`, `recycle_counts.png`, `ages.png`: a figure without data is left out.
+
+    Args:
+        history: what happened.
+        unigram_entropy: entropy of the corpus's unigrams in nats, drawn as a line beside the losses.
+    """
     drawings: dict[str, Callable[[], Figure | None]] = {
         "loss.png": lambda: loss_figure(history, unigram_entropy),
         "magnitudes.png": lambda: magnitudes_figure(history),
         "recycle_counts.png": lambda: recycle_counts_figure(history),
         "ages.png": lambda: ages_figure(history),
     }
-    paths = []
+    images = {}
     for name, draw in drawings.items():
         figure = draw()
         if figure is not None:
-            figure.savefig(folder / name, dpi=_DPI, metadata={"Software": None})
-            paths.append(folder / name)
-    return paths
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format="png", dpi=_DPI, metadata={"Software": None})
+            images[name] = buffer.getvalue()
+    return images
 
 
 def loss_figure(history: RecyclingHistory, unigram_entropy: float | None = None) -> Figure | None:
@@ -113,8 +123,12 @@ def magnitudes_figure(history: RecyclingHistory) -> Figure | None:
         high = low + 1.0
     columns = len(blocks) if len(blocks) <= 3 else min(6, int(np.ceil(np.sqrt(1.5 * len(blocks)))))
     rows = -(-len(blocks) // columns)
-    figure = _figure(max(7.0, 2.6 * columns + 1.2), max(3.8, 2.1 * rows + 1.1))
+    width, height = max(7.0, 2.6 * columns + 1.2), max(3.8, 2.1 * rows + 1.1)
+    # Margins in inches instead of a constrained layout, which takes longer than the drawing of so many panels.
+    x0, y0, x1, y1 = 0.85 / width, 0.6 / height, 1 - 1.3 / width, 1 - 0.75 / height
+    figure = _figure(width, height, layout=None)
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    figure.subplots_adjust(x0, y0, x1, y1, wspace=0.08, hspace=0.22)
     names = short_names(blocks, width=26)
     grid = np.linspace(low, high, 97)
     images = {block: _density(records[records["block"] == block], grid) for block in blocks}
@@ -137,10 +151,11 @@ def magnitudes_figure(history: RecyclingHistory) -> Figure | None:
     for panel in panels.ravel()[len(blocks) :]:
         panel.set_visible(False)
         panels[-2, panel.get_subplotspec().colspan.start].tick_params(labelbottom=True)
-    figure.suptitle("Magnitudes of feed-forward neurons during training, by block", fontsize=12)
-    figure.supxlabel("optimizer steps", fontsize=10)
-    figure.supylabel("magnitude  ‖w_in‖ · ‖w_out‖", fontsize=10)
-    bar = figure.colorbar(mesh, ax=panels, extend="max", pad=0.02, fraction=0.04, aspect=30)
+    figure.suptitle("Magnitudes of feed-forward neurons during training, by block", fontsize=12, y=1 - 0.12 / height)
+    figure.supxlabel("optimizer steps", fontsize=10, x=(x0 + x1) / 2, y=0.1 / height)
+    figure.supylabel("magnitude  ‖w_in‖ · ‖w_out‖", fontsize=10, x=0.1 / width)
+    beside = figure.add_axes((x1 + 0.15 / width, y0, 0.14 / width, y1 - y0))
+    bar = figure.colorbar(mesh, cax=beside, extend="max")
     bar.set_label(f"share of the block's neurons\nper {grid[1] - grid[0]:.2g} of magnitude", fontsize=9)
     bar.ax.tick_params(labelsize=8)
     bar.ax.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.3g}%")
@@ -282,7 +297,7 @@ def _one_panel(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+def _figure(width: float, height: float, layout: str | None = "constrained") -> Figure:
+    figure = Figure(figsize=(width, height), layout=layout, facecolor="white")
     FigureCanvasAgg(figure)
     return figure

@@ -125,7 +125,8 @@ def test_nothing_is_written_in_both_a_scale_and_a_method():
     methods = [name for name in names if "/" not in name and not names_a_model(name)]
     for scale, method in itertools.product(scales, methods):
         both = set(load_recipes([scale]).values) & set(load_recipes([method]).values)
-        assert both <= {"magnitude_steps"}, (scale, method)
+        # A recipe that is about weight decay has to set it.
+        assert both <= {"magnitude_steps", method.replace("-", "_")}, (scale, method)
 
 
 def names_a_model(name):

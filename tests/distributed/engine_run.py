@@ -1,11 +1,12 @@
 """Training runs on one engine, started by torchrun or alone; process 0 writes what came out.
 
-    [torchrun --nproc_per_node N] engine_run.py ENGINE FOLDER METHOD[:resume|:accumulate|:compile|:disagree] ...
+    [torchrun --nproc_per_node N] engine_run.py ENGINE FOLDER METHOD[@PRECISION][:HOW] ...
 
 `:resume`: a second trainer resumes from the checkpoint in the middle and must come to the same end. `:accumulate`: the
 global batch is made of two accumulated ones. `:compile`: so too, with a compiled model; `:compile=full`: with its full
 head. `:disagree`: process 1 gets other settings than process 0. `:drift`: the weights of process 1 change silently.
-Several runs in one launch, because starting the processes takes longer than the runs.
+`:skip`: at some steps gradients are infinite and the loss scaler skips them. `:without`: the batches of these steps are
+left out. Several runs in one launch, because starting the processes takes longer than the runs.
 """
 
 import os
@@ -16,9 +17,12 @@ import torch
 from torch._dynamo.utils import counters
 from transformers import TrainerCallback, default_data_collator
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "trainer"))
 sys.path.insert(0, str(Path(__file__).parent))
-from matrix import ENGINES, GLOBAL_BATCH, METHODS, VARIANTS
+import overflow
+import precision
+from matrix import ENGINES, GLOBAL_BATCH, METHODS, PRECISIONS, VARIANTS
 
 STEPS, MIDDLE = 10, 5
 
@@ -38,6 +42,8 @@ def pretend_an_accelerator() -> None:
         if plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
             self.distributed_type = DistributedType.FSDP
             self.fsdp_plugin = plugin
+            if self._mixed_precision != "no":
+                plugin.set_mixed_precision(self._mixed_precision)
 
     state.AcceleratorState.__init__ = patched
 
@@ -51,6 +57,8 @@ def run(
     accumulation: int = 1,
     drift: bool = False,
     d_ff: int = 32,
+    precision_name: str = "fp32",
+    how: str = "",
     **overrides,
 ):
     from tiny_runs import masked_sentences, tiny_bert
@@ -77,17 +85,25 @@ def run(
         }
         | (ENGINES | VARIANTS)[engine_name].arguments(str(folder))
         | METHODS[method]
+        | PRECISIONS[precision_name]
+        | (precision.bf16_settings(method) if precision_name == "bf16" else {})
+        | overflow.ARGUMENTS.get(how, {})
         | overrides,
     )
+    model = tiny_bert(dropout=0.0, d_ff=d_ff)
+    if precision_name == "bf16":
+        # DeepSpeed rounds the model before it makes the masters: all start from what it starts from.
+        model = model.bfloat16().float()
     trainer = RecyclingTrainer(
-        model=tiny_bert(dropout=0.0, d_ff=d_ff),
+        model=model,
         args=args,
-        train_dataset=masked_sentences(64),
+        train_dataset=overflow.samples(masked_sentences, GLOBAL_BATCH, how),
         eval_dataset=masked_sentences(11, seed=4),
         data_collator=Collator(),
     )
     if drift:
         trainer.add_callback(_Drift(trainer))
+    watched = precision.prepare(trainer, skip=how == "skip")
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     assert trainer.accelerator.num_processes == processes
     result = {
@@ -99,6 +115,8 @@ def run(
         "engine": trainer.accelerator.distributed_type.value,
         "graphs": counters["stats"]["unique_graphs"],
         "graph_breaks": sum(counters["graph_break"].values()),
+        "skipped": trainer.neuron_table().skipped_steps,
+        **watched.results(),
         "shards": sorted({type(parameter).__name__ for parameter in trainer.model.parameters()}),
     }
     if trainer.is_world_process_zero():
@@ -136,6 +154,9 @@ def main() -> None:
         pretend_an_accelerator()
     for word in sys.argv[3:]:
         method, _, how = word.partition(":")
+        label = method.replace("@", "-")
+        method, _, precision_name = method.partition("@")
+        precision_name = precision_name or "fp32"
         if how == "accumulate":
             trainer = run(engine, method, folder / f"{method}-accumulated", accumulation=2)
             continue
@@ -148,10 +169,14 @@ def main() -> None:
             continue
         odd = os.environ.get("RANK") == "1"
         overrides = {"recycle_fraction": 0.5} if how == "disagree" and odd else {}
-        trainer = run(engine, method, folder / method, drift=how == "drift" and odd, **overrides)
+        if how in overflow.ARGUMENTS:
+            trainer = run(engine, method, folder / f"{label}-{how}", how=how, precision_name=precision_name)
+            continue
+        overrides["precision_name"] = precision_name
+        trainer = run(engine, method, folder / label, drift=how == "drift" and odd, **overrides)
         if how == "resume":
-            middle = folder / method / f"checkpoint-{MIDDLE}"
-            trainer = run(engine, method, folder / f"{method}-resumed", resume=middle)
+            middle = folder / label / f"checkpoint-{MIDDLE}"
+            trainer = run(engine, method, folder / f"{label}-resumed", resume=middle, **overrides)
     trainer.end()
 
 

@@ -1,6 +1,7 @@
 """The engines and methods that must work together; the tests run over this list."""
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -31,6 +32,8 @@ def _zero(stage: int, **more) -> Callable[[str], dict]:
             "train_micro_batch_size_per_gpu": "auto",
             "gradient_accumulation_steps": "auto",
             "gradient_clipping": "auto",
+            "bf16": {"enabled": "auto"},
+            "fp16": {"enabled": "auto", "initial_scale_power": 10, "hysteresis": 1},
             "zero_optimization": {"stage": stage},
             "optimizer": {
                 "type": "AdamW",
@@ -42,7 +45,10 @@ def _zero(stage: int, **more) -> Callable[[str], dict]:
         config = {key: value for key, value in config.items() if value is not None}
         path = Path(folder, f"zero{stage}.json")
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(config))
+        # Renamed when it is whole: one process must not read what another is writing.
+        temporary = path.with_suffix(f".{os.getpid()}")
+        temporary.write_text(json.dumps(config))
+        temporary.replace(path)
         return {"deepspeed": str(path)}
 
     return arguments
@@ -57,7 +63,6 @@ ENGINES = {
             "ACCELERATE_USE_FSDP": "true",
             "FSDP_VERSION": "2",
             "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-            "FSDP_TRANSFORMER_CLS_TO_WRAP": "BertLayer",
             "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
         },
         pretend=True,
@@ -117,4 +122,11 @@ METHODS = {
         "recycle_smooth_steps": 4,
     },
     "midpoint": {"midpoint_weight": 0.05, "midpoint_distance": "l2"},
+}
+
+# Precisions, as training arguments. In fp16 a loss scaler may skip steps.
+PRECISIONS = {
+    "fp32": {},
+    "bf16": {"bf16": True},
+    "fp16": {"fp16": True},
 }

@@ -53,7 +53,7 @@ def runs(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("launched", "run"), RUNS[1:])
-def test_same_as_uninterrupted(launched, run, runs):
+def test_resume_across_engines_and_process_counts_is_the_same_as_uninterrupted(launched, run, runs):
     found = outcome(runs / launched, run)
     assert ("DTensor" in found[0]["shards"]) == LAUNCHES[launched][0].startswith("fsdp2")
     assert_same_outcome(outcome(runs / "one", "whole"), found)

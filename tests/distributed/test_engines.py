@@ -11,6 +11,8 @@ import torch
 from matrix import ENGINES, METHODS
 from safetensors.torch import load_file
 
+from hf_recycle.files import read_config
+
 SCRIPT = Path(__file__).with_name("engine_run.py")
 DISTRIBUTED = [name for name in ENGINES if name != "single"]
 # Resumed in mid-transition: the hardest case.
@@ -92,6 +94,16 @@ def test_same_as_one_process(engine, method, runs):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("engine", DISTRIBUTED)
+def test_a_run_tells_of_all_its_processes(engine, runs):
+    found, expected = (read_config(runs(name) / "plain" / "checkpoint-10")["run"] for name in (engine, "single"))
+    assert found["hardware"]["processes"] == 2
+    assert found["tokens"] == expected["tokens"] > 0
+    assert found["model"] == expected["model"]
+    assert (runs(engine) / "plain" / "checkpoint-10" / "README.md").is_file()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", list(ENGINES))
 def test_accumulation_is_part_of_the_batch(engine, runs):
     """Uneven numbers of masked tokens in every part: means of parts would differ."""
@@ -102,7 +114,7 @@ def test_accumulation_is_part_of_the_batch(engine, runs):
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("plain:disagree", "The processes disagree about the settings of the methods"),
+        ("plain:disagree", "the processes disagree about recycle_fraction: process 0 has 0.1, process 1 has 0.5"),
         ("plain:drift", "The processes disagree about the neurons recycled at step 3"),
     ],
 )

@@ -184,7 +184,7 @@ def test_folders_without_a_complete_set(tmp_path, run):
 
 
 def test_a_path_that_does_not_exist(tmp_path):
-    with pytest.raises(RecyclingFileError, match="neither a folder here nor the name of a repository"):
+    with pytest.raises(RecyclingFileError, match="no folder here, and it is not the name of a repository"):
         RecyclingHistory.from_pretrained(tmp_path / "nowhere" / "at" / "all")
 
 
@@ -224,7 +224,10 @@ def response(status):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: hub.RepositoryNotFoundError("no", response=response(404)), "nor a repository on the Hub"),
+        (
+            lambda: hub.RepositoryNotFoundError("no", response=response(404)),
+            "no folder here, and there is no such",
+        ),
         (lambda: hub.GatedRepoError("no", response=response(403)), "is restricted"),
         (lambda: hub.RevisionNotFoundError("no", response=response(404)), "user/model@v1: .*no such revision"),
         (lambda: hub.EntryNotFoundError("no"), "has no recycling_config.json"),

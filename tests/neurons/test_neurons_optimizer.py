@@ -205,7 +205,7 @@ def test_an_unknown_optimizer_is_refused(family_named, make, mode):
 @pytest.mark.parametrize("mode", ["reset", "zero"])
 def test_a_subclass_with_unknown_state_is_refused(family_named, mode):
     model, optimizer = trained(family_named("bert"), AdamWithMore)
-    with pytest.raises(ValueError, match="AdamWithMore: its state 'slow_weights' is unknown"):
+    with pytest.raises(ValueError, match=r"AdamWithMore .*: its state 'slow_weights' is unknown"):
         reset_state(optimizer, find_feed_forwards(model)[0], RECYCLED, mode)
 
 

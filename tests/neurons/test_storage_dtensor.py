@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 import torch.distributed as dist
+import transformers
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -17,7 +18,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from hf_recycle import find_feed_forwards
 from hf_recycle.neurons.blocks import NeuronSlice
-from hf_recycle.neurons.optimizer import reset_state
+from hf_recycle.neurons.optimizer import check_optimizer, reset_state
 from hf_recycle.neurons.storage import storage_of
 from hf_recycle.neurons.storage.dtensor import DTensorStorage, _local_tiles, _owned
 from hf_recycle.neurons.storage.plain import PlainStorage
@@ -259,3 +260,14 @@ def test_fsdp2_of_what_tensor_parallelism_has_cut(data, tensor, d_ff):
             for piece in pieces:
                 check_tiles(piece, covered[piece.role])
     assert all(torch.equal(times, torch.ones_like(times)) for times in covered.values())
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.Adafactor, transformers.Adafactor])
+def test_adafactor_on_sharded_parameters_is_refused(mesh, optimizer):
+    """transformers' Adafactor itself can't step there."""
+    linear = nn.Linear(D_MODEL, D_FF, bias=False)
+    check_optimizer(optimizer(linear.parameters()), "recycle_steps", 3)
+    fully_shard(linear, mesh=mesh)
+    with pytest.raises(ValueError, match=r"recycle_steps=3 can't be used with Adafactor: its factored state"):
+        check_optimizer(optimizer(linear.parameters()), "recycle_steps", 3)
+    check_optimizer(torch.optim.AdamW(linear.parameters()), "recycle_steps", 3)

@@ -1,6 +1,6 @@
 """What can be done with the lines of a slice, however they are stored."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,7 +11,7 @@ from hf_recycle.neurons.storage.tiles import Tile
 if TYPE_CHECKING:
     from hf_recycle.neurons.blocks import NeuronSlice
 
-# Entries of a half-precision parameter that are upcast at a time: bounds the copy that a float32 norm of them needs.
+# Entries of a half-precision parameter that are upcast at a time: bounds the copy that float32 statistics of them need.
 _ENTRIES_UPCAST_AT_ONCE = 1 << 20
 
 Fragments = list[Tensor]
@@ -88,7 +88,8 @@ class Storage:
         values = [tile.values for tile in self.tiles(piece)]
         mean = self._sum(piece, (v.sum(dtype=torch.float64) for v in values)) / count
         # Deviations in the weights' own precision or float32; only their sum needs more.
-        deviations = ((v.to(torch.promote_types(v.dtype, torch.float32)) - mean.to(v.device)).square() for v in values)
+        wide = torch.promote_types(piece.dtype, torch.float32)
+        deviations = ((c.to(wide) - mean.to(c.device)).square() for v in values for c in _chunks(v, wide))
         square = self._sum(piece, (d.sum(dtype=torch.float64) for d in deviations))
         return mean, (square / max(count - 1, 1)).sqrt()
 
@@ -148,8 +149,9 @@ class Storage:
         """Multiplies the gradient of lines `index` `(n,)`, if there is one, by `factors` `(n,)`, in place."""
         for tile in self.gradient_tiles(piece):
             held, rows = tile.rows(index)
-            picked = tile.values.index_select(0, rows)
-            tile.values.index_copy_(0, rows, picked * factors.to(picked)[held].unsqueeze(1))
+            tile.values.index_copy_(
+                0, rows, scaled(tile.values.index_select(0, rows), factors[held.to(factors.device)])
+            )
 
     def fill(self, tiles: list[Tile], index: Tensor, value: Tensor | float) -> None:
         """Sets lines `index` `(n,)` of some tiles to one number."""
@@ -168,8 +170,18 @@ class Storage:
         return self._sum(piece, sums) / (int(others.sum()) * width)
 
 
+def scaled(lines: Tensor, factors: Tensor) -> Tensor:
+    """`lines` `(n, width)` times `factors` `(n,)`, rounded to their dtype once."""
+    wide = torch.promote_types(lines.dtype, torch.float32)
+    return (lines.to(wide) * factors.to(lines.device, wide).unsqueeze(1)).to(lines.dtype)
+
+
 def _norms(values: Tensor, dtype: torch.dtype) -> Tensor:
-    # vector_norm upcasts the whole of its argument first; in chunks, that copy stays small.
+    # vector_norm upcasts the whole of its argument first.
+    return torch.cat([torch.linalg.vector_norm(chunk, dim=1, dtype=dtype) for chunk in _chunks(values, dtype)])
+
+
+def _chunks(values: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
+    """`values` `(n, width)` in bands of lines that are cheap to upcast to `dtype`; as they are if they have it."""
     lines = max(1, _ENTRIES_UPCAST_AT_ONCE // max(values.shape[1], 1))
-    chunks = [values] if values.dtype == dtype else values.split(lines)
-    return torch.cat([torch.linalg.vector_norm(chunk, dim=1, dtype=dtype) for chunk in chunks])
+    yield from [values] if values.dtype == dtype else values.split(lines)

@@ -1,0 +1,156 @@
+"""The loss of a language model on a text, always on the same sequences with the same masks."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
+
+from hf_recycle.analysis.checkpoint import Checkpoint
+from hf_recycle.analysis.source import Source
+from hf_recycle.data.arguments import DataArguments, ModelArguments
+from hf_recycle.data.collate import CausalCollator
+from hf_recycle.data.loading import load_data
+from hf_recycle.data.model import load_model, positions_needed
+from hf_recycle.data.tokenizer import load_tokenizer
+from hf_recycle.errors import UserError
+from hf_recycle.mlm.heads import find_masked_head
+from hf_recycle.mlm.loss import IGNORED, masked_positions, token_losses
+from hf_recycle.mlm.masking import MaskedLanguageModelingCollator
+
+Batch = dict[str, Tensor]
+
+_LENGTH = 128
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """What the loss is measured on: the first `max_samples` sequences of `max_seq_length` tokens of a text file (None:
+    128, or as many as the model has positions for).
+
+    Raises:
+        UserError: a value out of its range, or a file that can't be read as text.
+    """
+
+    eval_file: str
+    max_seq_length: int | None = None
+    max_samples: int = 256
+    batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        for name, value in (("max_eval_samples", self.max_samples), ("batch_size", self.batch_size)):
+            if value < 1:
+                raise UserError(f"{name}={value} must be at least 1")
+        self.data(self.max_seq_length or _LENGTH)
+
+    def length(self, config: PreTrainedConfig) -> int:
+        """Tokens of a sequence for the model of this configuration."""
+        if self.max_seq_length is not None:
+            return self.max_seq_length
+        positions = getattr(config, "max_position_embeddings", None) or _LENGTH
+        return min(_LENGTH, positions - positions_needed(config, 0))
+
+    def data(self, length: int) -> DataArguments:
+        """The text as the data pipeline takes it, in sequences of `length` tokens."""
+        try:
+            # Both parts are the one file: the training part is not looked at.
+            return DataArguments(
+                train_file=self.eval_file,
+                validation_file=self.eval_file,
+                max_seq_length=length,
+                max_eval_samples=self.max_samples,
+            )
+        except UserError as error:
+            raise UserError(str(error).replace("train_file", "eval_file")) from error
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A model with its batches: `loss()` measures it as it is now.
+
+    Attributes:
+        task: "mlm" or "clm".
+        batches: `input_ids`, `labels` and what else the forward takes, on the model's device.
+        tokens: how many tokens are predicted.
+    """
+
+    model: PreTrainedModel
+    task: str
+    batches: Sequence[Batch]
+    tokens: int
+
+    @torch.inference_mode()
+    def loss(self) -> float:
+        """Mean cross entropy of the predicted tokens in nats."""
+        head = find_masked_head(self.model) if self.task == "mlm" else None
+        try:
+            return (
+                sum(float(self._losses(batch, head).sum(dtype=torch.float64)) for batch in self.batches) / self.tokens
+            )
+        finally:
+            if head is not None:
+                head.remove()
+
+    def _losses(self, batch: Batch, head) -> Tensor:
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        labels = batch["labels"]
+        if self.task == "clm":
+            return token_losses(self.model(**inputs).logits[:, :-1].flatten(0, 1), labels[:, 1:])
+        if head is None:
+            return token_losses(self.model(**inputs).logits, labels)
+        positions = masked_positions(labels)
+        with head.at(positions):
+            return token_losses(self.model(**inputs).logits, labels.flatten()[positions])
+
+
+def load_language_model(source: Source, settings: EvaluationSettings) -> LanguageModel:
+    """A model in float32 and evaluation mode, on a GPU if there is one, with the batches to measure it on.
+
+    Raises:
+        UserError: it has no language modelling head, no tokenizer, or the text is too short.
+    """
+    config = Checkpoint(source).config
+    task = _task(config, source)
+    where, revision = (str(source.folder), "main") if source.folder else (source.name, source.revision or "main")
+    length = settings.length(config)
+    tokenizer = load_tokenizer(where, length, revision)
+    arguments = ModelArguments(model_name_or_path=where, model_revision=revision, task=task)
+    model = load_model(arguments, tokenizer, length)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = model.to(device).eval()
+    sequences = load_data(settings.data(length), tokenizer)[1]
+    if task == "mlm":
+        collator = MaskedLanguageModelingCollator(tokenizer).for_evaluation()
+    else:
+        collator = CausalCollator(tokenizer.pad_token_id or tokenizer.eos_token_id or 0)
+    rows = [sequences[index] for index in range(len(sequences))]
+    size = settings.batch_size
+    batches = [collator(rows[start : start + size]) for start in range(0, len(rows), size)]
+    batches = [{name: value.to(device) for name, value in batch.items()} for batch in batches]
+    shift = 1 if task == "clm" else 0
+    tokens = sum(int((batch["labels"][:, shift:] != IGNORED).sum()) for batch in batches)
+    if not tokens:
+        raise UserError(f"eval_file={settings.eval_file!r} gives no token to predict; pass a longer text")
+    return LanguageModel(model, task, batches, tokens)
+
+
+def _task(config: PreTrainedConfig, source: Source) -> str:
+    architecture = (config.architectures or ["no architecture"])[0]
+    if not config.is_encoder_decoder:
+        causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()) - set(MODEL_FOR_MASKED_LM_MAPPING_NAMES.values())
+        if architecture in causal and type(config) in AutoModelForCausalLM._model_mapping:
+            return "clm"
+        heads = {*MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()}
+        if (architecture in heads or architecture.endswith("ForPreTraining")) and (
+            type(config) in AutoModelForMaskedLM._model_mapping
+        ):
+            return "mlm"
+    raise UserError(
+        f"{source.name} is a {architecture}: pruning curves need a model with a masked or causal language modelling "
+        "head, such as BertForMaskedLM or GPT2LMHeadModel"
+    )

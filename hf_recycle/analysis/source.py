@@ -1,0 +1,165 @@
+"""Where a checkpoint's files come from: a folder, the Hugging Face cache or the Hub."""
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from hf_recycle.errors import UserError
+
+INDEX, WEIGHTS = "model.safetensors.index.json", "model.safetensors"
+PICKLED_INDEX, PICKLED = "pytorch_model.bin.index.json", "pytorch_model.bin"
+
+
+@dataclass
+class Source:
+    """The files of one checkpoint, fetched one by one when they are asked for.
+
+    Attributes:
+        name: a folder (a run's output folder stands for itself, or for its newest checkpoint if it holds no model), or
+            a repository of the Hub.
+        revision: branch, tag or commit of a repository; after the first file, the commit it came from.
+        token: token for a private repository.
+    """
+
+    name: str
+    revision: str | None = None
+    token: str | None = None
+    folder: Path | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        path = Path(self.name).expanduser()
+        self.folder = _checkpoint_of(path) if path.is_dir() else None
+        if self.folder is None and path.exists():
+            raise UserError(f"{self.name!r} is a file; name the folder of a model, or a repository of the Hub")
+        if self.folder is not None and self.revision is not None:
+            raise UserError(
+                f"revision={self.revision!r} applies to repositories of the Hub, and {self.name!r} is a folder"
+            )
+
+    @property
+    def label(self) -> str:
+        """How the checkpoint is called in tables and figures."""
+        if self.folder is not None:
+            return _clean(self.name)
+        return f"{self.name}@{self.revision[:8]}" if self.revision else self.name
+
+    def file(self, name: str) -> Path | None:
+        """A local path of the file `name`, downloaded if need be; None if the checkpoint has no such file.
+
+        Raises:
+            UserError: the repository or the revision can't be read.
+        """
+        if self.folder is not None:
+            path = self.folder / name
+            return path if path.is_file() else None
+        where = f"{self.name}@{self.revision}" if self.revision else self.name
+        try:
+            with hub_errors_explained(where, f"{name} can't be downloaded"):
+                path = Path(hf_hub_download(self.name, name, revision=self.revision, token=self.token))
+        except LocalEntryNotFoundError as error:
+            # Offline, a file that is not cached and one that does not exist look alike.
+            if _cached(self.name, self.revision):
+                return None
+            raise UserError(
+                f"{where} is no folder here, it is not in the cache, and the Hub can't be reached; try again later"
+            ) from error
+        except EntryNotFoundError:
+            return None
+        # What follows must come from the same commit, whatever is pushed meanwhile.
+        commit = path.parents[len(Path(name).parts) - 1].name
+        if re.fullmatch("[0-9a-f]{40}", commit):
+            self.revision = commit
+        return path
+
+    def weight_map(self) -> tuple[dict[str, str] | None, str]:
+        """`({tensor: file}, "")` of a sharded checkpoint, or `(None, file)` where one file holds everything.
+
+        Raises:
+            UserError: the checkpoint has no weights that can be read, or a damaged index.
+        """
+        for index, single in ((INDEX, WEIGHTS), (PICKLED_INDEX, PICKLED)):
+            if self.folder is None and single == PICKLED:
+                break  # nothing that was downloaded is unpickled
+            if (path := self.file(index)) is not None:
+                return _read_index(path), ""
+            if self.file(single) is not None:
+                return None, single
+        if self.folder is None:
+            raise UserError(
+                f"{self.name} has no {WEIGHTS}: other formats of weights are not read from the Hub; download it, load "
+                "it with transformers and save it with save_pretrained"
+            )
+        raise UserError(f"{self.folder} holds neither {WEIGHTS} nor {INDEX}; name the folder of a saved model")
+
+
+@contextmanager
+def hub_errors_explained(where: str, problem: str) -> Iterator[None]:
+    """Within it, errors of the Hub's client become a `UserError` in one sentence; a missing file stays what it is."""
+    try:
+        yield
+    except EntryNotFoundError:
+        raise
+    except HFValidationError as error:
+        raise UserError(f"{where!r} is neither a folder here nor the name of a repository") from error
+    except GatedRepoError as error:
+        raise UserError(f"access to {where} is restricted; ask for it on its page and log in") from error
+    except RepositoryNotFoundError as error:
+        raise UserError(
+            f"{where}: no such folder here, nor a repository on the Hub that you may read; check the spelling, or log "
+            "in if it is private"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise UserError(f"{where}: the repository has no such revision; check the branch, tag or commit") from error
+    except Exception as error:  # the client lets the errors of its HTTP library through, whichever that is
+        raise UserError(f"{where}: {problem} ({type(error).__name__}); try again later") from error
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    try:
+        weights: Any = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        files = {str(key): str(value) for key, value in weights.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged (no weight_map can be read from it); copy or download it again") from error
+    for file in set(files.values()):
+        if not re.fullmatch(r"[\w.-]+\.(safetensors|bin)", file) or ".." in file:
+            raise UserError(
+                f"{path} names the file {file!r}, which is no shard beside it; do not trust this checkpoint"
+            )
+    return files
+
+
+def _checkpoint_of(folder: Path) -> Path:
+    """`folder`, or the newest `checkpoint-N` in it if it holds no model itself."""
+    if (folder / "config.json").is_file():
+        return folder
+    found = [
+        (int(match[1]), path) for path in folder.iterdir() if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
+    ]
+    models = [path for _, path in sorted(found) if (path / "config.json").is_file()]
+    return models[-1] if models else folder
+
+
+def _cached(repo: str, revision: str | None) -> bool:
+    try:
+        hf_hub_download(repo, "config.json", revision=revision, local_files_only=True)
+    except Exception:
+        return False
+    return True
+
+
+def _clean(name: str) -> str:
+    return name.rstrip("/") or name

@@ -1,0 +1,58 @@
+"""How much faster one model is than another: paired, interleaved measurements."""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Speedup:
+    """Medians over pairs of runs, one of each model right after the other.
+
+    Attributes:
+        before, after: seconds of one forward pass.
+        ratio: median of before / after over the pairs.
+        low, high: quartiles of the ratio.
+    """
+
+    before: float
+    after: float
+    ratio: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return (
+            f"{1e3 * self.before:.1f} ms -> {1e3 * self.after:.1f} ms, {self.ratio:.2f}x as fast "
+            f"(quartiles {self.low:.2f} to {self.high:.2f})"
+        )
+
+
+def speedup(before: Callable[[], object], after: Callable[[], object], pairs: int = 11) -> Speedup:
+    """Times two functions alternately, each after one call to warm up."""
+    times = [(_seconds(before), _seconds(after)) for _ in range(pairs + 1)][1:]
+    ratios = [first / second for first, second in times]
+    low, ratio, high = statistics.quantiles(ratios, n=4)
+    return Speedup(*(statistics.median(side) for side in zip(*times, strict=True)), ratio, low, high)
+
+
+def forward(model: nn.Module, inputs: dict[str, Tensor]) -> Callable[[], object]:
+    """A forward pass without gradients, finished when it returns."""
+
+    def run() -> None:
+        with torch.inference_mode():
+            model(**inputs)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    return run
+
+
+def _seconds(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start

@@ -1,0 +1,84 @@
+"""`hf-recycle report`: a run as one HTML page."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from hf_recycle.errors import UserError
+from hf_recycle.files import RecyclingFileError
+
+
+def main(argv: Sequence[str]) -> int:
+    """Write the page; returns the exit status, 2 for what the user can mend."""
+    parser = argparse.ArgumentParser(
+        prog="hf-recycle report",
+        description="Draw a run as one self-contained HTML page: results, what recycling did to each block, figures, "
+        "arguments. Of a repository only small files are downloaded.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "run",
+        metavar="RUN_OR_REPO",
+        help="a run's output folder (its newest checkpoint, unless it holds the files itself), a checkpoint, or a "
+        "repository of the Hub",
+    )
+    parser.add_argument("--output", default="report.html", help="the file to write (default: %(default)s)")
+    parser.add_argument("--revision", help="branch, tag or commit of the repository")
+    try:
+        given = parser.parse_args(argv)
+    except SystemExit as stop:  # --help, or a mistake that argparse has explained
+        return int(stop.code or 0)
+    try:
+        page = report(given.run, given.revision)
+        _write(Path(given.output), page)
+    except (UserError, RecyclingFileError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    print(given.output)
+    return 0
+
+
+def report(run: str, revision: str | None = None) -> str:
+    """The page of a folder or a repository.
+
+    Raises:
+        UserError: a revision was given for a folder.
+        RecyclingFileError: nothing is found there, or a file is damaged.
+    """
+    # Late: a mistyped argument need not wait for matplotlib and torch.
+    from hf_recycle.history import RecyclingHistory, find_checkpoint
+    from hf_recycle.hub.card_facts import facts_of
+    from hf_recycle.report.figures import figure_images
+    from hf_recycle.report.html import render_report
+
+    local = os.path.isdir(run)
+    if local and revision is not None:
+        raise UserError(f"revision={revision!r} is for a repository, and {run!r} is a folder here; leave it out")
+    history = RecyclingHistory.from_pretrained(run, revision)
+    folder = find_checkpoint(run) if local else _small_files(run, revision)
+    facts = facts_of(history, folder, None if local else run)
+    title = Path(run).resolve().name if local else f"{run} at {revision}" if revision else run
+    return render_report(facts, figure_images(history, unigram_entropy=facts["unigram_entropy"]), title)
+
+
+def _small_files(repo: str, revision: str | None) -> Path:
+    """The folder of the cache with the `config.json` of a repository; a folder without it if that can't be had."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(repo, "config.json", revision=revision)).parent
+    except Exception:  # the recycling files were there, and they are enough
+        return Path(os.devnull)
+
+
+def _write(path: Path, page: str) -> None:
+    from hf_recycle.files import write_bytes
+
+    try:
+        write_bytes(path, page.encode("utf-8"))
+    except OSError as error:
+        raise UserError(f"output={str(path)!r} can't be written ({error.strerror}); name another file") from error

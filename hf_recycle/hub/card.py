@@ -1,0 +1,111 @@
+"""The model card: `README.md` and `figures/` of a checkpoint or an output folder."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from huggingface_hub import EvalResult, ModelCardData
+
+from hf_recycle.files import write_bytes
+from hf_recycle.history import RecyclingHistory
+from hf_recycle.hub.card_facts import BUILT_IN_CORPUS, FIGURES, block_columns, facts_of
+from hf_recycle.hub.escape import markdown_code, markdown_text, one_line
+from hf_recycle.hub.limitations import limitations
+from hf_recycle.hub.merge import compose_card, merge_card
+from hf_recycle.hub.run_facts import is_repo_id
+from hf_recycle.templates import load_template
+
+__all__ = ["merge_card", "render_card", "write_card"]
+
+CARD_FILE = "README.md"
+
+
+def write_card(folder: str | os.PathLike[str], *, repo_id: str | None = None) -> None:
+    """Write `README.md` and `figures/*.png` into a checkpoint or output folder, from what lies in it alone.
+
+    A card that is there already keeps what was written into it by hand (see `merge_card`).
+
+    Args:
+        folder: holds the recycling files.
+        repo_id: the repository that the folder is published in, for the commands in the card.
+
+    Raises:
+        RecyclingFileError: a recycling file is missing or damaged.
+        ValueError: `repo_id` is no name of a repository.
+    """
+    if repo_id is not None and not is_repo_id(repo_id):
+        raise ValueError(f"repo_id={repo_id!r} is no name of a repository: write it as user/name.")
+    # matplotlib takes a second to import, and only the process that writes cards needs it.
+    from hf_recycle.report.figures import figure_images
+
+    folder = Path(folder)
+    history = RecyclingHistory.from_pretrained(folder)
+    facts = facts_of(history, folder, repo_id)
+    images = figure_images(history, unigram_entropy=facts["unigram_entropy"])
+    facts["figures"] = {name: FIGURES[name] for name in images}
+    (folder / "figures").mkdir(exist_ok=True)
+    for name, image in images.items():
+        write_bytes(folder / "figures" / name, image)
+    path = folder / CARD_FILE
+    theirs = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    write_bytes(path, merge_card(theirs, render_card(facts)).encode("utf-8"))
+
+
+def render_card(facts: Mapping[str, Any]) -> str:
+    """The card of these facts (see `card_facts`), with nothing of the user's in it."""
+    text = _template().render(facts=facts, columns=block_columns(facts), limitations=limitations(facts))
+    return compose_card(card_header(facts), re.sub(r"\n{3,}", "\n\n", text))
+
+
+def card_header(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The metadata of a card, in the types of `huggingface_hub.ModelCardData`."""
+    base = facts["base_model"]
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag=facts["task"].pipeline,
+        tags=[tag for tag in ("hf_recycle", "neuron-recycling", facts["task"].tag) if tag],
+        base_model=base["name"] if base and is_repo_id(base["name"]) else None,
+        datasets=facts["datasets"] or None,
+        metrics=sorted({kind for kind, _, _ in facts["evaluation"] if kind != "loss"}) or None,
+        model_name=one_line(facts["name"]) if facts["evaluation"] else None,
+        eval_results=_eval_results(facts) or None,
+    )
+    return data.to_dict()
+
+
+def _eval_results(facts: Mapping[str, Any]) -> list[EvalResult]:
+    name, kind = _evaluated_on(facts)
+    return [
+        EvalResult(
+            task_type=facts["task"].pipeline or "other",
+            dataset_type=kind,
+            dataset_name=name,
+            dataset_split="validation",
+            metric_type=metric,
+            metric_name=words,
+            metric_value=value,
+        )
+        for metric, words, value in facts["evaluation"]
+    ]
+
+
+def _evaluated_on(facts: Mapping[str, Any]) -> tuple[str, str]:
+    """Name and type of the evaluation's dataset; both are required, so they may have to say that they don't know."""
+    if facts["datasets"]:
+        return facts["datasets"][0], facts["datasets"][0]
+    if facts["data_name"] == BUILT_IN_CORPUS:
+        return "documentation of Python (built-in corpus of hf_recycle)", "builtin"
+    if facts["data_files"]:
+        return one_line(facts["data_files"][-1]), "text"
+    return "unknown", "unknown"
+
+
+@functools.cache
+def _template() -> jinja2.Template:
+    return load_template("template.md.jinja", text=markdown_text, code=markdown_code, line=one_line)

@@ -1,0 +1,209 @@
+"""Pushes in the background: a queue, one thread, and a word about everything that could not be published."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+from transformers.utils import logging
+
+from hf_recycle.hub.job import Push
+from hf_recycle.hub.repository import Refused, Repository
+from hf_recycle.hub.retry import CONFLICTS, passes, say, status_of
+from hf_recycle.hub.staging import unstage
+
+logger = logging.get_logger(__name__)
+
+_PROGRESS = 15.0  # seconds between two words about what is being waited for
+
+
+@dataclass(frozen=True)
+class Unpublished:
+    """A push that did not land, and why."""
+
+    push: Push
+    reason: str
+    error: Exception | None = None
+
+
+class Publisher:
+    """Brings pushes to a repository, one after the other in the order in which they were asked for.
+
+    Of waiting pushes that only update what the next one updates again, the newest is enough; those with `always` all
+    land. None of the methods raises because of the Hub.
+    """
+
+    def __init__(self, repository: Repository):
+        self.repository, self.policy = repository, repository.policy
+        self.unpublished: list[Unpublished] = []
+        self._waiting: deque[tuple[Push, Future]] = deque()
+        self._current: tuple[Push, Future] | None = None
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._last_call: float | None = None  # since when nothing but the pushes is left to do
+        self._abandoned = False
+
+    def submit(self, push: Push) -> Future:
+        """Queues a push; the future gives its `CommitInfo`, or None if it could not be published."""
+        future: Future = Future()
+        with self._changed:
+            # A run that was interrupted and goes on takes up what is left, perhaps while it is still on its way.
+            under_way = [self._current] if self._current else []
+            for other, its_future in [*under_way, *self._waiting]:
+                if push.staged and other.folder == push.folder:
+                    self._abandoned = False
+                    return its_future
+            if not push.always:
+                self._drop_older(push)
+            self._abandoned = False
+            self._waiting.append((push, future))
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="hf_recycle-publisher", daemon=True)
+                self._thread.start()
+            self._changed.notify_all()
+        return future
+
+    def finish(self, say: bool = True) -> None:
+        """Waits until everything has landed or been given up, and says again what could not be published.
+
+        As long as pushes land it waits; once none has for `policy.last_patience` seconds of failed attempts, the rest
+        is given up.
+        """
+        said = time.monotonic()
+        with self._changed:
+            self._last_call = said
+            self._changed.notify_all()
+            while self._busy():
+                self._changed.wait(1.0)
+                if self._busy() and time.monotonic() - said >= _PROGRESS:
+                    said = time.monotonic()
+                    logger.warning("Waiting for %d push(es) to %s.", len(self._waiting) + 1, self.repository.name)
+            self._last_call = None
+        if say:
+            self._say_again()
+
+    def abandon(self, grace: float = 5.0) -> None:
+        """Stops pushing within `grace` seconds: training was interrupted. What is staged stays where it is."""
+        with self._changed:
+            pushes = [push for push, _ in [*([self._current] if self._current else []), *self._waiting]]
+            self._abandoned = True
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: not self._busy(), timeout=grace)
+            if self._current is not None and self._current[0] in pushes:
+                self._note(self._current[0], "it was interrupted")
+        self._say_again()
+
+    def report(self) -> str:
+        """What could not be published, each with the command that publishes it later; empty if all is well."""
+        lines = [f"  {item.push.command}\n    ({item.reason})" for item in self.unpublished]
+        return "\n".join([f"Not published to {self.repository.name}; publish it later with:", *lines]) if lines else ""
+
+    # ---- The thread ----
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._current = None
+                self._changed.notify_all()
+                self._changed.wait_for(lambda: self._waiting)
+                self._current = self._waiting.popleft()
+            push, future = self._current
+            try:
+                info = self._land(push)
+            except Exception as error:  # a mistake of ours must not leave anyone waiting
+                info = self._give_up(push, f"{type(error).__name__}: {say(error)}")
+            if info is not None:
+                with self._changed:  # an earlier attempt may have been given up, or this one while it was on its way
+                    done = (push.folder, push.revision)
+                    self.unpublished = [i for i in self.unpublished if (i.push.folder, i.push.revision) != done]
+                unstage(push)
+            future.set_result(info)
+
+    def _land(self, push: Push):
+        began, attempt = time.monotonic(), 0
+        while not self._abandoned:
+            try:
+                info = self.repository.publish(push)
+            except Exception as error:
+                attempt += 1
+                reason = say(error)
+                if isinstance(error, Refused) or not passes(error):
+                    return self._give_up(push, reason, error)
+                wait = self.policy.wait(1 if status_of(error) in CONFLICTS else attempt, error)
+                if self._out_of_patience(began, wait):
+                    return self._give_up_all(push, reason)
+                if attempt == 2:
+                    logger.warning(
+                        "Pushing %r to %s does not work yet (%s); training goes on and it is tried again.",
+                        push.message,
+                        self.repository.name,
+                        reason,
+                    )
+                self._sleep(wait)
+            else:
+                with self._changed:
+                    if self._last_call is not None:
+                        self._last_call = time.monotonic()
+                return info
+        return self._give_up_all(push, "it was interrupted")
+
+    def _sleep(self, seconds: float) -> None:
+        with self._changed:
+            before = self._last_call
+            # At the end of training a long wait is cut short: there is nothing else to do then.
+            self._changed.wait_for(lambda: self._abandoned or (before is None) != (self._last_call is None), seconds)
+
+    def _out_of_patience(self, began: float, wait: float) -> bool:
+        now = time.monotonic() + wait
+        last_call = self._last_call
+        if last_call is not None:
+            return now - last_call > self.policy.last_patience
+        return now - began > self.policy.patience
+
+    def _give_up(self, push: Push, reason: str, error: Exception | None = None) -> None:
+        with self._changed:
+            self._note(push, reason, error)
+        logger.error(
+            "Could not publish %r to %s: %s. Publish it later with: %s",
+            push.message,
+            self.repository.name,
+            reason,
+            push.command,
+        )
+
+    def _give_up_all(self, push: Push, reason: str) -> None:
+        """At the very end, or when stopped: if one push can't land, the others have no time left to try."""
+        self._give_up(push, reason)
+        if self._last_call is None and not self._abandoned:
+            return
+        with self._changed:
+            rest, self._waiting = list(self._waiting), deque()
+        for push, future in rest:
+            self._give_up(push, reason)
+            future.set_result(None)
+
+    # ---- Under the lock ----
+
+    def _busy(self) -> bool:
+        return self._current is not None or bool(self._waiting)
+
+    def _drop_older(self, push: Push) -> None:
+        kept: deque[tuple[Push, Future]] = deque()
+        for older, future in self._waiting:
+            if older.always or older.revision != push.revision:
+                kept.append((older, future))
+            else:
+                unstage(older)
+                future.cancel()
+        self._waiting = kept
+
+    def _note(self, push: Push, reason: str, error: Exception | None = None) -> None:
+        if all(item.push is not push for item in self.unpublished):
+            self.unpublished.append(Unpublished(push, reason, error))
+
+    def _say_again(self) -> None:
+        if text := self.report():
+            logger.warning("%s", text)

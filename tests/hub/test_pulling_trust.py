@@ -1,0 +1,323 @@
+"""What is pulled is not trusted: hostile repositories give one clear error, and nothing of them is executed."""
+
+import io
+import json
+import os
+import pickle
+import shutil
+import zipfile
+from pathlib import Path
+
+import huggingface_hub
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from pulled_runs import contents, new_trainer
+from transformers import Trainer, TrainerState
+
+from hf_recycle.errors import UserError
+from hf_recycle.hub.address import HubAddress
+from hf_recycle.hub.names import check_names
+from hf_recycle.hub.pull import plan, pull_checkpoint
+from hf_recycle.hub.resume import forget_foreign_best
+from hf_recycle.hub.trust import check_checkpoint
+
+STATE_FILES = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "rng_state_1.pth", "scaler.pt", "optimizer.bin")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    new_trainer(folder, max_steps=4, save_steps=4).train()
+    return folder / "checkpoint-4"
+
+
+@pytest.fixture
+def copy(checkpoint, tmp_path) -> Path:
+    return Path(shutil.copytree(checkpoint, tmp_path / "copy"))
+
+
+class _Bomb:
+    """Unpickling it makes a file: the least that code of others can do."""
+
+    def __init__(self, marker: Path):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+@pytest.fixture
+def marker(tmp_path):
+    path = tmp_path / "executed"
+    yield path
+    assert not path.exists(), "code of the repository was executed"
+
+
+def saved(value) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("name", STATE_FILES)
+@pytest.mark.parametrize("form", ["torch", "plain pickle", "legacy"])
+def test_a_pickle_bomb_in_place_of_a_state_file(hub, online, checkpoint, marker, name, form):
+    bomb = {"state": {}, "param_groups": [_Bomb(marker)]}
+    buffer = io.BytesIO()
+    torch.save(bomb, buffer, _use_new_zipfile_serialization=False)
+    content = {"torch": saved(bomb), "plain pickle": pickle.dumps(bomb), "legacy": buffer.getvalue()}[form]
+    repo = hub.store.create(f"alice/bomb-{name}-{form.replace(' ', '-')}").name
+    hub.store.add_files(repo, contents(checkpoint, "checkpoint-4") | {f"checkpoint-4/{name}": content})
+    with pytest.raises(UserError, match=name) as error:
+        pull_checkpoint(f"hub://{repo}")
+    assert "nothing of it was used" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_the_bomb_would_go_off(marker, tmp_path):
+    """The tests above can fail: unpickled without `weights_only`, the file does what it was made for."""
+    path = tmp_path / "optimizer.pt"
+    path.write_bytes(saved(_Bomb(marker)))
+    torch.load(path, weights_only=False)
+    assert marker.exists()
+    marker.rmdir()
+
+
+def test_a_bomb_is_not_touched_where_nothing_needs_it(hub, online, checkpoint, marker, tmp_path):
+    repo = hub.store.create("alice/bomb-beside").name
+    bomb = saved(_Bomb(marker))
+    names = ("training_args.bin", "pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "evil.pkl")
+    hub.store.add_files(repo, contents(checkpoint, "checkpoint-4") | {f"checkpoint-4/{name}": bomb for name in names})
+    folder = pull_checkpoint(f"hub://{repo}")
+    assert not {path.name for path in folder.iterdir()} & set(names)
+    trainer = new_trainer(tmp_path / "out", max_steps=6)
+    trainer.train(resume_from_checkpoint=f"hub://{repo}")
+    assert trainer.state.global_step == 6
+
+
+def test_weights_come_from_safetensors_only(hub, online, checkpoint):
+    repo = hub.store.create("alice/pickled-weights").name
+    files = contents(checkpoint, "checkpoint-4")
+    files["checkpoint-4/pytorch_model.bin"] = files.pop("checkpoint-4/model.safetensors")
+    hub.store.add_files(repo, files)
+    with pytest.raises(UserError, match=r"lacks the weights \(model\.safetensors\)"):
+        pull_checkpoint(f"hub://{repo}/checkpoint-4")
+
+
+@pytest.mark.parametrize(
+    "shard",
+    [
+        "global_step4/mp_rank_00_model_states.pt",
+        "latest",
+        "pytorch_model_fsdp_0/.metadata",
+        "optimizer_0/__0_0.distcp",
+        "global_step4_universal/zero/optimizer_state.pt",
+        ".metadata",
+    ],
+)
+def test_sharded_checkpoints_only_with_the_flag(hub, online, checkpoint, marker, shard):
+    name = f"alice/sharded-{''.join(filter(str.isalnum, shard))}"
+    hub.store.create(name)
+    extra = {f"checkpoint-4/{shard}": saved(_Bomb(marker)), "checkpoint-4/zero_to_fp32.py": b"raise SystemExit"}
+    hub.store.add_files(name, contents(checkpoint, "checkpoint-4") | extra)
+    address = HubAddress.parse(f"hub://{name}")
+
+    with pytest.raises(UserError, match=r"is sharded .*--trust_pickled_checkpoint if you trust") as error:
+        plan(address)
+    assert shard in str(error.value)
+    assert not hub.requests("/resolve/"), "nothing was downloaded"
+    folder = plan(address, trust_pickled=True).fetch()
+    assert (folder / shard).is_file()
+    assert not (folder / "zero_to_fp32.py").exists()
+    assert not (folder / "training_args.bin").exists()
+
+
+def test_the_flag_does_not_open_the_state_files(hub, online, checkpoint, marker):
+    repo = hub.store.create("alice/flagged").name
+    extra = {"checkpoint-4/latest": b"x", "checkpoint-4/optimizer.pt": saved(_Bomb(marker))}
+    hub.store.add_files(repo, contents(checkpoint, "checkpoint-4") | extra)
+    with pytest.raises(UserError, match=r"optimizer\.pt"):
+        pull_checkpoint(f"hub://{repo}", trust_pickled=True)
+
+
+HOSTILE = [
+    "../../evil.pt",
+    "last-checkpoint/../../evil.pt",
+    "/etc/evil.pt",
+    "last-checkpoint//evil.pt",
+    "last-checkpoint/./evil.pt",
+    "last-checkpoint\\..\\evil.pt",
+    "C:/evil.pt",
+    "last-checkpoint/evil\0.pt",
+    "last-checkpoint/evil\n.pt",
+    "~/evil.pt",
+    "last-checkpoint/" + "x" * 300,
+    "/".join(["x" * 50] * 40),
+]
+
+
+@pytest.mark.parametrize("hostile", HOSTILE)
+def test_hostile_names(hub, online, checkpoint, hostile, tmp_path):
+    repo = hub.store.create(f"alice/hostile-{HOSTILE.index(hostile)}").name
+    hub.store.add_files(repo, contents(checkpoint, "last-checkpoint") | {hostile: b"x"})
+    with pytest.raises(UserError, match="nothing of it was fetched") as error:
+        pull_checkpoint(f"hub://{repo}")
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 400
+    assert not hub.requests("/resolve/")
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and not path.is_relative_to(online)]
+
+
+@given(st.text(alphabet="ab./\\~:\0\n-é", max_size=12))
+def test_a_name_that_passes_stays_in_its_folder(name):
+    try:
+        check_names("here", [name])
+    except UserError:
+        return
+    joined = os.path.normpath(os.path.join("/cache/snapshot", name))
+    assert joined == f"/cache/snapshot/{name}"
+    assert "\\" not in name
+    assert name.isprintable() or not any(ord(character) < 32 for character in name)
+
+
+def test_sizes_are_bounded(hub, online, checkpoint, monkeypatch):
+    repo = hub.store.create("alice/huge").name
+    hub.store.add_files(repo, contents(checkpoint, "checkpoint-4"))
+    original = huggingface_hub.HfApi.list_repo_tree
+
+    def claiming(name, size):
+        def listed(*args, **kwargs):
+            for entry in original(*args, **kwargs):
+                if entry.path.endswith(name):
+                    entry.size = size
+                yield entry
+
+        return listed
+
+    for name, size, problem in (
+        ("model.safetensors", 2**60, "bytes free in the cache|are free in the cache"),
+        ("rng_state.pth", 2**30, r"rng_state\.pth claims"),
+        ("config.json", 2**30, r"config\.json claims"),
+    ):
+        monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_tree", claiming(f"/{name}", size))
+        with pytest.raises(UserError, match=problem):
+            pull_checkpoint(f"hub://{repo}")
+    assert not hub.requests("/resolve/.*(safetensors|rng_state|config)")
+
+
+def test_the_trainer_itself_checks_what_lies_in_the_cache(hub, online, checkpoint, marker, monkeypatch, tmp_path):
+    """The path that `hf-recycle pull` prints is no way round the checks."""
+    repo = hub.store.create("alice/by-path").name
+    bomb = {"checkpoint-4/scheduler.pt": saved(_Bomb(marker))}
+    hub.store.add_files(repo, contents(checkpoint, "checkpoint-4") | bomb)
+    folder = Path(huggingface_hub.snapshot_download(repo), "checkpoint-4")
+    monkeypatch.setattr(Trainer, "train", lambda *args, **kwargs: pytest.fail("training began"))
+    with pytest.raises(UserError, match=r"scheduler\.pt"):
+        new_trainer(tmp_path / "out").train(resume_from_checkpoint=str(folder))
+
+
+def edit_json(path: Path, **changes) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"global_step": -1},
+        {"global_step": float("nan")},
+        {"global_step": 10**30},
+        {"global_step": "4"},
+        {"epoch": float("inf")},
+        {"epoch": -1},
+        {"max_steps": True},
+        {"train_batch_size": -4},
+        {"best_metric": "x"},
+        {"log_history": {"a": 1}},
+        {"surprise": 1},
+    ],
+)
+def test_a_damaged_trainer_state(copy, changes):
+    edit_json(copy / "trainer_state.json", **changes)
+    with pytest.raises(UserError, match=rf"here: trainer_state\.json .*{next(iter(changes))}"):
+        check_checkpoint(copy, "here")
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff", b"[" * 100_000])
+def test_a_trainer_state_that_is_none(copy, content):
+    (copy / "trainer_state.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"trainer_state\.json"):
+        check_checkpoint(copy, "here")
+
+
+def test_a_run_that_diverged_is_no_damage(copy):
+    rows = [{"step": 1, "loss": float("nan")}, {"step": 2, "loss": float("inf")}]
+    edit_json(copy / "trainer_state.json", log_history=rows)
+    check_checkpoint(copy, "here")
+
+
+def millions_of_rows(path: Path) -> None:
+    """Of nothing: the file is a few hundred kilobytes. It is refused by what it claims, before a row is read."""
+    schema = pq.read_schema(path)
+    group = pa.table({field.name: pa.nulls(10**6, field.type) for field in schema}, schema=schema)
+    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+        for _ in range(6):
+            writer.write_table(group)
+
+
+def compressed(path: Path) -> None:
+    with zipfile.ZipFile(path) as archive:
+        records = {info.filename: archive.read(info) for info in archive.infolist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in records.items():
+            archive.writestr(name, content)
+
+
+def outside_shard(path: Path) -> None:
+    path.rename(path.with_name("model-00001-of-00001.safetensors"))
+    index = {"metadata": {}, "weight_map": {"a": "../../secret.safetensors"}}
+    path.with_name("model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("model.safetensors", lambda path: path.write_bytes(path.read_bytes()[:-7]), r"model\.safetensors"),
+        ("model.safetensors", lambda path: path.write_bytes(b"\xff" * 8 + b"{}"), r"model\.safetensors"),
+        ("model.safetensors", outside_shard, r"names the shard '\.\./\.\./secret"),
+        ("optimizer.pt", compressed, "compressed"),
+        ("optimizer.pt", lambda path: path.write_bytes(saved([1, 2])), "a list where a mapping"),
+        ("optimizer.pt", lambda path: path.write_bytes(saved({"a": 1})), "no state of an optimizer"),
+        ("optimizer.pt", lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]), "optimizer"),
+        ("recycling_history.parquet", millions_of_rows, "claims 6,000,000 rows"),
+        ("recycling_stats.json", lambda path: edit_json(path, ever_recycled=float("nan")), "recycling_stats"),
+        ("recycling_stats.json", lambda path: edit_json(path, step=-4), "recycling_stats"),
+        ("recycling_state.safetensors", lambda path: path.unlink(), r"recycling_state\.safetensors is missing"),
+        ("config.json", lambda path: path.write_text("[]"), r"config\.json"),
+    ],
+)
+def test_damaged_content(copy, name, damage, message):
+    check_checkpoint(copy, "here")
+    damage(copy / name)
+    with pytest.raises(UserError, match=message) as error:
+        check_checkpoint(copy, "here")
+    assert "\n" not in str(error.value)
+    assert str(error.value).startswith("here: ")
+
+
+@pytest.mark.parametrize(
+    ("best_step", "present", "expected"),
+    [(4, False, "pulled"), (2, True, "checkpoint-2"), (2, False, None), (None, False, None)],
+)
+def test_no_path_of_another_machine_is_opened(tmp_path, best_step, present, expected):
+    if present:
+        (tmp_path / "checkpoint-2").mkdir()
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    state = TrainerState(global_step=4, best_global_step=best_step, best_model_checkpoint=str(foreign))
+    forget_foreign_best(state, "pulled", str(tmp_path))
+    found = state.best_model_checkpoint
+    assert (found and Path(found).name) == expected

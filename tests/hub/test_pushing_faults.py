@@ -1,0 +1,338 @@
+"""Pushes of a checkpoint to a Hub in trouble, with the real client."""
+
+import os
+import shutil
+import threading
+from pathlib import Path
+
+import pytest
+from hub_server import ALICE, ALICE_NO_WRITE, ALICE_READ, BOB, INVALID, Fault, HubServer, Store
+from publishing_runs import QUICK, make_trainer
+
+from hf_recycle.cli.push import main as push_command
+from hf_recycle.errors import UserError
+from hf_recycle.hub import repository as repository_module
+from hf_recycle.hub.job import JOB_FILE, Push
+from hf_recycle.hub.preflight import check_repository
+from hf_recycle.hub.publisher import Publisher
+from hf_recycle.hub.repository import Refused, Repository
+from hf_recycle.hub.retry import RetryPolicy
+from hf_recycle.hub.staging import leftovers, stage
+
+COMMIT = r"POST /api/models/.*/commit/"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """The output folder of a finished run with two checkpoints, never published."""
+    folder = tmp_path_factory.mktemp("published") / "run"
+    trainer = make_trainer(folder, push_to_hub=False, max_steps=4, hub_token=ALICE)
+    trainer.train()
+    trainer.save_model()
+    return folder
+
+
+@pytest.fixture
+def checkpoint(run) -> Path:
+    return run / "checkpoint-4"
+
+
+@pytest.fixture
+def name(request) -> str:
+    """A repository for this test alone."""
+    return "alice/" + "".join(c if c.isalnum() else "-" for c in request.node.name).strip("-").replace("--", "-")[:90]
+
+
+@pytest.fixture
+def publisher(online, name, run) -> Publisher:
+    return Publisher(Repository(name, output_dir=run, policy=QUICK))
+
+
+def commits(hub, name) -> list[str]:
+    return hub.store.titles(name)
+
+
+def test_everything_goes_up_in_one_commit_and_nothing_else(publisher, hub, name, checkpoint):
+    publisher.submit(Push(checkpoint, name, "step 4", "and more", checkpoint="last-checkpoint", tag="step-4"))
+    publisher.finish()
+    assert publisher.report() == ""
+    assert commits(hub, name) == ["step 4"]
+    paths = hub.store.paths(name)
+    here = {str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if path.is_file()}
+    assert {path.removeprefix("last-checkpoint/") for path in paths if path.startswith("last-checkpoint/")} == here
+    resuming = {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
+    assert {path for path in paths if not path.startswith("last-checkpoint/")} == here - resuming
+    assert {"model.safetensors", "recycling_state.safetensors", "README.md", "figures/loss.png"} <= here
+    for path in here - {"training_args.bin", "README.md"}:
+        assert hub.store.read(name, f"last-checkpoint/{path}") == (checkpoint / path).read_bytes(), path
+    repository = hub.store.repositories["model", name]
+    assert repository.tags["step-4"] == repository.branches["main"]
+    uploads = [entry.line for entry in hub.requests(r"^PUT /_lfs")]
+    assert len(uploads) == len(set(uploads)), "the weights lie in two places and go up once"
+
+
+FAULTS = {
+    "one request in three answers 503": [Fault(".", every=3)],
+    "one request in three is dropped": [Fault(".", "drop", every=3)],
+    "a storm of 503 on commits": [Fault(COMMIT, times=6)],
+    "429 with Retry-After": [Fault(COMMIT, status=429, retry_after=1, times=1)],
+    "uploads reset in mid-body": [Fault(r"PUT /_lfs", "reset_request", times=5)],
+    "the commit reset in mid-body": [Fault(COMMIT, "reset_request", times=2)],
+    "a commit done whose answer is lost": [Fault(COMMIT, "lose_response", times=1)],
+    "answers cut short": [Fault(r"/tree/|preupload|objects/batch", "truncate", every=2, times=4)],
+    "no page but an error of a proxy": [Fault("validate-yaml", status=502, times=2)],
+    "the tag fails": [Fault("/tag/", times=2)],
+    "delays": [Fault(".", "delay", delay=0.05)],
+}
+
+
+@pytest.mark.parametrize("faults", FAULTS.values(), ids=[key.replace(" ", "-") for key in FAULTS])
+def test_it_lands_once_and_whole_in_spite_of(faults, publisher, hub, name, run, tmp_path):
+    shutil.copytree(run, run := tmp_path / "run")
+    hub.faults.set(faults)
+    for folder in (run / "checkpoint-2", run / "checkpoint-4"):
+        (folder / "new.pt").write_bytes(os.urandom(2000))  # the Hub knows the rest from the other tests
+        step = folder.name.rpartition("-")[2]
+        publisher.submit(Push(folder, name, f"step {step}", checkpoint=folder.name, tag=f"step-{step}", always=True))
+    publisher.finish()
+    fired = sum(fault.fired for fault in faults)
+    hub.faults.set()
+    assert fired, "the fault has to have happened"
+    assert publisher.report() == ""
+    assert commits(hub, name) == ["step 2", "step 4"]
+    for step in (2, 4):
+        for place in ("", f"checkpoint-{step}/"):
+            published = hub.store.read(name, f"{place}model.safetensors", f"step-{step}")
+            assert published == (run / f"checkpoint-{step}" / "model.safetensors").read_bytes()
+
+
+def test_a_hub_that_dies_and_comes_back(tmp_path, online, monkeypatch, checkpoint, run):
+    import huggingface_hub
+
+    store = tmp_path / "store"
+    server = HubServer(Store(store)).start()
+    port = int(server.url.rpartition(":")[2])
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
+    server.faults.set([Fault("PUT /_lfs", "delay", delay=0.3)])
+    publisher = Publisher(Repository("alice/phoenix", output_dir=run, policy=QUICK))
+    publisher.submit(Push(checkpoint, "alice/phoenix", "step 4"))
+    while not server.requests("PUT /_lfs"):
+        threading.Event().wait(0.01)
+    server.stop()
+    revived = threading.Timer(0.5, lambda: None)
+    revived.start()
+    revived.join()
+    with HubServer(Store(store), port=port) as again:
+        publisher.finish()
+        assert publisher.report() == ""
+        assert again.store.titles("alice/phoenix") == ["step 4"]
+
+
+def test_a_commit_by_someone_else_is_kept(publisher, hub, name, checkpoint, run):
+    """Between our look at the repository and our commit, a user edits the card and adds a figure."""
+    publisher.submit(Push(run / "checkpoint-2", name, "step 2"))
+    publisher.finish()
+    create_commit = publisher.repository.api.create_commit
+    edits = iter(["# Mine\n\nAbove.\n\n", ""])
+
+    def meanwhile(*args, **kwargs):
+        edit = next(edits, "")
+        if edit:
+            theirs = hub.store.read(name, "README.md").decode()
+            header, rest = theirs.split("\n---\n", 1)
+            edited = f"{header}\n---\n{edit}{rest}\nBelow.\n"
+            hub.store.add_files(name, {"README.md": edited.encode(), "figures/mine.png": b"png", "notes.txt": b"n"})
+        return create_commit(*args, **kwargs)
+
+    publisher.repository.api.create_commit = meanwhile
+    publisher.submit(Push(checkpoint, name, "step 4"))
+    publisher.finish()
+    assert publisher.report() == ""
+    assert commits(hub, name) == ["step 2", "made by a test", "step 4"]
+    assert len(hub.requests(COMMIT)) == 3
+    assert [entry.status for entry in hub.requests(COMMIT)] == [200, 412, 200]
+    card = hub.store.read(name, "README.md").decode()
+    assert "# Mine\n\nAbove." in card
+    assert card.endswith("Below.\n")
+    ours = (checkpoint / "README.md").read_text().partition("<!-- hf_recycle:begin")[2]
+    assert ours.strip() in card
+    assert {"figures/mine.png", "notes.txt"} <= set(hub.store.paths(name))
+
+
+def test_what_would_contradict_the_push_is_removed_and_nothing_else(publisher, hub, name, checkpoint, run):
+    publisher.submit(Push(run / "checkpoint-2", name, "step 2", checkpoint="last-checkpoint"))
+    publisher.finish()
+    card = hub.store.read(name, "README.md").decode()
+    hub.store.add_files(
+        name,
+        {
+            "README.md": card.replace("figures/loss.png", "figures/old_loss.png").encode(),
+            "figures/old_loss.png": b"ours",
+            "figures/user.png": b"theirs",
+            "model-00001-of-00002.safetensors": b"stale",
+            "model.safetensors.index.json": b"{}",
+            "pytorch_model.bin": b"converted by the user",
+            "last-checkpoint/rng_state_7.pth": b"stale",
+            "last-checkpoint-mine/notes.txt": b"theirs",
+        },
+    )
+    publisher.submit(Push(checkpoint, name, "step 4", checkpoint="last-checkpoint"))
+    publisher.finish()
+    assert publisher.report() == ""
+    paths = set(hub.store.paths(name))
+    assert {"figures/user.png", "pytorch_model.bin", "last-checkpoint-mine/notes.txt", "figures/loss.png"} <= paths
+    gone = {"figures/old_loss.png", "model-00001-of-00002.safetensors", "model.safetensors.index.json"}
+    assert not paths & (gone | {"last-checkpoint/rng_state_7.pth"})
+
+
+def test_a_tag_follows_the_newest_model_of_its_step(publisher, hub, name, checkpoint, run):
+    for folder in (run / "checkpoint-2", checkpoint):
+        publisher.submit(Push(folder, name, folder.name, tag="step-4", always=True))
+    publisher.finish()
+    repository = hub.store.repositories["model", name]
+    assert repository.tags["step-4"] == repository.branches["main"]
+
+
+def test_a_branch_is_made_and_main_left_alone(online, hub, name, checkpoint, run):
+    publisher = Publisher(Repository(name, revision="runs/second", output_dir=run, policy=QUICK))
+    publisher.submit(Push(checkpoint, name, "step 4", revision="runs/second"))
+    publisher.finish()
+    assert publisher.report() == ""
+    assert commits(hub, name) == []
+    assert hub.store.titles(name, "runs/second") == ["step 4"]
+
+
+# ---- Before the first step ----
+
+REFUSALS = {
+    "no token": ("alice/new", None, "hf auth login"),
+    "a wrong token": ("alice/new", INVALID, "401"),
+    "a token that may only read": ("alice/new", ALICE_READ, "403"),
+    "a fine-grained token without the right": ("alice/new", ALICE_NO_WRITE, "403"),
+    "somebody else's namespace": ("bob/new", ALICE, "bob/new"),
+    "somebody else's repository, readable": ("bob/readable", ALICE, "bob/readable"),
+    "a bad name": ("alice/a--b", ALICE, "hub_model_id='alice/a--b'"),
+    "too many slashes": ("alice/a/b", ALICE, "hub_model_id='alice/a/b'"),
+}
+
+
+@pytest.mark.parametrize(("name", "token", "says"), REFUSALS.values(), ids=list(REFUSALS))
+def test_a_run_that_could_never_publish_does_not_start(online, hub, tmp_path, monkeypatch, name, token, says):
+    if ("model", "bob/readable") not in hub.store.repositories:
+        hub.store.create("bob/readable")
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(UserError) as error:
+        make_trainer(tmp_path / "run", hub_model_id=name, hub_token=token)
+    assert says in str(error.value)
+    assert token is None or token not in str(error.value)
+    assert not hub.requests(COMMIT)
+
+
+def test_a_passing_failure_at_the_start_is_tried_again(online, hub, name):
+    hub.faults.set([Fault("repos/create", times=2)])
+    assert check_repository(Repository(name.removeprefix("alice/"), policy=QUICK)) == name
+
+
+def test_a_hub_that_is_away_at_the_start_is_a_warning(online, monkeypatch, checkpoint, caplog):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    repository = Repository("alice/away", policy=QUICK)
+    with caplog.at_level("WARNING"):
+        assert check_repository(repository) == "alice/away"
+    assert "Training starts" in caplog.text
+
+
+def test_refused_later_after_a_start_without_the_hub(online, hub, monkeypatch, checkpoint, run):
+    """The right that is missing shows only once the Hub is back."""
+    publisher = Publisher(Repository("bob/later", output_dir=run, policy=QUICK))
+    publisher.submit(Push(checkpoint, "bob/later", "step 4"))
+    publisher.finish()
+    assert isinstance(publisher.unpublished[0].error, Refused)
+
+
+# ---- Staged copies, and publishing them later ----
+
+
+def test_a_staged_copy_outlives_rotation_and_the_next_save(tmp_path, run):
+    checkpoint = tmp_path / "run" / "checkpoint-4"
+    shutil.copytree(run / "checkpoint-4", checkpoint)
+    before = {path.name: path.read_bytes() for path in checkpoint.iterdir() if path.is_file()}
+    staged = stage(Push(checkpoint, "alice/x", "step 4", tag="step-4", token=ALICE), tmp_path / "run", link=True)
+    assert (staged.folder / "model.safetensors").stat().st_ino == (checkpoint / "model.safetensors").stat().st_ino
+    shutil.rmtree(checkpoint)
+    assert {path.name: path.read_bytes() for path in staged.folder.iterdir() if path.name in before} == before
+    (tmp_path / "run" / "unpublished" / "tmp-0002-checkpoint-6").mkdir()
+    (found,) = leftovers(tmp_path / "run")
+    assert (found.folder, found.tag, found.token, found.staged) == (staged.folder, "step-4", None, True)
+    assert ALICE not in (staged.folder / JOB_FILE).read_text()
+    assert [path.name for path in staged.folder.parent.iterdir()] == ["0001-checkpoint-4"]
+
+
+def test_the_command_that_is_said_publishes_it(publisher, hub, name, tmp_path, run, capsys):
+    shutil.copytree(run / "checkpoint-4", tmp_path / "run" / "checkpoint-4")
+    hub.faults.set([Fault(COMMIT, status=403)])
+    push = Push(tmp_path / "run" / "checkpoint-4", name, "step 4", checkpoint="checkpoint-4", tag="step-4")
+    publisher.submit(stage(push, tmp_path / "run", link=True))
+    publisher.finish()
+    (failed,) = publisher.unpublished
+    assert failed.push.command in publisher.report()
+    words = failed.push.command.split()
+    assert words[:2] == ["hf-recycle", "push"]
+    hub.faults.set()
+    assert push_command(words[2:]) == 0
+    assert commits(hub, name) == ["step 4"]
+    assert "checkpoint-4/optimizer.pt" in hub.store.paths(name, "step-4")
+    assert not (tmp_path / "run" / "unpublished").exists()
+    assert "commit" in capsys.readouterr().out
+
+
+def test_pushing_by_hand(online, hub, name, run, capsys):
+    assert push_command([str(run), name, "--tag", "--private", "--resumable", "--commit_message", "my words"]) == 0
+    assert commits(hub, name) == ["my words"]
+    repository = hub.store.repositories["model", name]
+    assert repository.private
+    assert "step 4, loss" in repository.commits[repository.branches["main"]].message
+    assert "last-checkpoint/optimizer.pt" in hub.store.paths(name, "step-4")
+    assert push_command([str(run), name, "--revision", "dev"]) == 0
+    assert hub.store.titles(name, "dev")[-1].startswith("step 4, loss")
+
+
+@pytest.mark.parametrize(
+    ("folder", "repo", "token", "says"),
+    [
+        ("nowhere", "alice/x", ALICE, "does not exist"),
+        (".", "alice/x", ALICE, "no weights"),
+        ("run", "alice/x--y", ALICE, "REPO='alice/x--y'"),
+        ("run", "bob/new", ALICE, "bob/new"),
+        ("run", "alice/x", INVALID, "401"),
+        ("run", "alice/x", None, "hf auth login"),
+    ],
+)
+def test_a_mistake_by_hand_is_one_sentence(online, run, tmp_path, monkeypatch, capsys, folder, repo, token, says):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").symlink_to(run)
+    monkeypatch.delenv("HF_TOKEN")
+    if token:
+        monkeypatch.setenv("HF_TOKEN", token)
+    assert push_command([folder, repo]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    assert says in error
+
+
+def test_a_hub_that_is_away_is_status_1(online, run, monkeypatch, capsys):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(repository_module, "RetryPolicy", lambda: RetryPolicy(first=0.01, last_patience=1.0))
+    assert push_command([str(run), "alice/away"]) == 1
+    assert "was not published" in capsys.readouterr().err
+
+
+def test_bobs_token_is_bobs(online, hub, run, monkeypatch):
+    """A push with a token of its own does not use the one that is logged in."""
+    publisher = Publisher(Repository("bob/own", token=BOB, output_dir=run, policy=QUICK))
+    publisher.submit(Push(run / "checkpoint-4", "bob/own", "step 4"))
+    publisher.finish()
+    assert publisher.report() == ""

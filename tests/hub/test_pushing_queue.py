@@ -1,0 +1,228 @@
+"""The queue of pushes, without a Hub: order, patience, and a word about everything that did not land."""
+
+import threading
+import time
+from types import SimpleNamespace
+
+import httpx2
+import pytest
+from huggingface_hub.errors import HfHubHTTPError
+from hypothesis import given
+from hypothesis import strategies as st
+from publishing_runs import QUICK
+
+from hf_recycle.hub.job import Push
+from hf_recycle.hub.publisher import Publisher
+from hf_recycle.hub.retry import RetryPolicy, asked_for, passes
+
+
+def refusal(status: int, **headers: str) -> HfHubHTTPError:
+    response = httpx2.Response(status, headers=headers, request=httpx2.Request("POST", "http://hub/api"))
+    return HfHubHTTPError(f"{status} of the test", response=response)
+
+
+class FakeRepository:
+    """Lands pushes; `trouble(message, attempt)` may give an error instead. Closed gates hold everything up."""
+
+    name = "alice/fake"
+
+    def __init__(self, trouble=lambda message, attempt: None, gate=None, policy=QUICK):
+        self.trouble, self.gate, self.policy = trouble, gate, policy
+        self.attempts, self.landed, self.started = [], [], threading.Event()
+
+    def publish(self, push):
+        self.started.set()
+        if self.gate is not None:
+            self.gate.wait(10)
+        self.attempts.append(push.message)
+        error = self.trouble(push.message, self.attempts.count(push.message))
+        if error is not None:
+            raise error
+        self.landed.append(push.message)
+        return SimpleNamespace(oid=push.message)
+
+
+def push(tmp_path, message, **more) -> Push:
+    return Push(tmp_path, "alice/fake", str(message), **more)
+
+
+def test_what_waits_is_replaced_by_the_newest_but_what_must_land_lands_in_order(tmp_path):
+    gate = threading.Event()
+    repository = FakeRepository(gate=gate)
+    publisher = Publisher(repository)
+    futures = [publisher.submit(push(tmp_path, 0))]
+    repository.started.wait(10)
+    for message, more in [
+        (1, {}),
+        (2, {"always": True}),
+        (3, {}),
+        (4, {"revision": "other"}),
+        (5, {"always": True}),
+        (6, {}),
+    ]:
+        futures.append(publisher.submit(push(tmp_path, message, **more)))
+    gate.set()
+    publisher.finish()
+    assert repository.landed == ["0", "2", "4", "5", "6"]
+    assert [future.cancelled() for future in futures] == [False, True, False, True, False, False, False]
+    assert futures[6].result().oid == "6"
+    assert not publisher.unpublished
+
+
+def test_a_failure_that_passes_is_tried_again_before_the_next_push(tmp_path):
+    repository = FakeRepository(lambda message, attempt: refusal(503) if attempt < 4 else None)
+    publisher = Publisher(repository)
+    for message in range(3):
+        publisher.submit(push(tmp_path, message, always=True))
+    publisher.finish()
+    assert repository.attempts == ["0"] * 4 + ["1"] * 4 + ["2"] * 4
+    assert not publisher.unpublished
+
+
+def test_a_failure_that_stays_is_said_kept_and_does_not_stop_the_others(tmp_path, caplog):
+    repository = FakeRepository(lambda message, attempt: refusal(403) if message == "1" else None)
+    publisher = Publisher(repository)
+    futures = [
+        publisher.submit(push(tmp_path / str(message), message, always=True, revision="dev")) for message in range(3)
+    ]
+    with caplog.at_level("WARNING"):
+        publisher.finish()
+    command = f"hf-recycle push {tmp_path}/1 alice/fake --revision dev"
+    assert repository.attempts == ["0", "1", "2"]
+    assert futures[1].result() is None
+    assert publisher.report().count(command) == 1
+    assert caplog.text.count(command) == 2, "said at once and at the end"
+
+
+def test_at_the_end_patience_runs_out_for_all_that_wait(tmp_path):
+    policy = RetryPolicy(first=0.01, longest=0.05, last_patience=0.3)
+    repository = FakeRepository(lambda message, attempt: refusal(503), policy=policy)
+    publisher = Publisher(repository)
+    futures = [publisher.submit(push(tmp_path, message, always=True)) for message in range(4)]
+    publisher.finish()
+    assert set(repository.attempts) == {"0"}
+    assert repository.attempts.count("0") > 3
+    assert [future.result() for future in futures] == [None] * 4
+    assert [item.push.message for item in publisher.unpublished] == list("0123")
+
+
+def test_a_success_renews_the_patience(tmp_path):
+    # Each push fails for longer than half of the patience.
+    began = {}
+
+    def trouble(message, attempt):
+        return refusal(502) if time.monotonic() - began.setdefault(message, time.monotonic()) < 0.6 else None
+
+    publisher = Publisher(FakeRepository(trouble, policy=RetryPolicy(first=0.01, longest=0.02, last_patience=1.0)))
+    for message in range(3):
+        publisher.submit(push(tmp_path, message, always=True))
+    publisher.finish()
+    assert not publisher.unpublished
+
+
+def test_a_long_wait_is_cut_short_at_the_end(tmp_path):
+    policy = RetryPolicy(first=300, longest=300, patience=3600, last_patience=600)
+    repository = FakeRepository(lambda message, attempt: refusal(503) if attempt == 1 else None, policy=policy)
+    publisher = Publisher(repository)
+    publisher.submit(push(tmp_path, 0))
+    repository.started.wait(10)
+    time.sleep(0.1)
+    publisher.finish()  # the test's own timeout is the assertion
+    assert repository.landed == ["0"]
+
+
+def test_interrupted_it_stops_soon_and_says_what_is_left(tmp_path):
+    gate = threading.Event()
+    repository = FakeRepository(gate=gate)
+    publisher = Publisher(repository)
+    for message in range(3):
+        publisher.submit(push(tmp_path, message, always=True))
+    repository.started.wait(10)
+    publisher.abandon(grace=0.2)
+    assert [item.push.message for item in publisher.unpublished][:1] == ["0"]
+    gate.set()
+    publisher.finish()
+    assert {item.push.message for item in publisher.unpublished} >= {"1", "2"}
+    assert repository.attempts == ["0"]
+
+
+def test_what_is_left_is_taken_up_once_and_forgotten_when_it_lands(tmp_path):
+    gate = threading.Event()
+    repository = FakeRepository(gate=gate)
+    publisher = Publisher(repository)
+    staged = [push(tmp_path / str(n), n, always=True, staged=True) for n in range(2)]
+    futures = [publisher.submit(one) for one in staged]
+    repository.started.wait(10)
+    publisher.abandon(grace=0.05)
+    assert publisher.report()
+    again = [publisher.submit(one) for one in staged]
+    gate.set()
+    publisher.finish()
+    assert again == futures
+    assert repository.landed == ["0", "1"]
+    assert publisher.report() == ""
+
+
+def test_a_second_attempt_that_lands_clears_the_first(tmp_path):
+    repository = FakeRepository(lambda message, attempt: refusal(403) if attempt == 1 else None)
+    publisher = Publisher(repository)
+    for _ in range(2):
+        publisher.submit(push(tmp_path, "0", always=True))
+        publisher.finish()
+    assert publisher.report() == ""
+
+
+def test_a_mistake_of_ours_leaves_nobody_waiting(tmp_path):
+    publisher = Publisher(FakeRepository(lambda message, attempt: KeyError("oops")))
+    future = publisher.submit(push(tmp_path, 0))
+    publisher.finish()
+    assert future.result() is None
+    assert "oops" in publisher.report()
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (refusal(503), True),
+        (refusal(500), True),
+        (refusal(429), True),
+        (refusal(412), True),
+        (refusal(408), True),
+        (refusal(401), False),
+        (refusal(403), False),
+        (refusal(404), False),
+        (refusal(400), False),
+        (httpx2.ReadTimeout("slow"), True),
+        (httpx2.ConnectError("nobody there"), True),
+        (httpx2.RemoteProtocolError("cut"), True),
+        (ConnectionResetError(), True),
+        (FileNotFoundError("gone"), False),
+        (PermissionError("no"), False),
+        (ValueError("Invalid metadata in README.md."), False),
+    ],
+)
+def test_which_failures_pass(error, expected):
+    assert passes(error) is expected
+
+
+def test_an_upload_that_failed_underneath_passes():
+    error = RuntimeError("Error while uploading 'model.safetensors' to the Hub.")
+    error.__cause__ = refusal(403)
+    assert passes(error), "the upload's address expired; the next attempt gets another"
+
+
+@given(attempt=st.integers(1, 60), first=st.floats(0.001, 10), longest=st.floats(10, 100))
+def test_waits_double_up_to_the_longest_and_differ(attempt, first, longest):
+    policy = RetryPolicy(first=first, longest=longest)
+    ceiling = min(longest, first * 2 ** (attempt - 1))
+    waits = [policy.wait(attempt, ValueError()) for _ in range(20)]
+    assert all(ceiling / 2 <= wait <= ceiling for wait in waits)
+    assert len(set(waits)) > 1
+
+
+def test_the_hub_may_ask_for_a_wait():
+    assert asked_for(refusal(429, **{"Retry-After": "17"})) == 17
+    assert asked_for(refusal(429, RateLimit='"api";r=0;t=55')) == 55
+    assert RetryPolicy().wait(1, refusal(503, **{"Retry-After": "17"})) == 17
+    assert RetryPolicy(patience=5).wait(1, refusal(503, **{"Retry-After": "1e9"})) <= 5
+    assert RetryPolicy(patience=5).wait(1, refusal(503, **{"Retry-After": "999999999"})) == 5
