@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from overflow import POISONED, poison, use_scaler
 from test_resume import interrupt_and_compare
 from tiny_runs import VOCABULARY, assert_same_weights, losses, masked_sentences, sentences, tiny_bert
 from torch.nn import functional as F
@@ -414,6 +415,42 @@ def test_a_batch_that_overflows_is_skipped():
     model, record = by_hand(1024.0, overflow_at=1)
     assert record.skipped == 1
     assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+@pytest.fixture
+def scaled_run(arguments):
+    """`scaled_run(folder, scaler, poisoned, **settings)`: fp16 with a real gradient scaler, but without autocast."""
+
+    def run(folder, scaler=True, poisoned=False, **settings):
+        trainer = RecyclingTrainer(
+            model=tiny_bert(0.0),
+            args=arguments(folder, fp16=scaler, lr_scheduler_type="constant", optim="adamw_torch", **settings),
+            train_dataset=masked_sentences(),
+            data_collator=default_data_collator,
+        )
+        if scaler:
+            use_scaler(trainer, autocast=False)
+        if poisoned:
+            poison(trainer)
+        trainer.train()
+        return trainer
+
+    return run
+
+
+def test_with_a_real_gradient_scaler(scaled_run):
+    """The scale, a power of two, changes nothing, and overtraining changes nothing of the main run's scaler."""
+    plain, fp16 = scaled_run("plain", scaler=False, **OVERTRAINING), scaled_run("fp16", **OVERTRAINING)
+    assert_same_weights(plain, fp16)
+    without = scaled_run("without")
+    assert fp16.accelerator.scaler.state_dict() == without.accelerator.scaler.state_dict()
+
+
+def test_skipped_steps_do_not_count(scaled_run):
+    trainer = scaled_run("run", poisoned=True, overtrain_steps=2, overtrain_batches=1)
+    assert POISONED == (3, 6, 7)
+    rows = [row for row in trainer.recorder.to_table().to_pylist() if row["kind"] == "overtraining"]
+    assert [row["step"] for row in rows] == [2, 5, 9, 11]  # optimizer steps 2, 4, 6 and 8
 
 
 @pytest.mark.parametrize(
