@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from hf_recycle.arguments import RecyclingArguments as RecyclingArguments
     from hf_recycle.callbacks import MagnitudeCallback as MagnitudeCallback
     from hf_recycle.callbacks import MidpointLossCallback as MidpointLossCallback
+    from hf_recycle.callbacks import OvertrainingCallback as OvertrainingCallback
     from hf_recycle.callbacks import PruningCallback as PruningCallback
     from hf_recycle.callbacks import RecyclingCallback as RecyclingCallback
     from hf_recycle.history import RecyclingHistory as RecyclingHistory
@@ -23,6 +24,7 @@ _HOMES = {
     "RecyclingCallback": "hf_recycle.callbacks",
     "MidpointLossCallback": "hf_recycle.callbacks",
     "PruningCallback": "hf_recycle.callbacks",
+    "OvertrainingCallback": "hf_recycle.callbacks",
     "MagnitudeCallback": "hf_recycle.callbacks",
     "find_feed_forwards": "hf_recycle.neurons.find",
     "neuron_magnitudes": "hf_recycle.neurons.magnitudes",

@@ -9,6 +9,7 @@ from hf_recycle.settings import (
     METHODS,
     MagnitudeSettings,
     MidpointSettings,
+    OvertrainingSettings,
     PruningSettings,
     RecyclingSettings,
     Settings,
@@ -26,6 +27,10 @@ def _midpoint(name: str) -> Any:
 
 def _prune(name: str) -> Any:
     return flat_field(PruningSettings, name)
+
+
+def _overtrain(name: str) -> Any:
+    return flat_field(OvertrainingSettings, name)
 
 
 @dataclass
@@ -64,6 +69,12 @@ class RecyclingArguments(TrainingArguments):
     prune_schedule: str = _prune("schedule")
     prune_selection: str = _prune("selection")
     prune_seed: int | None = _prune("seed")
+
+    overtrain_steps: float | None = _overtrain("steps")
+    overtrain_batches: int = _overtrain("batches")
+    overtrain_subset: str = _overtrain("subset")
+    overtrain_fraction: float = _overtrain("fraction")
+    overtrain_seed: int | None = _overtrain("seed")
 
     magnitude_steps: float | None = flat_field(MagnitudeSettings, "steps")
 
@@ -107,6 +118,8 @@ class RecyclingArguments(TrainingArguments):
             self.recycle_seed = self.seed
         if self.prune_seed is None:
             self.prune_seed = self.seed
+        if self.overtrain_seed is None:
+            self.overtrain_seed = self.seed
 
     def method_settings(self, method: type[Settings]) -> Settings:
         """The settings of one method, without their prefix."""

@@ -43,6 +43,21 @@ def check_engine(trainer: Trainer) -> None:
         check_deepspeed(trainer.accelerator.state.deepspeed_plugin.deepspeed_config)
 
 
+def check_can_overtrain(trainer: Trainer) -> None:
+    """Refuses engines under which the feed-forward weights can't be trained by themselves for a while.
+
+    Raises:
+        ValueError: with what to do.
+    """
+    if trainer.is_deepspeed_enabled:
+        raise ValueError(
+            "overtrain_steps can't be used with DeepSpeed, which takes gradients and optimizer over: use DDP or FSDP2."
+        )
+    for name in ("tp", "cp", "sp"):
+        if (size := getattr(trainer, f"get_{name}_size")()) > 1:
+            raise ValueError(f"overtrain_steps can't be used with {name}_size={size}: use DDP or FSDP2 alone.")
+
+
 def _asked_for(trainer: Trainer, engine: str) -> bool:
     by_argument = trainer.args.fsdp if engine == "FSDP" else trainer.args.deepspeed
     return bool(by_argument) or os.environ.get(f"ACCELERATE_USE_{engine}", "").lower() == "true"

@@ -150,6 +150,9 @@ def check_stats(path: Path, stats: Mapping[str, Any]) -> None:
         for key in keys:
             if not _is_count(owner.get(key)):
                 fail(path, f"{key} is {_show(owner.get(key))} where a whole number from 0 is expected")
+    overtraining = stats.get("overtraining", {})
+    if not isinstance(overtraining, dict) or not all(map(_is_count, overtraining.values())):
+        fail(path, f"overtraining is {_show(overtraining)} where an object of whole numbers is expected")
     for block in blocks:
         if not isinstance(block.get("name"), str):
             fail(path, f"{_show(block.get('name'))} is no name of a block")

@@ -123,6 +123,11 @@ class RecyclingHistory:
         return _frame(rows_of_kind(self.table, "pruning"), ["step", "block", "pruned", "eligible", "requested", "note"])
 
     @cached_property
+    def overtrainings(self) -> pd.DataFrame:
+        """One row per overtraining. Columns: step, and `recorder.OVERTRAINING_METRICS`."""
+        return _metrics_frame(self.table, "overtraining")
+
+    @cached_property
     def magnitudes(self) -> pd.DataFrame:
         """One row per recorded histogram of a block's neuron magnitudes.
 
@@ -138,15 +143,19 @@ class RecyclingHistory:
 
         Where a step logged a name twice, the later value counts.
         """
-        series = {}
-        for name, (steps, values) in metric_values(self.table).items():
-            one = pd.Series(values, index=pd.Index(steps, name="step"))
-            series[name] = one[~one.index.duplicated(keep="last")]
-        if not series:
-            return pd.DataFrame({"step": np.zeros(0, np.int64)})
-        frame = pd.DataFrame(series).sort_index()
-        frame.insert(0, "step", frame.index.astype(np.int64))
-        return frame.reset_index(drop=True)
+        return _metrics_frame(self.table, "log")
+
+
+def _metrics_frame(table: pa.Table, kind: str) -> pd.DataFrame:
+    series = {}
+    for name, (steps, values) in metric_values(table, kind).items():
+        one = pd.Series(values, index=pd.Index(steps, name="step"))
+        series[name] = one[~one.index.duplicated(keep="last")]
+    if not series:
+        return pd.DataFrame({"step": np.zeros(0, np.int64)})
+    frame = pd.DataFrame(series).sort_index()
+    frame.insert(0, "step", frame.index.astype(np.int64))
+    return frame.reset_index(drop=True)
 
 
 def find_checkpoint(folder: str | os.PathLike[str]) -> Path:

@@ -16,7 +16,16 @@ import torch
 
 from hf_recycle.file_checks import MAX_NAME, check_version, fail
 from hf_recycle.parquet_footer import ParquetClaims
-from hf_recycle.recorder import HISTOGRAM_BINS, HISTORY_SCHEMA, KINDS, QUANTILE_LEVELS, rows_of_kind
+from hf_recycle.recorder import (
+    HISTOGRAM_BINS,
+    HISTORY_SCHEMA,
+    KINDS,
+    OVERTRAINING_METRICS,
+    QUANTILE_LEVELS,
+    metric_values,
+    overtraining_totals,
+    rows_of_kind,
+)
 
 MAX_ROWS = 5_000_000
 """Most rows a history may have: 24 blocks recycled at every one of 80,000 steps make two million."""
@@ -56,6 +65,7 @@ def check_history(path: Path, table: pa.Table, blocks: Sequence[Mapping[str, Any
     _check_prunings(path, rows_of_kind(table, "pruning"), sizes)
     _check_magnitudes(path, rows_of_kind(table, "magnitude"), sizes)
     _check_logs(path, rows_of_kind(table, "log"))
+    _check_overtrainings(path, table)
 
 
 def _check_phases(path: Path, rows: pa.Table, sizes: Mapping[str, int] | None) -> None:
@@ -142,6 +152,18 @@ def _check_logs(path: Path, rows: pa.Table) -> None:
         fail(path, f"a logged number has a name of more than {MAX_NAME} characters")
 
 
+def _check_overtrainings(path: Path, table: pa.Table) -> None:
+    rows = rows_of_kind(table, "overtraining")
+    _check_logs(path, rows)
+    found = metric_values(table, "overtraining")
+    if any(len(found.get(name, ((), ()))[1]) != len(rows) for name in OVERTRAINING_METRICS):
+        fail(path, "an overtraining does not say all that is recorded of it")
+    for name in ("batches", "skipped", "samples", "tokens", "neurons") if len(rows) else ():
+        values = found[name][1]
+        if not (np.isfinite(values) & (values >= 0) & (values % 1 == 0)).all():
+            fail(path, f"{name} of an overtraining is not a whole number from 0")
+
+
 def check_agreement(
     folder: Path,
     config: Mapping[str, Any],
@@ -168,8 +190,14 @@ def check_agreement(
             if not np.array_equal(values, tensors[f"{name}/{kind}"].numpy()):
                 fail(folder, f"{kind} of block {name} in the state contradicts the phases of the history")
         _check_pruned(folder, name, size, table, tensors)
+    totals = overtraining_totals(table)
+    for name in ("samples", "tokens"):
+        if totals[name] != int(tensors.get(f"trainer/overtrain_{name}", torch.zeros(1)).sum()):
+            fail(folder, f"overtrain_{name} in the state contradicts the overtrainings of the history")
     if stats is None:
         return
+    if "overtraining" in stats and stats["overtraining"] != totals:
+        fail(folder, "overtraining in the summary contradicts the history")
     latest = max((int(tensors[f"{block['name']}/last_step"].max()) for block in config["blocks"]), default=0)
     if stats["step"] < latest:
         fail(folder, f"the summary was made at step {stats['step']}, before the last recycling at {latest}")

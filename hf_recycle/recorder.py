@@ -17,8 +17,22 @@ QUANTILE_LEVELS = (0.0, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1.0)
 
 HISTOGRAM_BINS = 64
 
-KINDS = ("phase", "pruning", "magnitude", "log")
+KINDS = ("phase", "pruning", "overtraining", "magnitude", "log")
 """The kinds of rows of a history."""
+
+OVERTRAINING_METRICS = (
+    "batches",
+    "skipped",
+    "samples",
+    "tokens",
+    "neurons",
+    "learning_rate",
+    "first_loss",
+    "last_loss",
+)
+"""What is recorded of an overtraining: numbers of extra batches, of those skipped because a gradient was not finite, of
+samples and tokens over all processes, of neurons trained; the learning rate after the warm-up; the losses of the first
+and the last batch."""
 
 # One schema for all kinds of rows: a column that a kind does not use is null. Lists of structs rather than
 # maps, which fewer readers of parquet understand.
@@ -134,6 +148,11 @@ class HistoryRecorder:
             }
         )
 
+    def overtraining(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Record one overtraining: `OVERTRAINING_METRICS` by name."""
+        named = [{"name": name, "value": float(metrics[name])} for name in OVERTRAINING_METRICS]
+        self._pending.append({"kind": "overtraining", "step": int(step), "note": "", "metrics": named})
+
     def log(self, step: int, logs: Mapping[str, Any]) -> None:
         """Record the numbers of one `Trainer.log` call; what is not a plain number is left out."""
         metrics = [
@@ -175,9 +194,10 @@ def rows_of_kind(table: pa.Table, kind: str) -> pa.Table:
     return table.filter(pc.equal(table["kind"], kind))
 
 
-def metric_values(table: pa.Table) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Every logged number: {name: (steps int64 (n,), values float64 (n,))}, in the order recorded."""
-    rows = rows_of_kind(table, "log").combine_chunks()
+def metric_values(table: pa.Table, kind: str = "log") -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Every number of the rows of a kind, those logged by default: {name: (steps int64 (n,), values float64 (n,))}, in
+    the order recorded."""
+    rows = rows_of_kind(table, kind).combine_chunks()
     column = rows["metrics"].combine_chunks()
     owners = pc.list_parent_indices(column).to_numpy(zero_copy_only=False)
     steps = rows["step"].to_numpy()[owners]
@@ -188,6 +208,14 @@ def metric_values(table: pa.Table) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     return {
         name: (steps[codes == code], values[codes == code]) for code, name in enumerate(names.dictionary.to_pylist())
     }
+
+
+def overtraining_totals(table: pa.Table) -> dict[str, int]:
+    """How many times a run was overtrained, and on how many extra batches, samples and tokens."""
+    found = metric_values(table, "overtraining")
+    steps, _ = found.get("batches", ((), ()))
+    sums = {name: int(found[name][1].sum()) if name in found else 0 for name in ("batches", "samples", "tokens")}
+    return {"times": len(steps), **sums}
 
 
 def magnitude_quantiles(values: np.ndarray | torch.Tensor) -> list[float] | None:

@@ -8,6 +8,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, ClassVar
 
 from hf_recycle.methods.midpoint import CENTERS, DISTANCES
+from hf_recycle.methods.overtraining import SUBSETS
 from hf_recycle.methods.pruning import PRUNE_SCHEDULES
 from hf_recycle.methods.reinit import REINITIALIZATIONS
 from hf_recycle.methods.schedule import FRACTION_SCHEDULES
@@ -190,6 +191,41 @@ class PruningSettings(Settings):
 
 
 @dataclass
+class OvertrainingSettings(Settings):
+    """Overtraining: every so often the FF neurons alone, or some of them, are trained on extra batches."""
+
+    prefix: ClassVar[str] = "overtrain_"
+
+    steps: float | None = setting(None, "Steps between overtrainings. None or 0: no overtraining.", _steps)
+    batches: int = setting(
+        0, "Extra batches each time: per_device_train_batch_size on each process, one optimizer step each.", _whole
+    )
+    subset: str = setting("all", "Neurons of each layer that are trained, by magnitude.", _one_of(SUBSETS))
+    fraction: float = setting(1.0, "Share of each layer's neurons in the subset; not for all.", _share)
+    seed: int | None = setting(
+        None, "Seed of the extra batches, their masks and the random subset. None: the training seed.", _seed
+    )
+
+    @property
+    def enabled(self) -> bool:
+        return bool(self.steps)
+
+    def validate(self, prefix: str = "") -> None:
+        super().validate(prefix)
+        if bool(self.steps) != bool(self.batches):
+            given, missing = ("steps", "batches") if self.steps else ("batches", "steps")
+            raise ValueError(
+                f"{prefix}{given}={getattr(self, given):g} needs {prefix}{missing} too: set {prefix}steps to the steps "
+                f"between overtrainings and {prefix}batches to the extra batches each time, or leave both out."
+            )
+        if self.subset == "all" and self.fraction != 1:
+            raise ValueError(
+                f"{prefix}fraction={self.fraction:g} can't be used with {prefix}subset='all': choose smallest, largest "
+                "or random."
+            )
+
+
+@dataclass
 class MagnitudeSettings(Settings):
     """Histograms of neuron magnitudes over training."""
 
@@ -202,7 +238,13 @@ class MagnitudeSettings(Settings):
         return bool(self.steps)
 
 
-METHODS: tuple[type[Settings], ...] = (RecyclingSettings, MidpointSettings, PruningSettings, MagnitudeSettings)
+METHODS: tuple[type[Settings], ...] = (
+    RecyclingSettings,
+    MidpointSettings,
+    PruningSettings,
+    OvertrainingSettings,
+    MagnitudeSettings,
+)
 
 
 def flat_field(settings: type[Settings], name: str) -> Any:

@@ -14,6 +14,7 @@ from hf_recycle.recorder import (
     HistoryRecorder,
     magnitude_quantiles,
     metric_values,
+    overtraining_totals,
     rows_of_kind,
 )
 
@@ -60,6 +61,7 @@ def summarize(
         },
         "recycling_events": sum(block["recycling_events"] for block in blocks),
         "times_recycled": times_recycled(counts),
+        "overtraining": overtraining_totals(table),
         "losses": {name: _course(*logged[name], best=np.argmin) for name in ("loss", "eval_loss") if name in logged},
         "blocks": blocks,
         "extra": dict(extra or {}),

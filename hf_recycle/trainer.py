@@ -8,11 +8,17 @@ import torch
 from transformers.utils import logging
 
 from hf_recycle.arguments import RecyclingArguments
-from hf_recycle.callbacks import MagnitudeCallback, MidpointLossCallback, PruningCallback, RecyclingCallback
+from hf_recycle.callbacks import (
+    MagnitudeCallback,
+    MidpointLossCallback,
+    OvertrainingCallback,
+    PruningCallback,
+    RecyclingCallback,
+)
 from hf_recycle.callbacks.base import NeuronCallback
 from hf_recycle.callbacks.recycling import check_layers
 from hf_recycle.checkpoints import CheckpointMixin
-from hf_recycle.engines import check_engine, drop_tied_aliases, leave_embeddings_ungrouped
+from hf_recycle.engines import check_can_overtrain, check_engine, drop_tied_aliases, leave_embeddings_ungrouped
 from hf_recycle.hub.resume import local_checkpoint
 from hf_recycle.hub.run_meter import RunMeter
 from hf_recycle.hub.trainer import HubMixin
@@ -29,6 +35,7 @@ CALLBACKS: tuple[type[NeuronCallback], ...] = (
     MidpointLossCallback,
     PruningCallback,
     RecyclingCallback,
+    OvertrainingCallback,
     MagnitudeCallback,
 )
 
@@ -103,6 +110,9 @@ class RecyclingTrainer(HubMixin, CheckpointMixin, MaskedLanguageModelingMixin):
         for callback in wired:
             if isinstance(callback, RecyclingCallback):
                 callback.loss_is_finite = self._loss_is_finite
+            if isinstance(callback, OvertrainingCallback) and callback.settings.enabled:
+                check_can_overtrain(self)
+                callback.loss_of, callback.second_pass = self.loss_of, self.second_pass
         self._share_recorder(wired)
         return wired
 

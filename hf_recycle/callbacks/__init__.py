@@ -2,7 +2,14 @@
 
 from hf_recycle.callbacks.magnitudes import MagnitudeCallback
 from hf_recycle.callbacks.midpoint import MidpointLossCallback
+from hf_recycle.callbacks.overtraining import OvertrainingCallback
 from hf_recycle.callbacks.pruning import PruningCallback
 from hf_recycle.callbacks.recycling import RecyclingCallback
 
-__all__ = ["MagnitudeCallback", "MidpointLossCallback", "PruningCallback", "RecyclingCallback"]
+__all__ = [
+    "MagnitudeCallback",
+    "MidpointLossCallback",
+    "OvertrainingCallback",
+    "PruningCallback",
+    "RecyclingCallback",
+]

@@ -19,7 +19,7 @@ def argument_table() -> str:
     for field in dataclasses.fields(RecyclingArguments):
         if field.name not in inherited:
             meaning = field.metadata["help"].replace("|", "\\|")
-            default = "`seed`" if field.name == "recycle_seed" else f"`{field.default}`"
+            default = "`seed`" if field.name.endswith("_seed") else f"`{field.default}`"
             rows.append(f"| `{field.name}` | {default} | {meaning} |")
     return "\n".join(rows)
 

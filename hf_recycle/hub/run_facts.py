@@ -91,7 +91,7 @@ def _plain(value: Any) -> Any:
 def _same_by_derivation(name: str, value: Any, arguments: Any) -> bool:
     """Whether the arguments set a value by themselves, from another one."""
     return (
-        (name in ("recycle_seed", "prune_seed") and value == arguments.seed)
+        (name in ("recycle_seed", "prune_seed", "overtrain_seed") and value == arguments.seed)
         or (name == "do_eval" and value is True and _plain(arguments.eval_strategy) != "no")
         or (name in ("activation_checkpointing", "gradient_checkpointing") and not value)
     )

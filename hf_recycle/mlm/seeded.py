@@ -89,6 +89,13 @@ def reproducible(collator: Callable[[list[Any]], Any], seed: int) -> Any:
     return SeededCollator(collator, seed)
 
 
+def apart(collator: Callable[[list[Any]], Any], seed: int) -> Any:
+    """A reproducible collator like `collator` with masks of its own: another seed, and passes of its own."""
+    fresh = copy.copy(reproducible(collator, seed))
+    fresh.seed, fresh._passes = seed, PassCounter()
+    return fresh
+
+
 @contextmanager
 def _random_state(seed: int) -> Iterator[None]:
     """Python's, numpy's and torch's (CPU) global random states seeded, and put back afterwards."""

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import datasets
 import torch
 from accelerate.utils import DynamoBackend
 from torch import Tensor, nn
@@ -16,9 +17,10 @@ from hf_recycle.mlm.capacity import MASKED_TOKENS, CountingCollator, usual_size
 from hf_recycle.mlm.heads import find_masked_head, is_masked_language_model
 from hf_recycle.mlm.loss import IGNORED, masked_lm_loss, masked_positions, padded_positions
 from hf_recycle.mlm.passes import PASS_COLUMN
-from hf_recycle.mlm.seeded import reproducible
+from hf_recycle.mlm.seeded import apart, reproducible
 from hf_recycle.mlm.stream import EndlessStream
 from hf_recycle.mlm.tally import EvaluationTally
+from hf_recycle.second_pass import SecondPass, mask_seed
 
 logger = logging.get_logger(__name__)
 
@@ -109,6 +111,21 @@ class MaskedLanguageModelingMixin(Trainer):
             batch = self.data_collator([dataset[0]])
         self._require_labels(batch)
 
+    def second_pass(self, seed: int) -> SecondPass:
+        """A second pass over the training set, with an order and masks of its own.
+
+        Raises:
+            ValueError: if the training set is a stream.
+        """
+        dataset, collator = self.train_dataset, apart(self.data_collator, mask_seed(seed))
+        if self._masked_head_wanted:
+            collator = CountingCollator(collator)
+        if isinstance(dataset, datasets.Dataset):
+            dataset = self._remove_unused_columns(dataset, description="overtraining")
+        else:
+            collator = self._get_collator_with_removed_columns(collator, description="overtraining")
+        return SecondPass(dataset, collator, seed)
+
     def _require_labels(self, batch: Mapping[str, Any]) -> None:
         if "labels" not in batch:
             raise ValueError(
@@ -117,6 +134,13 @@ class MaskedLanguageModelingMixin(Trainer):
             )
 
     # ---- Loss ----
+
+    def loss_of(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+        """The loss of one batch of all processes, as in training: to be averaged over processes, not backpropagated."""
+        items = self._get_num_items_in_batch([batch], self.args.device)
+        inputs = self._prepare_inputs(batch)
+        with self.compute_loss_context_manager():
+            return self.compute_loss(model, inputs, num_items_in_batch=items)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if not self._own_loss or (not self._masked_head_wanted and "labels" not in inputs):

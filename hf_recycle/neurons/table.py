@@ -102,6 +102,8 @@ class NeuronTable:
         views: what a reinitialization may see of each block.
         states: one for each block.
         phases: selection phases that happened so far.
+        overtrain_samples, overtrain_tokens: samples and tokens of the second pass over the data that overtraining
+            took so far, by all processes together.
         skipped_steps: steps of the Trainer in which the optimizer took none (a gradient scaler found an overflow).
     """
 
@@ -109,6 +111,8 @@ class NeuronTable:
     views: list[BlockView]
     states: list[BlockState] = field(default_factory=list)
     phases: int = 0
+    overtrain_samples: int = 0
+    overtrain_tokens: int = 0
     skipped_steps: int = 0
     _noted: int = -1
 
@@ -132,7 +136,7 @@ class NeuronTable:
     def reset(self) -> None:
         """Forgets everything that happened; weights stay as they are."""
         self.states = [BlockState.fresh(block.num_neurons) for block in self.blocks]
-        self.phases = self.skipped_steps = 0
+        self.phases = self.skipped_steps = self.overtrain_samples = self.overtrain_tokens = 0
         self._noted = -1
 
     def note_step(self, step: int, taken: bool) -> None:
@@ -187,9 +191,13 @@ class NeuronTable:
             ValueError: if the tensors do not fit the model's blocks.
         """
         states = [self._load_block(block, tensors) for block in self.blocks]
+        counters = {name: tensors.get(f"trainer/{name}", torch.tensor([0])) for name in _COUNTERS}
+        for name, value in counters.items():
+            if value.shape != (1,) or value.dtype != torch.int64 or value < 0:
+                raise ValueError(f"trainer/{name} must be one whole number from 0.")
         self.states = states
-        for name in _COUNTERS:
-            setattr(self, name, int(tensors[f"trainer/{name}"][0]) if f"trainer/{name}" in tensors else 0)
+        for name, value in counters.items():
+            setattr(self, name, int(value))
 
     def _load_block(self, block: FeedForward, tensors: dict[str, Tensor]) -> BlockState:
         columns = {}
@@ -209,7 +217,7 @@ class NeuronTable:
         return state
 
 
-_COUNTERS = ("phases", "skipped_steps")
+_COUNTERS = ("phases", "skipped_steps", "overtrain_samples", "overtrain_tokens")
 
 
 def _effective_magnitudes(block: FeedForward, state: BlockState) -> Tensor:

@@ -37,6 +37,7 @@ def summary_text(
         _losses(history, unigram_entropy),
         _neurons(history),
         _pruned(history),
+        _overtrained(history),
         _magnitudes(history),
         _loading(model_folder, auto_class),
     ]
@@ -92,6 +93,14 @@ def _neurons(history: RecyclingHistory) -> list[str]:
 def _pruned(history: RecyclingHistory) -> list[str]:
     pruned, total = history.stats["neurons"]["pruned"], history.stats["neurons"]["total"]
     return [f"  {pruned:,} of {total:,} neurons are pruned ({100 * pruned / total:.1f}%)"] if pruned else []
+
+
+def _overtrained(history: RecyclingHistory) -> list[str]:
+    done = history.stats.get("overtraining", {})
+    if not done.get("times"):
+        return []
+    extra = f"{done['batches']:,} extra batches, {done['tokens']:,} extra tokens"
+    return [f"  overtrained {done['times']:,} times: {extra}"]
 
 
 def _magnitudes(history: RecyclingHistory) -> list[str]:

@@ -37,6 +37,11 @@ DOCUMENTED = {
     "prune_schedule": "linear",
     "prune_selection": "low_magnitude",
     "prune_seed": 42,  # that is `seed`
+    "overtrain_steps": None,
+    "overtrain_batches": 0,
+    "overtrain_subset": "all",
+    "overtrain_fraction": 1.0,
+    "overtrain_seed": 42,  # that is `seed`
     "magnitude_steps": None,
     "masked_head": True,
 }

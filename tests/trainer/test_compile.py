@@ -27,6 +27,7 @@ METHODS = {
         "recycle_reinit": "matched_normal",
     },
     "smooth, midpoint, magnitudes": {**SMOOTH, "midpoint_weight": 0.05, "magnitude_steps": 4},
+    "overtraining": {"overtrain_steps": 3, "overtrain_batches": 2, "magnitude_steps": 4},
     "evaluation": {**SMOOTH, "eval_strategy": "steps", "eval_steps": 4},
 }
 

@@ -1,0 +1,517 @@
+"""Overtraining in whole training runs, against a naive loop in plain torch."""
+
+import copy
+import random
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from overflow import POISONED, poison, use_scaler
+from test_resume import interrupt_and_compare
+from tiny_runs import VOCABULARY, assert_same_weights, losses, masked_sentences, sentences, tiny_bert
+from torch.nn import functional as F
+from torch.utils.data import IterableDataset
+from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
+
+from hf_recycle import OvertrainingCallback, RecyclingHistory, RecyclingTrainer
+from hf_recycle.engines import check_can_overtrain
+from hf_recycle.neurons.table import NeuronTable
+from hf_recycle.overtraining import overtrain
+from hf_recycle.report.summary import summary_text
+from hf_recycle.settings import OvertrainingSettings
+
+HALF = {"overtrain_subset": "smallest", "overtrain_fraction": 0.5}
+OVERTRAINING = {"overtrain_steps": 4, "overtrain_batches": 3}
+FEED_FORWARD = ("intermediate.dense.weight", "intermediate.dense.bias", "layer.{}.output.dense.weight")
+
+
+class Before(TrainerCallback):
+    """Copies the model as it is right before overtraining (callbacks of the user come first)."""
+
+    def __init__(self, at: int):
+        self.at = at
+
+    def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
+        if state.global_step == self.at:
+            self.model = copy.deepcopy(model)
+            self.rate = optimizer.param_groups[0]["lr"]
+            self.magnitudes = NeuronTable.of(model).magnitudes()
+
+
+@pytest.fixture
+def overtrained(arguments, monkeypatch):
+    """`overtrained(**settings)`: a run whose last step is followed by overtraining, the model before it, and the
+    extra batches."""
+
+    def run(**overrides):
+        before, batches = Before(at=4), []
+        original = RecyclingTrainer.loss_of
+
+        def loss_of(self, model, batch):
+            batches.append({name: value for name, value in batch.items() if name in ("input_ids", "labels")})
+            return original(self, model, batch)
+
+        monkeypatch.setattr(RecyclingTrainer, "loss_of", loss_of)
+        trainer = RecyclingTrainer(
+            model=tiny_bert(0.0),
+            args=arguments(max_steps=4, lr_scheduler_type="constant", **OVERTRAINING | overrides),
+            train_dataset=masked_sentences(),
+            data_collator=default_data_collator,
+            callbacks=[before],
+        )
+        trainer.train()
+        return trainer, before, batches
+
+    return run
+
+
+def masks_of(model, chosen) -> dict[str, torch.Tensor]:
+    """Which entries of which parameters may change, {name: bool}, spelled out for BERT."""
+    masks = {}
+    for layer, rows in enumerate(chosen):
+        prefix = f"bert.encoder.layer.{layer}"
+        neurons = torch.zeros(32, dtype=torch.bool)
+        neurons[rows] = True
+        masks[f"{prefix}.intermediate.dense.weight"] = neurons[:, None].expand(32, 16)
+        masks[f"{prefix}.intermediate.dense.bias"] = neurons
+        masks[f"{prefix}.output.dense.weight"] = neurons[None].expand(16, 32)
+    return masks
+
+
+def naive_overtraining(model, masks, batches, optimizer_class, options, rate, clip, half=False):
+    parameters = {name: parameter for name, parameter in model.named_parameters() if name in masks}
+    no_decay = {"weight_decay": 0.0}  # the Trainer decays no biases
+    groups = [{"params": [p], **(no_decay if p.dim() == 1 else {})} for p in parameters.values()]
+    optimizer = optimizer_class(groups, lr=rate, **options)
+    for number, batch in enumerate(batches):
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            logits = model(input_ids=batch["input_ids"]).logits.float()
+        F.cross_entropy(logits.view(-1, VOCABULARY), batch["labels"].view(-1)).backward()
+        for name, parameter in parameters.items():
+            parameter.grad[~masks[name]] = 0
+        norm = torch.cat([p.grad.flatten() for p in parameters.values()]).norm()
+        before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+        for parameter in parameters.values():
+            parameter.grad *= min(1, clip / (norm.item() + 1e-6))
+        for group in optimizer.param_groups:
+            group["lr"] = rate / 2 if number == 0 else rate  # a tenth of 3 batches: one
+        optimizer.step()
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(torch.where(masks[name], parameter, before[name]))
+        model.zero_grad()
+    return model
+
+
+@pytest.mark.parametrize("masked_head", [True, False])
+@pytest.mark.parametrize(
+    ("arguments_", "optimizer_class", "options"),
+    [
+        ({"weight_decay": 0.1}, torch.optim.AdamW, {"weight_decay": 0.1}),
+        ({"optim": "sgd", "optim_args": "momentum=0.9"}, torch.optim.SGD, {"momentum": 0.9}),
+        ({"bf16": True, "adam_beta2": 0.9}, torch.optim.AdamW, {"weight_decay": 0.0, "betas": (0.9, 0.9)}),
+    ],
+    ids=["adamw", "sgd", "bf16"],
+)
+@pytest.mark.parametrize("subset", ["all", "smallest", "largest"])
+def test_equals_a_naive_loop(subset, arguments_, optimizer_class, options, masked_head, overtrained):
+    share = {} if subset == "all" else {"overtrain_fraction": 0.3}
+    trainer, before, batches = overtrained(
+        overtrain_subset=subset, max_grad_norm=0.2, masked_head=masked_head, **share, **arguments_
+    )
+    assert len(batches) == 3
+    order = [magnitudes.argsort() for magnitudes in before.magnitudes.values()]
+    # 0.3 of 32 neurons is 9.6.
+    chosen = [{"all": rows, "smallest": rows[:9], "largest": rows[-9:]}[subset] for rows in order]
+    masks = masks_of(before.model, chosen)
+    start = {name: value.clone() for name, value in before.model.state_dict().items()}
+    half = "bf16" in arguments_
+    expected = naive_overtraining(
+        before.model, masks, batches, optimizer_class, options, before.rate, clip=0.2, half=half
+    ).state_dict()
+    moved = 0
+    for name, value in trainer.model.state_dict().items():
+        mask = masks.get(name, torch.zeros_like(value, dtype=torch.bool))
+        assert torch.equal(value[~mask], start[name][~mask]), name
+        moved += int((value[mask] != start[name][mask]).sum())
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=5e-4 if half else 2e-6, msg=name)
+    assert moved > 0.9 * sum(int(mask.sum()) for mask in masks.values())
+
+
+class Restore(TrainerCallback):
+    """Takes overtraining back: added after its callback, so it acts after it. Also notes what it left behind."""
+
+    def __init__(self, before):
+        self.before, self.changed, self.left = before, 0, []
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.left.append(
+            (
+                [p.requires_grad for p in model.parameters()],
+                [m.training for m in model.modules()],
+                [p.grad is None for p in model.parameters()],
+                random.getstate(),
+                np.random.get_state()[1].tolist(),  # noqa: NPY002
+                torch.get_rng_state().tolist(),
+            )
+        )
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                self.changed += int(not torch.equal(parameter, self.before.weights[name]))
+                parameter.copy_(self.before.weights[name])
+
+
+class Weights(TrainerCallback):
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        # Something for overtraining to put back: a frozen parameter and a module in evaluation mode.
+        model.bert.embeddings.word_embeddings.weight.requires_grad_(state.global_step % 2 == 0)
+        model.bert.encoder.layer[0].eval()
+        self.weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_torch", "adafactor"])
+def test_the_main_run_goes_on_exactly_where_it_was(optimizer, arguments, train):
+    """With dropout, dynamic masks, accumulation and a learning rate schedule."""
+    from tiny_runs import word_tokenizer
+    from transformers import DataCollatorForLanguageModeling
+
+    runs, seen = [], []
+    for settings in ({}, {"overtrain_steps": 2, "overtrain_batches": 2}):
+        trainer = RecyclingTrainer(
+            model=tiny_bert(),
+            args=arguments(
+                optim=optimizer,
+                gradient_accumulation_steps=2,
+                weight_decay=0.1,
+                warmup_steps=3,
+                deterministic_masking=True,
+                **settings,
+            ),
+            train_dataset=sentences(),
+            data_collator=DataCollatorForLanguageModeling(word_tokenizer()),
+            callbacks=[before := Weights()],
+        )
+        trainer.add_callback(restore := Restore(before))
+        trainer.train()
+        runs.append(trainer)
+        seen.append(restore)
+    assert losses(runs[0]) == losses(runs[1])
+    assert_same_weights(*runs)
+    assert (seen[0].changed, seen[1].changed) == (0, 5 * 2 * 3)  # the rate is 0 at the end, so 5 times 2 blocks
+    assert seen[0].left == seen[1].left
+    first, second = (run.optimizer.state_dict()["state"] for run in runs)
+    for number, entries in first.items():
+        for key, value in entries.items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(second[number][key])), key
+
+
+EVERYTHING = {
+    "overtrain_steps": 2,
+    "overtrain_batches": 3,
+    "overtrain_subset": "random",
+    "overtrain_fraction": 0.4,
+    "recycle_steps": 3,
+    "recycle_fraction": 0.1,
+    "recycle_smooth_steps": 4,
+    "prune_fraction": 0.3,
+    "prune_steps": 2,
+    "midpoint_weight": 0.05,
+}
+
+
+@pytest.mark.parametrize("at", [1, 6, 9])
+def test_resume_is_exact(at, train):
+    """12 samples at a time out of 48: the second pass ends and begins again."""
+    whole, resumed = interrupt_and_compare(train, at, lr_scheduler_type="constant", **EVERYTHING)
+    assert whole.neuron_table().overtrain_samples == resumed.neuron_table().overtrain_samples == 6 * 3 * 4
+    for name in ("overtrain_tokens", "overtrain_loss"):
+        logged = [[row.get(name) for row in run.state.log_history if "loss" in row] for run in (whole, resumed)]
+        assert logged[0][-1] == logged[1][-1]
+
+
+class Untouched(TrainerCallback):
+    """Compares neurons that are pruned or in transition before and after overtraining."""
+
+    def __init__(self):
+        self.rows, self.free_rows = [], 0
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.table = NeuronTable.of(model)
+        self.weights = [block.read(torch.arange(block.num_neurons)) for block in self.table.blocks]
+
+    def compare(self):
+        for block, state, before in zip(self.table.blocks, self.table.states, self.weights, strict=True):
+            off = state.pruned | state.in_transition()
+            now = block.read(torch.arange(block.num_neurons))
+            same = torch.stack([(now[r] == before[r]).reshape(len(off), -1).all(1) for r in now]).all(0)
+            self.rows.append((int(off.sum()), bool(same[off].all())))
+            self.free_rows += int((~same).sum())
+
+
+@pytest.mark.parametrize("subset", ["all", "largest"])
+def test_pruned_neurons_and_those_in_transition_are_left_out(subset, train, monkeypatch):
+    spy = Untouched()
+    original = OvertrainingCallback.on_step_end
+
+    def on_step_end(self, args, state, control, **kwargs):
+        spy.on_step_end(args, state, control, **kwargs)  # after pruning and recycling, right before overtraining
+        original(self, args, state, control, **kwargs)
+        spy.compare()
+
+    monkeypatch.setattr(OvertrainingCallback, "on_step_end", on_step_end)
+    settings = EVERYTHING | {"overtrain_subset": subset, "overtrain_fraction": 1.0, "weight_decay": 0.1}
+    train(lr_scheduler_type="constant", **settings)
+    assert all(same for _, same in spy.rows)
+    assert max(number for number, _ in spy.rows) >= 10
+    assert spy.free_rows > 100
+
+
+def test_random_subsets_have_the_exact_size_and_change(train, tmp_path):
+    moved = []
+
+    class Spy(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            self.before = NeuronTable.of(model).blocks[0].read(torch.arange(32))["in"]
+
+    class Then(TrainerCallback):
+        def on_log(self, args, state, control, model=None, **kwargs):
+            after = NeuronTable.of(model).blocks[0].read(torch.arange(32))["in"]
+            if state.global_step % 3 == 0 and state.global_step < 12:
+                moved.append(frozenset((after != spy.before).any(1).nonzero().flatten().tolist()))
+
+    spy = Spy()
+    settings = {"overtrain_steps": 3, "overtrain_batches": 1, "overtrain_subset": "random", "overtrain_fraction": 0.3}
+    trainer = train(callbacks=[spy, Then()], save_strategy="steps", save_steps=12, **settings)
+    assert [len(rows) for rows in moved] == [9, 9, 9]
+    assert len(set(moved)) == 3
+    # Not at step 12, where the learning rate is 0.
+    assert RecyclingHistory.from_pretrained(tmp_path / "run").overtrainings["neurons"].tolist() == [18, 18, 18]
+    assert trainer.state.log_history[1]["overtrain_tokens"] == 0
+
+
+def test_what_it_cost_is_told(train, tmp_path):
+    settings = {"lr_scheduler_type": "constant", "magnitude_steps": 4, "save_strategy": "steps", "save_steps": 6}
+    trainer = train(**OVERTRAINING, **settings)
+    history = RecyclingHistory.from_pretrained(tmp_path / "run")
+    # 3 times 3 batches of 4 sequences of 12 tokens.
+    assert history.stats["overtraining"] == {"times": 3, "batches": 9, "samples": 36, "tokens": 432}
+    told = history.overtrainings
+    assert told["step"].tolist() == [4, 8, 12]
+    assert told["tokens"].tolist() == [144] * 3
+    assert told["neurons"].tolist() == [64] * 3
+    assert told["learning_rate"].tolist() == pytest.approx([1e-2] * 3)
+    assert trainer.neuron_table().overtrain_tokens == 432
+    logged = [row["overtrain_tokens"] for row in trainer.state.log_history if "overtrain_tokens" in row]
+    assert logged == [0] * 3 + [144] * 4 + [288] * 4 + [432]
+    assert trainer.state.num_input_tokens_seen == 0  # the main run's own count is its own
+    assert "overtrained 3 times: 9 extra batches, 432 extra tokens" in summary_text(history)
+
+
+def test_padding_is_not_counted(arguments):
+    from tiny_runs import word_tokenizer
+    from transformers import DataCollatorForLanguageModeling
+
+    lengths = [3 + number % 9 for number in range(12)]
+    trainer = RecyclingTrainer(
+        model=tiny_bert(),
+        args=arguments(max_steps=2, overtrain_steps=1, overtrain_batches=3, lr_scheduler_type="constant"),
+        train_dataset=[{"input_ids": [7] * length} for length in lengths],
+        data_collator=DataCollatorForLanguageModeling(word_tokenizer()),
+    )
+    trainer.train()
+    assert trainer.neuron_table().overtrain_tokens == 2 * sum(lengths)  # the 12 samples, twice
+
+
+def test_works_on_a_stock_trainer(tmp_path, train):
+    """The same weights as with a RecyclingTrainer: the masks are fixed, so only the order is random."""
+    args = TrainingArguments(
+        output_dir=str(tmp_path / "stock"),
+        max_steps=6,
+        per_device_train_batch_size=4,
+        learning_rate=1e-2,
+        adam_epsilon=1e-3,
+        lr_scheduler_type="constant",
+        save_strategy="no",
+        use_cpu=True,
+        disable_tqdm=True,
+        report_to="none",
+    )
+    callback = OvertrainingCallback(steps=2, batches=2, subset="largest", fraction=0.5)
+    data = masked_sentences()
+    stock = Trainer(model=tiny_bert(0.0), args=args, train_dataset=data, callbacks=[callback])
+    stock.train()
+    assert callback.table.overtrain_tokens == 3 * 2 * 4 * 12
+    ours = train(
+        data=data,
+        collator=default_data_collator,
+        model=tiny_bert(0.0),
+        max_steps=6,
+        masked_head=False,
+        adam_epsilon=1e-3,  # large, so that Adam does not blow up the rounding of gradients that are zero
+        lr_scheduler_type="constant",
+        overtrain_steps=2,
+        overtrain_batches=2,
+        overtrain_subset="largest",
+        overtrain_fraction=0.5,
+    )
+    for name, value in stock.model.state_dict().items():
+        torch.testing.assert_close(value, ours.model.state_dict()[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_with_gradient_checkpointing(train):
+    """A reentrant checkpoint gives no gradients where none of its inputs requires any."""
+    settings = {"max_steps": 4, "lr_scheduler_type": "constant", "adam_epsilon": 1e-3, **OVERTRAINING}
+    plain = train("plain", model=tiny_bert(0.0), **settings)
+    reentrant = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}}
+    checkpointed = train("checkpointed", model=tiny_bert(0.0), **settings, **reentrant)
+    for name, value in plain.model.state_dict().items():
+        torch.testing.assert_close(checkpointed.model.state_dict()[name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def scaled(optimizer, scale: float):
+    """The optimizer as Accelerate wraps it with a gradient scaler."""
+    scaler = SimpleNamespace(get_scale=lambda: scale, is_enabled=lambda: True)
+    return SimpleNamespace(optimizer=optimizer, scaler=scaler)
+
+
+def by_hand(scale: float, overflow_at: int = -1, batches: int = 3):
+    model = tiny_bert(0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    data = [{k: torch.tensor([v]) for k, v in sample.items()} for sample in masked_sentences(batches)]
+
+    def loss_of(model, batch):
+        loss = model(**batch).loss
+        return loss * float("inf") if batch is data[overflow_at] and overflow_at >= 0 else loss
+
+    record = overtrain(
+        NeuronTable.of(model),
+        OvertrainingSettings(steps=1, batches=batches, subset="smallest", fraction=0.5, seed=0),
+        1,
+        model=model,
+        optimizer=scaled(optimizer, scale),
+        batches=iter(data),
+        loss_of=loss_of,
+        max_grad_norm=0.5,
+        device=torch.device("cpu"),
+        process=0,
+    )
+    return model, record
+
+
+def test_a_loss_scale_changes_nothing():
+    plain, _ = by_hand(1.0)
+    model, record = by_hand(1024.0)
+    assert record.skipped == 0
+    for first, second in zip(plain.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-7)
+
+
+def test_a_batch_that_overflows_is_skipped():
+    model, record = by_hand(1024.0, overflow_at=0, batches=1)
+    assert record.skipped == 1
+    for first, second in zip(model.parameters(), tiny_bert(0.0).parameters(), strict=True):
+        assert torch.equal(first, second)
+    model, record = by_hand(1024.0, overflow_at=1)
+    assert record.skipped == 1
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+@pytest.fixture
+def scaled_run(arguments):
+    """`scaled_run(folder, scaler, poisoned, **settings)`: fp16 with a real gradient scaler, but without autocast."""
+
+    def run(folder, scaler=True, poisoned=False, **settings):
+        trainer = RecyclingTrainer(
+            model=tiny_bert(0.0),
+            args=arguments(folder, fp16=scaler, lr_scheduler_type="constant", optim="adamw_torch", **settings),
+            train_dataset=masked_sentences(),
+            data_collator=default_data_collator,
+        )
+        if scaler:
+            use_scaler(trainer, autocast=False)
+        if poisoned:
+            poison(trainer)
+        trainer.train()
+        return trainer
+
+    return run
+
+
+def test_with_a_real_gradient_scaler(scaled_run):
+    """The scale, a power of two, changes nothing, and overtraining changes nothing of the main run's scaler."""
+    plain, fp16 = scaled_run("plain", scaler=False, **OVERTRAINING), scaled_run("fp16", **OVERTRAINING)
+    assert_same_weights(plain, fp16)
+    without = scaled_run("without")
+    assert fp16.accelerator.scaler.state_dict() == without.accelerator.scaler.state_dict()
+
+
+def test_skipped_steps_do_not_count(scaled_run):
+    trainer = scaled_run("run", poisoned=True, overtrain_steps=2, overtrain_batches=1)
+    assert POISONED == (3, 6, 7)
+    rows = [row for row in trainer.recorder.to_table().to_pylist() if row["kind"] == "overtraining"]
+    assert [row["step"] for row in rows] == [2, 5, 9, 11]  # optimizer steps 2, 4, 6 and 8
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"overtrain_steps": 4}, "overtrain_steps=4 needs overtrain_batches too"),
+        ({"overtrain_batches": 4}, "overtrain_batches=4 needs overtrain_steps too"),
+        ({**OVERTRAINING, "overtrain_subset": "small"}, "overtrain_subset='small' is not allowed: .*all, smallest"),
+        ({**OVERTRAINING, "overtrain_batches": 2.5}, "overtrain_batches=2.5 is not allowed"),
+        ({**OVERTRAINING, "overtrain_batches": -1}, "overtrain_batches=-1 is not allowed"),
+        ({**OVERTRAINING, "overtrain_steps": 1.5}, "overtrain_steps=1.5 is not allowed"),
+        ({**OVERTRAINING, **HALF, "overtrain_fraction": 0}, r"overtrain_fraction=0 is not allowed: .*\(0, 1\]"),
+        ({**OVERTRAINING, "overtrain_fraction": 0.5}, "overtrain_fraction=0.5 can't be used with .*subset='all'"),
+        ({**OVERTRAINING, **HALF, "overtrain_fraction": 0.03}, "overtrain_fraction=0.03 of the 32 neurons of bert"),
+    ],
+)
+def test_bad_values_are_refused(settings, message, train):
+    with pytest.raises(ValueError, match=message):
+        train(**settings)
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        yield from sentences()
+
+
+def test_a_stream_is_refused(train):
+    with pytest.raises(ValueError, match=r"overtrain_steps needs a training set with a length.*Stream is a stream"):
+        train(data=Stream(), **OVERTRAINING)
+
+
+def test_a_frozen_feed_forward_is_refused(train):
+    model = tiny_bert()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("dense" not in name)
+    with pytest.raises(ValueError, match="no feed-forward weight that the optimizer trains"):
+        train(model=model, **OVERTRAINING)
+
+
+def test_engines_that_can_not_are_refused():
+    one = {f"get_{name}_size": lambda: 1 for name in ("tp", "cp", "sp")}
+    check_can_overtrain(SimpleNamespace(is_deepspeed_enabled=False, **one))
+    with pytest.raises(ValueError, match="overtrain_steps can't be used with DeepSpeed"):
+        check_can_overtrain(SimpleNamespace(is_deepspeed_enabled=True, **one))
+    with pytest.raises(ValueError, match="overtrain_steps can't be used with tp_size=2"):
+        check_can_overtrain(SimpleNamespace(is_deepspeed_enabled=False, **one | {"get_tp_size": lambda: 2}))
+
+
+def test_a_resumed_run_must_keep_its_overtraining(train):
+    train(save_strategy="steps", save_steps=6, **OVERTRAINING)
+    with pytest.raises(ValueError, match=r"overtrain_batches=3 \(now 5\)"):
+        train(resume=True, **OVERTRAINING | {"overtrain_batches": 5})
+
+
+def test_a_position_that_contradicts_the_history_is_refused(train, tmp_path):
+    from hf_recycle.files import read_state, write_state
+
+    train(save_strategy="steps", save_steps=6, **OVERTRAINING)
+    folder = tmp_path / "run" / "checkpoint-6"
+    tensors, _ = read_state(folder)
+    tensors["trainer/overtrain_samples"] += 4
+    write_state(folder, tensors)
+    with pytest.raises(ValueError, match="overtrain_samples in the state contradicts"):
+        train("next", resume=str(folder), **OVERTRAINING)
