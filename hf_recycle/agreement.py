@@ -1,11 +1,16 @@
-"""A cheap check that all processes did the same."""
+"""One process decides for all, and a cheap check that all did the same."""
 
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from hf_recycle.errors import UserError
+
+Result = TypeVar("Result")
 
 
 def checksum(tensors: Iterable[Tensor]) -> int:
@@ -26,7 +31,7 @@ def check_agreement(value: int, what: str, device: torch.device) -> None:
     Raises:
         RuntimeError: on every process, if they differ.
     """
-    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+    if not _are_several():
         return
     mine = torch.tensor([value], dtype=torch.int64, device=device)
     everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
@@ -37,3 +42,31 @@ def check_agreement(value: int, what: str, device: torch.device) -> None:
             f"The processes disagree about {what} (checksums {values}): their weights, seeds or settings differ, and "
             "training on would make models that drift apart. Start all processes with the same recipe and checkpoint."
         )
+
+
+def from_main_process(make: Callable[[], Result], device: torch.device) -> Result:
+    """What `make` gives on process 0, on every process.
+
+    Args:
+        make: called on process 0 alone.
+        device: a device that the process group can send from.
+
+    Raises:
+        UserError: on every process, if `make` does.
+    """
+    if not _are_several():
+        return make()
+    outcome: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            outcome = [make()]
+        except UserError as error:
+            outcome = [error]
+    dist.broadcast_object_list(outcome, src=0, device=device)
+    if isinstance(outcome[0], UserError):
+        raise outcome[0]
+    return outcome[0]
+
+
+def _are_several() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

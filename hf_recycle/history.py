@@ -14,12 +14,6 @@ import pandas as pd
 import pyarrow as pa
 import torch
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-)
 
 from hf_recycle.file_checks import fail
 from hf_recycle.files import (
@@ -31,7 +25,7 @@ from hf_recycle.files import (
     read_stats,
 )
 from hf_recycle.history_checks import check_agreement
-from hf_recycle.hub.explain import explain
+from hf_recycle.hub.explain import explain, is_maybe_a_folder
 from hf_recycle.recorder import HistoryRecorder, metric_values, rows_of_kind
 from hf_recycle.statistics import summarize
 
@@ -194,7 +188,7 @@ def _download(repo: str, revision: str | None, token: str | None) -> Path:
             path = Path(hf_hub_download(repo, name, revision=revision, token=token))
         except Exception as error:  # the client lets the errors of its HTTP library through, whichever that is
             problem, remedy = explain(error, name)
-            if isinstance(error, _MAYBE_A_FOLDER) and not isinstance(error, GatedRepoError):
+            if is_maybe_a_folder(error):
                 problem = f"it is no folder here{_similar(repo)}, and {problem}"
             fail(where, problem, remedy)
         if folder is None:
@@ -205,10 +199,6 @@ def _download(repo: str, revision: str | None, token: str | None) -> Path:
         elif path.parent != folder:
             fail(where, f"{name} comes from another commit than {CONFIG_FILE}", "try again")
     return folder
-
-
-# What comes of asking the Hub for a folder whose name was mistyped.
-_MAYBE_A_FOLDER = (HFValidationError, RepositoryNotFoundError, LocalEntryNotFoundError)
 
 
 def _similar(name: str) -> str:

@@ -75,8 +75,9 @@ class Checkpoint:
         Raises:
             UserError: none is found; the message lists what could be one.
         """
+        model = self.model
         try:
-            return find_feed_forwards(self.model, self.pattern)
+            return find_feed_forwards(model, self.pattern)
         except ValueError as error:
             raise UserError(f"{self.source.name}: {error}") from error
 

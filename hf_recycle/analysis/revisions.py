@@ -9,9 +9,10 @@ import numpy as np
 from huggingface_hub import HfApi
 
 from hf_recycle.analysis.model import analyze, recycling_history
-from hf_recycle.analysis.source import Source, hub_errors_explained
+from hf_recycle.analysis.source import Source
 from hf_recycle.analysis.tables import table
 from hf_recycle.errors import UserError
+from hf_recycle.hub.explain import explained
 from hf_recycle.report.naming import short_names
 
 
@@ -98,7 +99,7 @@ def _cell(value: Any, show: Any) -> str:
 
 def _revisions(repo: str, token: str | None) -> list[tuple[str, str]]:
     """(commit, name) of every commit of the main branch, oldest first, and of every tag that is on none of them."""
-    with hub_errors_explained(repo, "its revisions can't be listed"):
+    with explained(repo):
         api = HfApi(token=token)
         commits = [commit.commit_id for commit in api.list_repo_commits(repo)][::-1]
         tags = {tag.target_commit: tag.name for tag in api.list_repo_refs(repo).tags}

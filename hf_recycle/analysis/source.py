@@ -2,23 +2,15 @@
 
 import json
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from hf_recycle.errors import UserError
+from hf_recycle.hub.explain import explain, is_maybe_a_folder
 
 INDEX, WEIGHTS = "model.safetensors.index.json", "model.safetensors"
 PICKLED_INDEX, PICKLED = "pytorch_model.bin.index.json", "pytorch_model.bin"
@@ -68,17 +60,15 @@ class Source:
             return path if path.is_file() else None
         where = f"{self.name}@{self.revision}" if self.revision else self.name
         try:
-            with hub_errors_explained(where, f"{name} can't be downloaded"):
-                path = Path(hf_hub_download(self.name, name, revision=self.revision, token=self.token))
-        except LocalEntryNotFoundError as error:
+            path = Path(hf_hub_download(self.name, name, revision=self.revision, token=self.token))
+        except Exception as error:  # the client lets the errors of its HTTP library through, whichever that is
             # Offline, a file that is not cached and one that does not exist look alike.
-            if _cached(self.name, self.revision):
+            unknown = isinstance(error, LocalEntryNotFoundError) and not _cached(self.name, self.revision)
+            if isinstance(error, EntryNotFoundError) and not unknown:
                 return None
-            raise UserError(
-                f"{where} is no folder here, it is not in the cache, and the Hub can't be reached; try again later"
-            ) from error
-        except EntryNotFoundError:
-            return None
+            problem, remedy = explain(error, name)
+            absent = "it is no folder here, and " if is_maybe_a_folder(error) else ""
+            raise UserError(f"{where}: {absent}{problem}; {remedy}") from error
         # What follows must come from the same commit, whatever is pushed meanwhile.
         commit = path.parents[len(Path(name).parts) - 1].name
         if re.fullmatch("[0-9a-f]{40}", commit):
@@ -104,28 +94,6 @@ class Source:
                 "it with transformers and save it with save_pretrained"
             )
         raise UserError(f"{self.folder} holds neither {WEIGHTS} nor {INDEX}; name the folder of a saved model")
-
-
-@contextmanager
-def hub_errors_explained(where: str, problem: str) -> Iterator[None]:
-    """Within it, errors of the Hub's client become a `UserError` in one sentence; a missing file stays what it is."""
-    try:
-        yield
-    except EntryNotFoundError:
-        raise
-    except HFValidationError as error:
-        raise UserError(f"{where!r} is neither a folder here nor the name of a repository") from error
-    except GatedRepoError as error:
-        raise UserError(f"access to {where} is restricted; ask for it on its page and log in") from error
-    except RepositoryNotFoundError as error:
-        raise UserError(
-            f"{where}: no such folder here, nor a repository on the Hub that you may read; check the spelling, or log "
-            "in if it is private"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise UserError(f"{where}: the repository has no such revision; check the branch, tag or commit") from error
-    except Exception as error:  # the client lets the errors of its HTTP library through, whichever that is
-        raise UserError(f"{where}: {problem} ({type(error).__name__}); try again later") from error
 
 
 def _read_index(path: Path) -> dict[str, str]:

@@ -29,15 +29,15 @@ def main(argv: Sequence[str]) -> int:
         run = push.folder.parent.parent if push.staged else push.folder
         repository = Repository(
             push.repo_id,
-            private=True if options.private else None,
+            private=push.private,
             revision=push.revision,
             output_dir=run,
             named_by="REPO",
         )
-        publisher = Publisher(repository)
+        publisher = Publisher(repository, says_failures=False)
         future = publisher.submit(push)
         try:
-            publisher.finish(say=False)
+            publisher.finish()
         except KeyboardInterrupt:
             print("\nstopped; nothing was published, or all of it", file=sys.stderr)
             return 130
@@ -93,11 +93,12 @@ def _push_of(options: argparse.Namespace):
     checkpoint = "last-checkpoint" if options.resumable else None
     if (folder / JOB_FILE).is_file():
         push = Push.load(folder)
-        wanted = {"revision": options.revision, "tag": tag, "checkpoint": checkpoint}
+        wanted = {"revision": options.revision, "tag": tag, "checkpoint": checkpoint, "private": options.private}
         if options.commit_message:
             wanted |= {"message": message, "description": description}
         return push.to(repo_id=options.repo, **{name: value for name, value in wanted.items() if value})
-    return Push(folder, options.repo, message, description, options.revision, checkpoint, tag)
+    private = True if options.private else None
+    return Push(folder, options.repo, message, description, options.revision, checkpoint, tag, private=private)
 
 
 def _model_folder(folder: Path, resumable: bool) -> Path:

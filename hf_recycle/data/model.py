@@ -1,7 +1,10 @@
 """The model to train: continued from a checkpoint, or built from scratch for its tokenizer and sequences."""
 
+import os
+from functools import partial
 from typing import Any
 
+from huggingface_hub import HfApi
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -11,12 +14,15 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils.hub import resolve_revision
+from transformers.utils import logging
 
 from hf_recycle.data.arguments import ModelArguments
 from hf_recycle.data.overrides import apply_overrides, parse_overrides
 from hf_recycle.errors import UserError
+from hf_recycle.hub.retry import RetryPolicy, insist, say
 from hf_recycle.suggest import nearest
+
+logger = logging.get_logger(__name__)
 
 # What configurations call the number of feed-forward neurons of a layer.
 _WIDTHS = ("intermediate_size", "d_ff", "n_inner", "hidden_dim", "ffn_dim")
@@ -71,10 +77,16 @@ def pin_revision(arguments: ModelArguments) -> None:
     from the same one, whatever is pushed meanwhile.
 
     `model_revision` becomes a `huggingface_hub.ResolvedRevision`: the text it was, and the commit as `.resolved`. It
-    stays as it is for a local folder, and where the Hub can't be asked and the cache does not know.
+    stays as it is for a local folder, and, with a warning, where the Hub can't tell and the cache does not know.
     """
     name = arguments.model_name_or_path or arguments.config_name
-    arguments.model_revision = resolve_revision(name, arguments.model_revision)
+    if name is None or os.path.exists(name):
+        return
+    ask = partial(HfApi().resolve_revision, name, revision=arguments.model_revision)
+    try:
+        arguments.model_revision = insist(RetryPolicy(), ask)
+    except Exception as error:  # loading says what is wrong, or finds its files in the cache
+        logger.warning("Which commit %s is at can't be found out (%s): none is recorded.", name, say(error))
 
 
 def load_config(arguments: ModelArguments) -> PreTrainedConfig:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,14 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from hf_recycle.files import write_bytes
 from hf_recycle.history import RecyclingHistory
-from hf_recycle.hub.card_facts import BUILT_IN_CORPUS, FIGURES, block_columns, facts_of
+from hf_recycle.hub.card_facts import BUILT_IN_CORPUS, FIGURES, block_columns, card_facts, facts_of
 from hf_recycle.hub.escape import markdown_code, markdown_text, one_line
 from hf_recycle.hub.limitations import limitations
-from hf_recycle.hub.merge import compose_card, merge_card
+from hf_recycle.hub.merge import BEGIN, compose_card, merge_card
 from hf_recycle.hub.run_facts import is_repo_id
 from hf_recycle.templates import load_template
 
-__all__ = ["merge_card", "render_card", "write_card"]
+__all__ = ["card_for", "merge_card", "render_card", "write_card"]
 
 CARD_FILE = "README.md"
 
@@ -48,13 +48,29 @@ def write_card(folder: str | os.PathLike[str], *, repo_id: str | None = None) ->
     history = RecyclingHistory.from_pretrained(folder)
     facts = facts_of(history, folder, repo_id)
     images = figure_images(history, unigram_entropy=facts["unigram_entropy"])
-    facts["figures"] = {name: FIGURES[name] for name in images}
     (folder / "figures").mkdir(exist_ok=True)
     for name, image in images.items():
         write_bytes(folder / "figures" / name, image)
+    write_bytes(folder / CARD_FILE, _renewed(folder, facts, images).encode("utf-8"))
+
+
+def card_for(folder: Path, repo_id: str) -> str:
+    """The card of a folder for the repository it is published in: where it was written for another place, or for none,
+    it is written anew, with the figures that are there.
+
+    Raises:
+        ValueError: a recycling file is missing or damaged.
+    """
+    card = (folder / CARD_FILE).read_text(encoding="utf-8", errors="replace")
+    if f'from_pretrained("{repo_id}")' in card or BEGIN not in card:
+        return card
+    return _renewed(folder, card_facts(folder, repo_id), [n for n in FIGURES if (folder / "figures" / n).is_file()])
+
+
+def _renewed(folder: Path, facts: dict[str, Any], figures: Iterable[str]) -> str:
     path = folder / CARD_FILE
     theirs = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    write_bytes(path, merge_card(theirs, render_card(facts)).encode("utf-8"))
+    return merge_card(theirs, render_card(facts | {"figures": {name: FIGURES[name] for name in figures}}))
 
 
 def render_card(facts: Mapping[str, Any]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import fields
@@ -200,12 +201,19 @@ def block_columns(facts: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _command(command: str | None) -> str | None:
-    """The command, if it is one of ours, quoted so that pasting it runs nothing else."""
+    """The command, if it is one of ours, quoted so that pasting it runs nothing else and publishes nothing: whoever
+    reads the card may not write to its repository."""
     try:
         words = shlex.split(one_line(command or ""))
     except ValueError:  # a quotation without its end
         return None
-    return shlex.join(words) if words[:2] == ["hf-recycle", "train"] else None
+    kept, publishing = [], False
+    for word in words:
+        if word.startswith("--"):
+            publishing = re.match(r"--(hub[_-]|push[_-]to[_-]hub)", word) is not None
+        if not publishing:
+            kept.append(word)
+    return shlex.join(kept) if words[:2] == ["hf-recycle", "train"] else None
 
 
 def _surroundings(run: Mapping[str, Any]) -> Rows:

@@ -54,6 +54,12 @@ def explain(error: Exception, what: str = "it") -> tuple[str, str]:
     return f"{what} can't be downloaded ({reason})", "try again later"
 
 
+def is_maybe_a_folder(error: Exception) -> bool:
+    """Whether this may come of asking the Hub for a local folder whose name was mistyped."""
+    maybe = isinstance(error, HFValidationError | RepositoryNotFoundError | LocalEntryNotFoundError)
+    return maybe and not isinstance(error, GatedRepoError)
+
+
 @contextmanager
 def explained(where: object) -> Iterator[None]:
     """Errors of the Hub's client become a `UserError` of one sentence that begins with `where`."""

@@ -12,7 +12,7 @@ from hf_recycle.errors import UserError
 
 # In a staged folder; hidden, so it is never published.
 JOB_FILE = ".push.json"
-_STORED = ("message", "description", "repo_id", "revision", "checkpoint", "tag", "always")
+_STORED = ("message", "description", "repo_id", "revision", "checkpoint", "tag", "always", "private")
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,8 @@ class Push:
         checkpoint: the folder of the repository that gets everything in `folder`, such as `last-checkpoint`.
         tag: set on the commit; one of this name that is there is moved.
         always: lands even if a newer push waits behind it.
+        private: whether the repository is made private if it is made, by whoever publishes it later; None for the
+            namespace's default.
         staged: `folder` is a copy made for this push, to be removed once it has landed.
         token: another than the run's; never written anywhere.
     """
@@ -39,6 +41,7 @@ class Push:
     checkpoint: str | None = None
     tag: str | None = None
     always: bool = False
+    private: bool | None = None
     staged: bool = False
     token: str | None = field(default=None, repr=False)
 
@@ -50,6 +53,7 @@ class Push:
             words += ["--revision", self.revision]
         if not self.staged:  # a staged folder remembers them
             words += ["--tag", self.tag] if self.tag else []
+            words += ["--private"] if self.private else []
         return shlex.join(words)
 
     def save(self, folder: Path) -> None:

@@ -12,9 +12,10 @@ CARD = "README.md"
 # What only resuming needs: the Trainer's, Accelerate's and DeepSpeed's names. At the root of a repository lies a model.
 _STATE = re.compile(
     r"optimizer(_\d+)?(\.(pt|bin))?|scheduler\.(pt|bin)|scaler\.pt|rng_state(_\d+)?\.pth|trainer_state\.json"
-    r"|pytorch_model_fsdp(_\d+)?(\.bin)?|(global_step|universal)\d*|latest(_universal)?|zero_to_fp32\.py"
+    r"|pytorch_model_fsdp(_\d+)?(\.bin)?|(global_step|universal)\d*|latest(_universal)?|zero_to_\w+\.py"
 )
 # Logs name the machine, and hidden files are nobody else's business.
+_INDEX = ".metadata"  # of a sharded state: torch.distributed.checkpoint can read nothing without it
 _NEVER = ("*.log", "events.out.tfevents.*", ".*", "__pycache__")
 # Only directly in the folder, where loggers and we ourselves have folders; sharded states have files like __0_0.distcp.
 _NEVER_ON_TOP = (
@@ -85,7 +86,8 @@ def replaced_files(
 def _walk(folder: Path, inside: PurePosixPath) -> Iterable[str]:
     for path in folder.iterdir():
         patterns = _NEVER if inside.parts else (*_NEVER, *_NEVER_ON_TOP)
-        if any(fnmatch.fnmatchcase(path.name, pattern) for pattern in patterns):
+        is_index = path.name == _INDEX and bool(inside.parts)
+        if not is_index and any(fnmatch.fnmatchcase(path.name, pattern) for pattern in patterns):
             continue
         if path.is_symlink() and path.is_dir():
             continue  # it may lead anywhere, also back

@@ -6,6 +6,8 @@ restricted unpickler, which is shown nothing but the classes that training argum
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import io
 import sys
 from collections.abc import Callable
@@ -45,10 +47,13 @@ def scrub_arguments(data: bytes, scrub: Callable[[str], str]) -> bytes:
 
 
 def _known_classes(data: bytes) -> list[type]:
-    """The classes that the pickle names, as far as they are kinds of argument and loaded already."""
+    """The classes that the pickle names, as far as they are kinds of argument of these libraries or loaded already."""
     found = []
     for path in torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(data)):
         module, _, name = path.rpartition(".")
+        if module.split(".")[0] in _LIBRARIES:  # `hf-recycle push` has loaded few of their modules
+            with contextlib.suppress(ImportError):
+                importlib.import_module(module)
         value = getattr(sys.modules.get(module), name, None)
         if isinstance(value, type) and (
             issubclass(value, TrainingArguments) or (module.split(".")[0] in _LIBRARIES and _is_argument(value))

@@ -1,9 +1,7 @@
-"""Whether a run can be published, found out before its first step, by one process for all."""
+"""Whether a run can be published, found out before its first step."""
 
 from __future__ import annotations
 
-import torch
-import torch.distributed as dist
 from transformers.utils import logging
 
 from hf_recycle.hub.repository import Refused, Repository
@@ -31,20 +29,3 @@ def check_repository(repository: Repository) -> str:
             repository.name,
         )
         return repository.name
-
-
-def share(outcome: str | Refused | None, device: torch.device) -> str:
-    """Tells all processes what process 0 found out: a name, or a refusal that each of them then raises.
-
-    Args:
-        outcome: on process 0; ignored on the others.
-        device: one that the process group can send from.
-    """
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        message = [(isinstance(outcome, Refused), str(outcome))]
-        dist.broadcast_object_list(message, src=0, device=device)
-        refused, text = message[0]
-        outcome = Refused(text) if refused and not isinstance(outcome, Refused) else outcome if refused else text
-    if isinstance(outcome, Refused):
-        raise outcome
-    return outcome

@@ -85,12 +85,15 @@ class Secrets:
     def place(self, text: str) -> str:
         return scrub_text(self._without_tokens(text))
 
+    def card(self, text: str) -> str:
+        for place in self.places:
+            text = text.replace(place, "…")
+        return self._without_tokens(text)
+
     def _text(self, data: bytes, path: Path) -> bytes:
         text = data.decode("utf-8", "surrogateescape")
         if path.name == CARD:
-            for place in self.places:
-                text = text.replace(place, "…")
-            return self._without_tokens(text).encode("utf-8", "surrogateescape")
+            return self.card(text).encode("utf-8", "surrogateescape")
         try:
             content = json.loads(text)
         except (ValueError, RecursionError):

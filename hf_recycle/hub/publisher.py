@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import threading
 import time
 from collections import deque
@@ -34,10 +35,15 @@ class Publisher:
 
     Of waiting pushes that only update what the next one updates again, the newest is enough; those with `always` all
     land. None of the methods raises because of the Hub.
+
+    Args:
+        repository: where to.
+        says_failures: say what could not be published when it is given up, after `finish` and `abandon`, and when the
+            program ends; else only `unpublished` tells.
     """
 
-    def __init__(self, repository: Repository):
-        self.repository, self.policy = repository, repository.policy
+    def __init__(self, repository: Repository, *, says_failures: bool = True):
+        self.repository, self.policy, self._says = repository, repository.policy, says_failures
         self.unpublished: list[Unpublished] = []
         self._waiting: deque[tuple[Push, Future]] = deque()
         self._current: tuple[Push, Future] | None = None
@@ -63,10 +69,11 @@ class Publisher:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="hf_recycle-publisher", daemon=True)
                 self._thread.start()
+                atexit.register(self._at_exit)
             self._changed.notify_all()
         return future
 
-    def finish(self, say: bool = True) -> None:
+    def finish(self) -> None:
         """Waits until everything has landed or been given up, and says again what could not be published.
 
         As long as pushes land it waits; once none has for `policy.last_patience` seconds of failed attempts, the rest
@@ -82,13 +89,12 @@ class Publisher:
                     said = time.monotonic()
                     logger.warning("Waiting for %d push(es) to %s.", len(self._waiting) + 1, self.repository.name)
             self._last_call = None
-        if say:
-            self._say_again()
+        self._say_again()
 
     def abandon(self, grace: float = 5.0) -> None:
         """Stops pushing within `grace` seconds: training was interrupted. What is staged stays where it is."""
         with self._changed:
-            pushes = [push for push, _ in [*([self._current] if self._current else []), *self._waiting]]
+            pushes = self._pushes()
             self._abandoned = True
             self._changed.notify_all()
             self._changed.wait_for(lambda: not self._busy(), timeout=grace)
@@ -100,6 +106,12 @@ class Publisher:
         """What could not be published, each with the command that publishes it later; empty if all is well."""
         lines = [f"  {item.push.command}\n    ({item.reason})" for item in self.unpublished]
         return "\n".join([f"Not published to {self.repository.name}; publish it later with:", *lines]) if lines else ""
+
+    def _at_exit(self) -> None:
+        """The program ends and nobody has waited, as after `push_to_hub(blocking=False)`."""
+        with self._changed:
+            for push in [] if self._abandoned else self._pushes():
+                self._give_up(push, "the program ended before it was published")
 
     # ---- The thread ----
 
@@ -166,6 +178,8 @@ class Publisher:
     def _give_up(self, push: Push, reason: str, error: Exception | None = None) -> None:
         with self._changed:
             self._note(push, reason, error)
+        if not self._says:
+            return
         logger.error(
             "Could not publish %r to %s: %s. Publish it later with: %s",
             push.message,
@@ -187,6 +201,9 @@ class Publisher:
 
     # ---- Under the lock ----
 
+    def _pushes(self) -> list[Push]:
+        return [push for push, _ in [*([self._current] if self._current else []), *self._waiting]]
+
     def _busy(self) -> bool:
         return self._current is not None or bool(self._waiting)
 
@@ -205,5 +222,5 @@ class Publisher:
             self.unpublished.append(Unpublished(push, reason, error))
 
     def _say_again(self) -> None:
-        if text := self.report():
+        if self._says and (text := self.report()):
             logger.warning("%s", text)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx2
 from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from huggingface_hub.errors import OfflineModeIsEnabled
 from huggingface_hub.hf_api import RepoFile
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -20,6 +19,7 @@ from hf_recycle.errors import UserError
 from hf_recycle.hub.address import LAST, HubAddress
 from hf_recycle.hub.explain import explained
 from hf_recycle.hub.names import MAX_FILES, WANTED, by_checkpoint, check_names, check_sizes, missing_files, wanted_files
+from hf_recycle.hub.retry import RetryPolicy, insist
 from hf_recycle.hub.trust import check_checkpoint, read_step
 
 
@@ -44,10 +44,11 @@ class Pull:
             UserError: a file can't be had, or is damaged or hostile.
         """
         with explained(self.address):
-            snapshot = _patiently(
+            snapshot = insist(
+                RetryPolicy(),
                 lambda: snapshot_download(
                     self.address.repo_id, revision=self.address.revision, allow_patterns=list(self.files), token=token
-                )
+                ),
             )
         folder = Path(snapshot, self.address.folder)
         check_checkpoint(folder, self.address)
@@ -121,20 +122,6 @@ def _cached(pinned: HubAddress, patterns: list[str]) -> Path:
     """The repository's folder in the cache; an error if a file of these names was never downloaded."""
     path = snapshot_download(pinned.repo_id, revision=pinned.revision, allow_patterns=patterns, local_files_only=True)
     return Path(path)
-
-
-def _patiently(ask: Callable[[], str], attempts: int = 4) -> str:
-    """Asks again, after 1, 2, 4 seconds, where the client gives up on a Hub that is busy or lost in between."""
-    for attempt in range(attempts):
-        try:
-            return ask()
-        except (HfHubHTTPError, httpx2.TransportError) as error:
-            response = error.response if isinstance(error, HfHubHTTPError) else None
-            lasting = isinstance(error, HfHubHTTPError) and (response is None or response.status_code < 500)
-            if lasting or attempt == attempts - 1:
-                raise
-            time.sleep(2**attempt)
-    raise AssertionError("unreachable")
 
 
 def _newest(pinned: HubAddress, found: Mapping[str, list[str]], token: str | None, trust_pickled: bool) -> str:

@@ -110,7 +110,7 @@ class Repository:
         head = self._head(repo_id, revision, token)
         present = self._files(repo_id, head, token) if head else []
         old_card = self._card(repo_id, head, token) if CARD in present else ""
-        additions = self._additions(push, old_card)
+        additions = self._additions(push, repo_id, old_card)
         new_card = additions[CARD].decode() if isinstance(additions.get(CARD), bytes) else old_card
         stale = replaced_files(present, additions, push.checkpoint, old_card, new_card)
         operations = [
@@ -141,7 +141,7 @@ class Repository:
 
     # ---- What goes up ----
 
-    def _additions(self, push: Push, old_card: str) -> dict[str, Path | bytes]:
+    def _additions(self, push: Push, repo_id: str, old_card: str) -> dict[str, Path | bytes]:
         """{path in the repository: file or bytes}."""
         secrets = Secrets.of_this_machine(self.token, push.token, output_dir=self.output_dir, public=self.name)
         files = model_files(push.folder)
@@ -158,9 +158,7 @@ class Repository:
                 continue
             additions |= dict.fromkeys(places, content)
         if CARD in additions:
-            ours = additions[CARD]
-            text = ours.decode() if isinstance(ours, bytes) else ours.read_text(encoding="utf-8")
-            additions[CARD] = _merged(old_card, text).encode()
+            additions[CARD] = _merged(old_card, _card_for(push.folder, repo_id, secrets)).encode()
         return additions
 
     def _head(self, repo_id: str, revision: str, token: str | None) -> str | None:
@@ -229,13 +227,24 @@ class Repository:
             )
         if status in (403, 404):
             return Refused(
-                f"This token has no right to write to {what} ({status}): {say(error)}. Use a token with write "
+                f"This token has no right to write to {what}: {say(error)}. Use a token with write "
                 "access, or the name of a repository in your own or your organisation's namespace."
             )
         if status == 400:
             branch = f" or hub_revision={self.revision!r}" if self.revision else ""
-            return Refused(f"The Hub refuses {what}{branch} (400): {say(error)}.")
+            return Refused(f"The Hub refuses {what}{branch}: {say(error)}.")
         return None
+
+
+def _card_for(folder: Path, repo_id: str, secrets: Secrets) -> str:
+    from hf_recycle.hub.card import card_for  # late, because it brings pandas
+
+    try:
+        card = card_for(folder, repo_id)
+    except Exception as error:  # a card of another place is better than none
+        logger.warning("The card of %s can't be written for %s (%s).", folder, repo_id, say(error))
+        card = (folder / CARD).read_text(encoding="utf-8", errors="replace")
+    return secrets.card(card)
 
 
 def _merged(theirs: str, ours: str) -> str:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from transformers import TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from hf_recycle.errors import UserError
+from hf_recycle.agreement import from_main_process
 from hf_recycle.hub.address import HubAddress, is_address
-from hf_recycle.hub.pull import Pull, is_pulled, plan
+from hf_recycle.hub.pull import is_pulled, plan
 from hf_recycle.hub.trust import check_checkpoint
 
 logger = logging.get_logger(__name__)
@@ -31,7 +30,7 @@ def local_checkpoint(source: Any, args: TrainingArguments) -> Any:
         UserError: on every process.
     """
     if is_address(source):
-        agreed = _from_main_process(lambda: plan(HubAddress.parse(source), args.hub_token, _trust(args)), args)
+        agreed = from_main_process(lambda: plan(HubAddress.parse(source), args.hub_token, _trust(args)), args.device)
         with args.main_process_first(local=True, desc="downloading the checkpoint"):
             folder = agreed.fetch(args.hub_token)
         logger.warning(f"Resuming from {agreed.address}, downloaded to {folder}")
@@ -43,21 +42,6 @@ def local_checkpoint(source: Any, args: TrainingArguments) -> Any:
 
 def _trust(args: TrainingArguments) -> bool:
     return getattr(args, "trust_pickled_checkpoint", False)
-
-
-def _from_main_process(make, args: TrainingArguments) -> Pull:
-    """What `make` gives on the main process, on every process; its error as well."""
-    outcome: list[Any] = [None]
-    if args.process_index == 0:
-        try:
-            outcome = [make()]
-        except UserError as error:
-            outcome = [error]
-    if args.world_size > 1:
-        dist.broadcast_object_list(outcome, src=0)
-    if isinstance(outcome[0], UserError):
-        raise outcome[0]
-    return outcome[0]
 
 
 def forget_foreign_best(state: TrainerState, folder: str, output_dir: str) -> None:

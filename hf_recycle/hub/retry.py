@@ -49,7 +49,7 @@ class RetryPolicy:
 
 
 def insist(policy: RetryPolicy, call: Callable[[], Result]) -> Result:
-    """One step of a push, tried a few times with short waits.
+    """One step of a push, or a download, tried a few times with short waits.
 
     A push is a dozen requests; if it began anew after each that fails, it would never get through a Hub that fails one
     in three. What needs a long wait, or another start, is raised.
@@ -67,9 +67,9 @@ def insist(policy: RetryPolicy, call: Callable[[], Result]) -> Result:
 
 def passes(error: BaseException) -> bool:
     """Whether the same request may succeed later."""
+    if any(isinstance(cause, OfflineModeIsEnabled) for cause in _causes(error)):
+        return False
     for cause in _causes(error):
-        if isinstance(cause, OfflineModeIsEnabled):
-            return False
         if isinstance(cause, HfHubHTTPError | httpx2.HTTPStatusError):
             # An upload's own address expires: its refusals come as the cause of a RuntimeError, and pass.
             return status_of(cause) in _PASSING or status_of(cause) >= 500 or isinstance(error, RuntimeError)
@@ -97,9 +97,9 @@ def asked_for(error: BaseException) -> float:
 
 
 def say(error: BaseException) -> str:
-    """An error in one short line."""
+    """An error in one short line, without a full stop."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = " ".join(lines[:2])[:300] or type(error).__name__
+    text = " ".join(lines[:2])[:300].rstrip(". ") or type(error).__name__
     status = status_of(error)
     return text if status is None or str(status) in text else f"{status}: {text}"
 

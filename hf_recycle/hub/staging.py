@@ -11,6 +11,7 @@ import contextlib
 import os
 import re
 import shutil
+import threading
 from pathlib import Path
 
 from hf_recycle.hub.job import JOB_FILE, Push
@@ -18,6 +19,7 @@ from hf_recycle.hub.layout import checkpoint_files
 
 FOLDER = "unpublished"
 _TEMPORARY = "tmp-"
+_LOCK = threading.Lock()  # the thread that publishes removes the parent while training makes it
 _NAME = re.compile(r"(\d+)-.+")
 
 
@@ -28,10 +30,12 @@ def stage(push: Push, output_dir: Path, *, link: bool) -> Push:
         link: share the files, which must then never be written in place.
     """
     parent = output_dir / FOLDER
-    parent.mkdir(parents=True, exist_ok=True)
-    taken = (int(match[1]) for path in parent.iterdir() if (match := _NAME.fullmatch(path.name)))
-    name = f"{max(taken, default=0) + 1:04d}-{push.folder.name}"
-    temporary, final = parent / f"{_TEMPORARY}{name}", parent / name
+    with _LOCK:
+        parent.mkdir(parents=True, exist_ok=True)
+        taken = (int(match[1]) for path in parent.iterdir() if (match := _NAME.fullmatch(path.name)))
+        name = f"{max(taken, default=0) + 1:04d}-{push.folder.name}"
+        temporary, final = parent / f"{_TEMPORARY}{name}", parent / name
+        temporary.mkdir(exist_ok=True)
     try:
         for relative in checkpoint_files(push.folder):
             target = temporary / relative
@@ -49,7 +53,7 @@ def unstage(push: Push) -> None:
     """Removes what is no longer needed."""
     if push.staged:
         shutil.rmtree(push.folder, ignore_errors=True)
-        with contextlib.suppress(OSError):  # others wait there
+        with _LOCK, contextlib.suppress(OSError):  # others wait there
             push.folder.parent.rmdir()
 
 

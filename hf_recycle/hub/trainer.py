@@ -12,12 +12,13 @@ from transformers import Trainer
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 
+from hf_recycle.agreement import from_main_process
 from hf_recycle.hub.commit_message import commit_message, step_of
 from hf_recycle.hub.job import Push
 from hf_recycle.hub.layout import CARD
-from hf_recycle.hub.preflight import check_repository, share
+from hf_recycle.hub.preflight import check_repository
 from hf_recycle.hub.publisher import Publisher
-from hf_recycle.hub.repository import Refused, Repository
+from hf_recycle.hub.repository import Repository
 from hf_recycle.hub.retry import RetryPolicy
 from hf_recycle.hub.staging import leftovers, stage
 
@@ -47,8 +48,8 @@ class HubMixin(Trainer):
         Raises:
             UserError: on every process, if nothing can be pushed there.
         """
-        outcome: str | Refused | None = None
-        if self.is_world_process_zero():
+
+        def settle() -> str:
             args = self.args
             repository = Repository(
                 args.hub_model_id or Path(args.output_dir).absolute().name,
@@ -59,12 +60,11 @@ class HubMixin(Trainer):
                 named_by="hub_model_id" if args.hub_model_id else "the name of output_dir, hub_model_id",
                 policy=self.push_policy,
             )
-            try:
-                outcome = check_repository(repository)
-                self.publisher = Publisher(repository)
-            except Refused as refusal:
-                outcome = refusal
-        self.hub_model_id = share(outcome, self.args.device)
+            name = check_repository(repository)
+            self.publisher = Publisher(repository)
+            return name
+
+        self.hub_model_id = from_main_process(settle, self.args.device)
         self.push_in_progress = None  # the stock Trainer's, which stays unused
 
     # ---- While training ----
@@ -191,6 +191,7 @@ class HubMixin(Trainer):
             description=description,
             revision=self.args.hub_revision,
             tag=f"step-{step}" if self.args.hub_tag_steps and step is not None else None,
+            private=self.publisher.repository.private,
         )
 
 

@@ -213,7 +213,7 @@ def test_names_that_are_nothing(tmp_path):
     (tmp_path / "file.txt").write_text("x")
     with pytest.raises(UserError, match="is a file"):
         Source(str(tmp_path / "file.txt"))
-    with pytest.raises(UserError, match="neither a folder here nor the name of a repository"):
+    with pytest.raises(UserError, match="no folder here, and it is not the name of a repository"):
         analyze(Source("no//where"))
     with pytest.raises(UserError, match="applies to repositories of the Hub"):
         Source(str(tmp_path), revision="main")

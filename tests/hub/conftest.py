@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
+import transformers.utils.hub
 from hub_server import ALICE, HubServer, Store
 
 _TESTS = Path(__file__).parents[1]
@@ -85,6 +86,8 @@ def online(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
     monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.url)
+    # Made at the first use in a process, for the Hub of that moment: another test's, which is gone.
+    monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)
     monkeypatch.setenv("HF_TOKEN", ALICE)
     hurried = SimpleNamespace(**{**vars(time), "sleep": lambda seconds: time.sleep(seconds / 100)})
     for module in ("huggingface_hub.utils._http", "huggingface_hub.file_download"):

@@ -72,8 +72,8 @@ def test_named_revisions_and_one_revision(repo, capsys):
 
 def test_what_can_not_be_found(repo, tmp_path, capsys):
     for words, message in (
-        (["alice/none"], "nor a repository on the Hub"),
-        (["alice/none", "--revisions", "all"], "nor a repository on the Hub"),
+        (["alice/none"], "it is no folder here, and there is no such repository"),
+        (["alice/none", "--revisions", "all"], "it is no folder here, and there is no such repository"),
         ([repo, "--revision", "gone"], "has no such revision"),
     ):
         assert main(["analyze", *words]) == 2

@@ -194,6 +194,17 @@ def test_hostile_facts_stay_text(tmp_path):
 
 
 @pytest.mark.usefixtures("without_figures")
+def test_a_command_of_the_card_publishes_nothing(tmp_path):
+    """Whoever pastes it may not write to the repository of the run."""
+    write_run(tmp_path)
+    command = "hf-recycle train demo --push_to_hub true --max_steps 40 --hub_model_id a/b --hub-strategy=end --seed 1"
+    card = card_of(describe(tmp_path, RUN | {"command": command}), repo_id="lab/run")
+    commands = [line for line in card.splitlines() if line.startswith("hf-recycle train")]
+    expected = "hf-recycle train demo --max_steps 40 --seed 1"
+    assert commands == [expected, f"{expected} --resume_from_checkpoint hub://lab/run"]
+
+
+@pytest.mark.usefixtures("without_figures")
 def test_hand_edits_survive_the_next_card(tmp_path):
     write_run(tmp_path, phases=1)
     first = card_of(describe(tmp_path))

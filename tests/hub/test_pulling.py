@@ -252,6 +252,23 @@ def test_a_new_run_knows_the_commit_it_began_from(hub, online, run):
     assert "_commit_hash" not in model.config.to_json_string()
 
 
+def test_a_commit_is_asked_for_again_and_what_is_not_known_is_said(hub, online, run, monkeypatch, caplog):
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    name = hub.store.create("alice/busy").name
+    commit = hub.store.add_files(name, {"config.json": b"{}"})
+    hub.faults.set([Fault("/api/models/", status=503, times=1), Fault("/api/models/", status=429, times=1)])
+    arguments = ModelArguments(model_name_or_path=name)
+    pin_revision(arguments)
+    assert arguments.model_revision.resolved == commit.sha
+    assert not caplog.text
+
+    elsewhere = ModelArguments(model_name_or_path="alice/never-seen")
+    with caplog.at_level("WARNING"):
+        pin_revision(elsewhere)
+    assert elsewhere.model_revision == "main"
+    assert "alice/never-seen" in caplog.text
+
+
 def test_code_of_a_repository_is_run_only_on_request(hub, online, tmp_path):
     marker = tmp_path / "executed"
     config = {"model_type": "mine", "auto_map": {"AutoConfig": "configuration_mine.MineConfig"}}

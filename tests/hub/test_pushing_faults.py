@@ -1,6 +1,8 @@
 """Pushes of a checkpoint to a Hub in trouble, with the real client."""
 
 import os
+import re
+import shlex
 import shutil
 import threading
 from pathlib import Path
@@ -12,6 +14,7 @@ from publishing_runs import QUICK, make_trainer
 from hf_recycle.cli.push import main as push_command
 from hf_recycle.errors import UserError
 from hf_recycle.hub import repository as repository_module
+from hf_recycle.hub.card import card_for
 from hf_recycle.hub.job import JOB_FILE, Push
 from hf_recycle.hub.preflight import check_repository
 from hf_recycle.hub.publisher import Publisher
@@ -154,7 +157,7 @@ def test_a_commit_by_someone_else_is_kept(publisher, hub, name, checkpoint, run)
     card = hub.store.read(name, "README.md").decode()
     assert "# Mine\n\nAbove." in card
     assert card.endswith("Below.\n")
-    ours = (checkpoint / "README.md").read_text().partition("<!-- hf_recycle:begin")[2]
+    ours = card_for(checkpoint, name).partition("<!-- hf_recycle:begin")[2]
     assert ours.strip() in card
     assert {"figures/mine.png", "notes.txt"} <= set(hub.store.paths(name))
 
@@ -316,9 +319,39 @@ def test_a_mistake_by_hand_is_one_sentence(online, run, tmp_path, monkeypatch, c
     if token:
         monkeypatch.setenv("HF_TOKEN", token)
     assert push_command([folder, repo]) == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
+    said = capsys.readouterr().err.strip()
+    error = said.splitlines()[-1]
     assert error.startswith("error: ")
     assert says in error
+    assert said.count(says) == error.count(says), "said once"
+    assert not re.search(r"\w\.\.( |$)", error)
+
+
+def test_what_was_to_be_private_is_published_privately_later(online, hub, name, tmp_path, run):
+    checkpoint = tmp_path / "run" / "checkpoint-4"
+    shutil.copytree(run / "checkpoint-4", checkpoint)
+    wanted = Push(checkpoint, name, "step 4", private=True)
+    for push, suffix in [(wanted, "-1"), (stage(wanted, tmp_path / "run", link=True), "-2")]:
+        words = shlex.split(push.to(repo_id=name + suffix).command)
+        assert push_command(words[2:]) == 0
+        assert hub.store.repositories["model", name + suffix].private
+
+
+def test_the_card_names_the_repository_it_is_published_in(online, hub, name, run):
+    """Wherever it was written for; what was written by hand stays."""
+    local = (run / "checkpoint-4" / "README.md").read_text()
+    assert f"hub://{name}" not in local
+    assert push_command([str(run / "checkpoint-4"), name.removeprefix("alice/")]) == 0
+    card = hub.store.read(name, "README.md").decode()
+    assert f'from_pretrained("{name}")' in card
+    assert f"hub://{name}" in card
+    assert f"hf-recycle analyze {name}" in card
+    assert "path/to/this/folder" not in card
+    assert re.findall(r"figures/\w+\.png", card) == re.findall(r"figures/\w+\.png", local)
+    assert (run / "checkpoint-4" / "README.md").read_text() == local
+    again = name + "-again"
+    assert push_command([str(run / "checkpoint-4"), again]) == 0
+    assert name not in hub.store.read(again, "README.md").decode().replace(again, "")
 
 
 def test_a_hub_that_is_away_is_status_1(online, run, monkeypatch, capsys):

@@ -3,6 +3,8 @@
 import io
 import json
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -111,11 +113,34 @@ def test_training_arguments_that_are_none_are_neither_executed_nor_published(tmp
         SECRETS.content(tmp_path / "training_args.bin")
 
 
+def test_training_arguments_are_read_where_nothing_of_them_is_loaded(tmp_path):
+    """As `hf-recycle push` does."""
+    torch.save(RecyclingArguments(output_dir="mine", hub_token="hf_secretsecretsecret"), tmp_path / "training_args.bin")
+    code = (
+        "import sys; from pathlib import Path; from hf_recycle.hub.privacy import Secrets; "
+        "assert 'hf_recycle.arguments' not in sys.modules; "
+        "sys.stdout.buffer.write(Secrets().content(Path(sys.argv[1])))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "training_args.bin"], capture_output=True, check=True)
+    published = torch.load(io.BytesIO(done.stdout), weights_only=False)
+    assert type(published) is RecyclingArguments
+    assert (published.output_dir, published.hub_token) == ("mine", None)
+
+
 def test_what_of_a_folder_goes_where(tmp_path):
     model = ["config.json", "model.safetensors", "README.md", "figures/loss.png", "modeling_mine.py", "vocab.txt"]
     state = ["optimizer.pt", "scheduler.pt", "scaler.pt", "trainer_state.json", "rng_state_1.pth", "latest"]
     state += ["global_step20/mp_rank_00_model_states.pt", "zero_to_fp32.py", "pytorch_model_fsdp_0/__0_0.distcp"]
-    never = ["runs/events.out.tfevents.1.host", "wandb/x", "train.log", ".git/config", ".push.json", "_private"]
+    state += ["pytorch_model_fsdp_0/.metadata", "optimizer_0/.metadata", "zero_to_torch.py"]
+    never = [
+        "runs/events.out.tfevents.1.host",
+        "wandb/x",
+        "train.log",
+        ".git/config",
+        ".push.json",
+        "_private",
+        ".metadata",
+    ]
     never += [
         "last-checkpoint/x",
         "checkpoint-2/model.safetensors",

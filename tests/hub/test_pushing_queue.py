@@ -1,5 +1,9 @@
 """The queue of pushes, without a Hub: order, patience, and a word about everything that did not land."""
 
+import os
+import queue
+import subprocess
+import sys
 import threading
 import time
 from types import SimpleNamespace
@@ -14,6 +18,7 @@ from publishing_runs import QUICK
 from hf_recycle.hub.job import Push
 from hf_recycle.hub.publisher import Publisher
 from hf_recycle.hub.retry import RetryPolicy, asked_for, passes
+from hf_recycle.hub.staging import stage, unstage
 
 
 def refusal(status: int, **headers: str) -> HfHubHTTPError:
@@ -161,6 +166,37 @@ def test_what_is_left_is_taken_up_once_and_forgotten_when_it_lands(tmp_path):
     assert again == futures
     assert repository.landed == ["0", "1"]
     assert publisher.report() == ""
+
+
+def test_a_program_that_does_not_wait_says_what_it_leaves(tmp_path):
+    code = (
+        "import sys, threading; from pathlib import Path; from test_pushing_queue import *\n"
+        "publisher = Publisher(FakeRepository(gate=threading.Event()))\n"
+        "for n in range(2): publisher.submit(push(Path(sys.argv[1]), n, always=True))\n"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-c", code, tmp_path]
+    said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=60).stderr
+    assert said.count(f"Publish it later with: hf-recycle push {tmp_path} alice/fake") == 2
+
+
+def test_staging_while_the_last_staged_copy_goes(tmp_path):
+    """The thread that publishes removes the folder of staged copies when none is left."""
+    (tmp_path / "checkpoint-2").mkdir()
+    (tmp_path / "checkpoint-2" / "config.json").write_text("{}")
+    wanted, staged = Push(tmp_path / "checkpoint-2", "alice/fake", "2"), queue.SimpleQueue()
+
+    def remove():
+        while (one := staged.get()) is not None:
+            unstage(one)
+
+    thread = threading.Thread(target=remove)
+    thread.start()
+    for _ in range(300):
+        staged.put(stage(wanted, tmp_path, link=True))
+    staged.put(None)
+    thread.join()
+    assert not (tmp_path / "unpublished").exists()
 
 
 def test_a_second_attempt_that_lands_clears_the_first(tmp_path):
