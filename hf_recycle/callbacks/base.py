@@ -41,7 +41,7 @@ class NeuronCallback(TrainerCallback):
         """Finds the model's neurons; on a fresh start (step 0) with a clean slate."""
         self.table = NeuronTable.of(extract_model_from_parallel(model, keep_torch_compile=False), self.ff_pattern)
         if state.global_step == 0:
-            self.table.reset()
+            self.table.start(state)
 
     def scalars(self) -> dict[str, float]:
         """What to log now."""

@@ -115,6 +115,7 @@ class NeuronTable:
     overtrain_tokens: int = 0
     skipped_steps: int = 0
     _noted: int = -1
+    _run: object = None
 
     def __post_init__(self):
         if not self.states:
@@ -138,6 +139,16 @@ class NeuronTable:
         self.states = [BlockState.fresh(block.num_neurons) for block in self.blocks]
         self.phases = self.skipped_steps = self.overtrain_samples = self.overtrain_tokens = 0
         self._noted = -1
+
+    def start(self, run: object) -> None:
+        """Forgets everything at the beginning of a training, once, however many callbacks begin it.
+
+        Args:
+            run: an object that belongs to this training alone, such as its `TrainerState`.
+        """
+        if self._run is not run:
+            self.reset()
+            self._run = run
 
     def note_step(self, step: int, taken: bool) -> None:
         """Counts a step of the Trainer that the optimizer skipped, once, however many callbacks tell of it.

@@ -107,8 +107,10 @@ def test_criteria_choose_what_they_say(train, tmp_path):
     assert kept["low_magnitude"].stats["neurons"]["pruned"] == 16
 
 
-def test_everything_pruned_from_the_start_leaves_the_bias(train):
-    trainer = train(prune_fraction=1.0, prune_start=0, prune_end=0, model=tiny_bert(0.0))
+@pytest.mark.parametrize("others", [{}, {"recycle_steps": 3, "magnitude_steps": 2}])
+def test_everything_pruned_from_the_start_leaves_the_bias(train, others):
+    trainer = train(prune_fraction=1.0, prune_start=0, prune_end=0, model=tiny_bert(0.0), **others)
+    assert all(state.pruned.all() for state in trainer.neuron_table().states)
     hidden = torch.randn(2, 3, 16)
     for layer in trainer.model.bert.encoder.layer:
         out = layer.output.dense(layer.intermediate(hidden))
