@@ -1,9 +1,9 @@
 """The queue of pushes, without a Hub: order, patience, and a word about everything that did not land."""
 
 import atexit
-import queue
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import httpx2
@@ -186,23 +186,24 @@ def test_a_program_that_does_not_wait_says_what_it_leaves(tmp_path, monkeypatch,
     assert not caplog.text
 
 
-def test_staging_while_the_last_staged_copy_goes(tmp_path):
-    """The thread that publishes removes the folder of staged copies when none is left."""
+def test_staging_while_the_last_staged_copy_goes(tmp_path, monkeypatch):
+    """The thread that publishes removes the folder of staged copies once none is left."""
     (tmp_path / "checkpoint-2").mkdir()
     (tmp_path / "checkpoint-2" / "config.json").write_text("{}")
-    wanted, staged = Push(tmp_path / "checkpoint-2", "alice/fake", "2"), queue.SimpleQueue()
+    wanted, parent = Push(tmp_path / "checkpoint-2", "alice/fake", "2"), tmp_path / "unpublished"
+    first = stage(wanted, tmp_path, link=True)
+    remover, iterdir = threading.Thread(target=unstage, args=[first], daemon=True), Path.iterdir
 
-    def remove():
-        while (one := staged.get()) is not None:
-            unstage(one)
+    def iterdir_late(path):
+        if path == parent and remover.ident is None:
+            remover.start()
+            remover.join(0.3)
+        return iterdir(path)
 
-    thread = threading.Thread(target=remove, daemon=True)
-    thread.start()
-    for _ in range(300):
-        staged.put(stage(wanted, tmp_path, link=True))
-    staged.put(None)
-    thread.join()
-    assert not (tmp_path / "unpublished").exists()
+    monkeypatch.setattr(Path, "iterdir", iterdir_late)
+    second = stage(wanted, tmp_path, link=True)
+    remover.join(10)
+    assert (second.folder / "config.json").read_text() == "{}"
 
 
 def test_a_second_attempt_that_lands_clears_the_first(tmp_path):
