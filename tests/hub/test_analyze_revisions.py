@@ -73,7 +73,7 @@ def test_named_revisions_and_one_revision(repo, capsys):
 def test_what_can_not_be_found(repo, tmp_path, capsys):
     for words, message in (
         (["alice/none"], "it is no folder here, and there is no such repository"),
-        (["alice/none", "--revisions", "all"], "it is no folder here, and there is no such repository"),
+        (["alice/none", "--revisions", "all"], "there is no such repository"),
         ([repo, "--revision", "gone"], "has no such revision"),
     ):
         assert main(["analyze", *words]) == 2

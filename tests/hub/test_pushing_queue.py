@@ -1,11 +1,9 @@
 """The queue of pushes, without a Hub: order, patience, and a word about everything that did not land."""
 
-import os
-import queue
-import subprocess
-import sys
+import atexit
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import httpx2
@@ -168,35 +166,44 @@ def test_what_is_left_is_taken_up_once_and_forgotten_when_it_lands(tmp_path):
     assert publisher.report() == ""
 
 
-def test_a_program_that_does_not_wait_says_what_it_leaves(tmp_path):
-    code = (
-        "import sys, threading; from pathlib import Path; from test_pushing_queue import *\n"
-        "publisher = Publisher(FakeRepository(gate=threading.Event()))\n"
-        "for n in range(2): publisher.submit(push(Path(sys.argv[1]), n, always=True))\n"
-    )
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command = [sys.executable, "-c", code, tmp_path]
-    said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=60).stderr
-    assert said.count(f"Publish it later with: hf-recycle push {tmp_path} alice/fake") == 2
+def test_a_program_that_does_not_wait_says_what_it_leaves(tmp_path, monkeypatch, caplog):
+    at_exit, gate = [], threading.Event()
+    monkeypatch.setattr(atexit, "register", at_exit.append)
+    repository = FakeRepository(gate=gate)
+    publisher = Publisher(repository)
+    for message in range(2):
+        publisher.submit(push(tmp_path, message, always=True))
+    repository.started.wait(10)
+    with caplog.at_level("ERROR"):
+        for call in at_exit:
+            call()
+    assert caplog.text.count(f"Publish it later with: hf-recycle push {tmp_path} alice/fake") == 2
+    gate.set()
+    publisher.finish()
+    caplog.clear()
+    for call in at_exit:
+        call()
+    assert not caplog.text
 
 
-def test_staging_while_the_last_staged_copy_goes(tmp_path):
-    """The thread that publishes removes the folder of staged copies when none is left."""
+def test_staging_while_the_last_staged_copy_goes(tmp_path, monkeypatch):
+    """The thread that publishes removes the folder of staged copies once none is left."""
     (tmp_path / "checkpoint-2").mkdir()
     (tmp_path / "checkpoint-2" / "config.json").write_text("{}")
-    wanted, staged = Push(tmp_path / "checkpoint-2", "alice/fake", "2"), queue.SimpleQueue()
+    wanted, parent = Push(tmp_path / "checkpoint-2", "alice/fake", "2"), tmp_path / "unpublished"
+    first = stage(wanted, tmp_path, link=True)
+    remover, iterdir = threading.Thread(target=unstage, args=[first], daemon=True), Path.iterdir
 
-    def remove():
-        while (one := staged.get()) is not None:
-            unstage(one)
+    def iterdir_late(path):
+        if path == parent and remover.ident is None:
+            remover.start()
+            remover.join(0.3)
+        return iterdir(path)
 
-    thread = threading.Thread(target=remove)
-    thread.start()
-    for _ in range(300):
-        staged.put(stage(wanted, tmp_path, link=True))
-    staged.put(None)
-    thread.join()
-    assert not (tmp_path / "unpublished").exists()
+    monkeypatch.setattr(Path, "iterdir", iterdir_late)
+    second = stage(wanted, tmp_path, link=True)
+    remover.join(10)
+    assert (second.folder / "config.json").read_text() == "{}"
 
 
 def test_a_second_attempt_that_lands_clears_the_first(tmp_path):
