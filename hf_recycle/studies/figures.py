@@ -31,6 +31,8 @@ def losses(results: StudyResults, plan: FigurePlan) -> Figure | None:
     for number, arm in enumerate(_present(results, plan)):
         curves = [dict(run.evaluations) for run in results.of(arm)]
         steps = sorted(set.intersection(*(set(curve) for curve in curves)))
+        if not steps:
+            continue
         values = np.array([[curve[step] for step in steps] for curve in curves])
         style = _style(number)
         panel.plot(steps, values.mean(0), label=arm, lw=1.6, **style)
@@ -114,7 +116,9 @@ def final_magnitudes(results: StudyResults, plan: FigurePlan) -> Figure | None:
         records = None if run.history is None else run.history.magnitudes
         if records is None or not len(records):
             continue
-        last = records[records["step"] == records["step"].max()]
+        last = records[(records["step"] == records["step"].max()) & (records["histogram"].map(len) > 0)]
+        if not len(last):
+            continue
         middles, shares = _pooled(last)
         panel.plot(middles, 100 * shares, label=run.arm, lw=1.6, **_style(number))
         number += 1
@@ -122,6 +126,31 @@ def final_magnitudes(results: StudyResults, plan: FigurePlan) -> Figure | None:
         return None
     panel.set(xlabel="magnitude  ‖w_in‖ · ‖w_out‖", ylabel="neurons (%) per bin")
     return _titled(figure, panel, plan)
+
+
+@FIGURES.register
+def prune_curves(results: StudyResults, plan: FigurePlan) -> Figure | None:
+    """loss of final models against the share of neurons pruned at once, by criterion (the first seed of each arm)"""
+    # Late: this brings models and the Trainer, which reading a study can do without.
+    from hf_recycle.studies.one_shot import one_shot_curves
+
+    runs = [run for run in _first_runs(results, plan) if run.history is not None]
+    if not runs:
+        return None
+    figure = _figure(4.6 * len(runs) + 1.4, 4)
+    panels = figure.subplots(1, len(runs), sharey=True, squeeze=False)[0]
+    for panel, run in zip(panels, runs, strict=True):
+        curves = one_shot_curves(run)
+        shares = [100 * share for share in curves.shares]
+        for number, (criterion, losses) in enumerate(curves.losses.items(), start=1):
+            panel.plot(shares, losses, marker="o", ms=4, lw=1.6, label=criterion, **_style(number))
+        panel.set_title(f"{run.arm}, seed {run.seed}", fontsize=10)
+        panel.set_xlabel("neurons of each layer pruned (%)")
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("loss (nats per predicted token)")
+    panels[0].legend(frameon=False, fontsize=8, title="pruned first")
+    figure.suptitle(plan.title, fontsize=12)
+    return figure
 
 
 @FIGURES.register
