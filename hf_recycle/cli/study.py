@@ -135,10 +135,12 @@ def _check_runs(studies: Sequence[Study]) -> None:
 
 def _study(study: Study, options: argparse.Namespace, argv: Sequence[str]) -> int:
     """Runs one study and reports on it; returns the exit status."""
+    from hf_recycle.cli.options import no_progress_bars
     from hf_recycle.studies.report import arm_rows, summary_table, write_report
     from hf_recycle.studies.results import StudyResults, load_result
     from hf_recycle.studies.runner import StudyRunner
 
+    no_progress_bars()
     output = Path(options.output)
     jobs, devices = _places(options.jobs)
     runner = StudyRunner(output / "runs", jobs, devices)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from hf_recycle.methods.registry import Registry
-from hf_recycle.recorder import HISTOGRAM_BINS
 from hf_recycle.report.figures import magnitudes_figure
 from hf_recycle.studies.inference import paired_difference
 from hf_recycle.studies.plan import FigurePlan
@@ -19,6 +19,7 @@ from hf_recycle.studies.results import RunResult, StudyResults
 # Okabe-Ito, without its yellow: lines of it can't be seen on white.
 _COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 _DASHES = ("-", "--", ":")
+_BINS = 40
 
 FIGURES: Registry[Callable[[StudyResults, FigurePlan], Figure | None]] = Registry("kind of figure")
 """Drawings by kind: a figure, or None where no arm has what it needs."""
@@ -28,13 +29,12 @@ FIGURES: Registry[Callable[[StudyResults, FigurePlan], Figure | None]] = Registr
 def losses(results: StudyResults, plan: FigurePlan) -> Figure | None:
     """evaluation loss over steps: mean over seeds, with the range"""
     figure, panel = _panel(8, 4.5)
-    for number, arm in enumerate(_present(results, plan)):
+    for arm, style in _styles(results, plan).items():
         curves = [dict(run.evaluations) for run in results.of(arm)]
         steps = sorted(set.intersection(*(set(curve) for curve in curves)))
         if not steps:
             continue
         values = np.array([[curve[step] for step in steps] for curve in curves])
-        style = _style(number)
         panel.plot(steps, values.mean(0), label=arm, lw=1.6, **style)
         if len(curves) > 1:
             panel.fill_between(steps, values.min(0), values.max(0), color=style["color"], alpha=0.12, lw=0)
@@ -111,7 +111,7 @@ def magnitudes(results: StudyResults, plan: FigurePlan) -> Figure | None:
 def final_magnitudes(results: StudyResults, plan: FigurePlan) -> Figure | None:
     """magnitude histograms at the end of training, arms side by side, all layers together (the first seed)"""
     figure, panel = _panel(8, 4.2)
-    number = 0
+    styles = _styles(results, plan)
     for run in _first_runs(results, plan):
         records = None if run.history is None else run.history.magnitudes
         if records is None or not len(records):
@@ -119,12 +119,10 @@ def final_magnitudes(results: StudyResults, plan: FigurePlan) -> Figure | None:
         last = records[(records["step"] == records["step"].max()) & (records["histogram"].map(len) > 0)]
         if not len(last):
             continue
-        middles, shares = _pooled(last)
-        panel.plot(middles, 100 * shares, label=run.arm, lw=1.6, **_style(number))
-        number += 1
-    if not number:
+        panel.plot(*_density(last), label=run.arm, lw=1.6, **styles[run.arm])
+    if not panel.lines:
         return None
-    panel.set(xlabel="magnitude  ‖w_in‖ · ‖w_out‖", ylabel="neurons (%) per bin")
+    panel.set(xlabel="magnitude  ‖w_in‖ · ‖w_out‖", ylabel="density of neurons")
     return _titled(figure, panel, plan)
 
 
@@ -175,16 +173,17 @@ def widths(results: StudyResults, plan: FigurePlan) -> Figure | None:
     return _titled(figure, panel, plan)
 
 
-def _pooled(records) -> tuple[np.ndarray, np.ndarray]:
-    """The histograms of several blocks on one grid: middles `(HISTOGRAM_BINS,)` and shares `(HISTOGRAM_BINS,)`."""
+def _density(records: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    """The histograms of several blocks as one: middles of bins, and the density of neurons there, of integral 1; both
+    `(_BINS,)`."""
     edges = np.array(records["edges"].to_list())
-    grid = np.linspace(edges.min(), edges.max(), HISTOGRAM_BINS + 1)
-    total = np.zeros(HISTOGRAM_BINS)
-    for counts, own in zip(records["histogram"], edges, strict=True):
-        # Neurons spread evenly over their bin.
-        below = np.interp(grid, own, np.concatenate([[0], np.cumsum(counts)]))
-        total += np.diff(below)
-    return (grid[:-1] + grid[1:]) / 2, total / total.sum()
+    grid = np.linspace(edges.min(), edges.max(), _BINS + 1)
+    # Neurons spread evenly over their bin.
+    below = sum(
+        np.interp(grid, own, np.concatenate([[0], np.cumsum(counts)]))
+        for counts, own in zip(records["histogram"], edges, strict=True)
+    )
+    return (grid[:-1] + grid[1:]) / 2, np.diff(below) / (below[-1] * np.diff(grid))
 
 
 def _present(results: StudyResults, plan: FigurePlan) -> list[str]:
@@ -193,6 +192,12 @@ def _present(results: StudyResults, plan: FigurePlan) -> list[str]:
 
 def _first_runs(results: StudyResults, plan: FigurePlan) -> list[RunResult]:
     return [results.of(arm)[0] for arm in _present(results, plan)]
+
+
+def _styles(results: StudyResults, plan: FigurePlan) -> dict[str, dict[str, str]]:
+    """How the line of each arm is drawn: the baseline is black in every figure."""
+    others = [arm for arm in _present(results, plan) if arm != results.study.baseline]
+    return {arm: _style(others.index(arm) + 1 if arm in others else 0) for arm in _present(results, plan)}
 
 
 def _style(number: int) -> dict[str, str]:

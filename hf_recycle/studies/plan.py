@@ -60,6 +60,7 @@ class Study:
 
     Attributes:
         settings: of every arm; an arm's own win over them.
+        scales: further settings of every arm at one scale, by its name.
         overrides: of every arm; they win over everything.
     """
 
@@ -72,6 +73,7 @@ class Study:
     scale: str | None = None
     recipes: tuple[str, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
+    scales: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     overrides: Mapping[str, Any] = field(default_factory=dict)
     figures: tuple[FigurePlan, ...] = ()
     statements: tuple[str, ...] = ()
@@ -90,7 +92,8 @@ class Study:
             recipe = load_recipes([*scale, *self.recipes, *arm.recipes])
         except UserError as error:
             raise UserError(f"study {self.name!r}, arm {arm.name!r}: {error}") from error
-        merged = {**recipe.values, **self.settings, **arm.settings, **self.overrides, "seed": seed}
+        common = {**self.settings, **self.scales.get(self.scale or "", {})}
+        merged = {**recipe.values, **common, **arm.settings, **self.overrides, "seed": seed}
         settings = {name: value for name, value in sorted(merged.items()) if value is not None}
         return PlannedRun(arm.name, seed, settings, run_key(settings))
 

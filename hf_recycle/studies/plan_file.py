@@ -5,6 +5,7 @@ scale: laptop              # recipes/scale/laptop.yaml comes before the recipes 
 seeds: 3
 baseline: baseline         # the arm that the others are compared with
 settings: {max_steps: 1000}    # of every arm
+scales: {laptop: {eval_steps: 100}}    # of every arm at that scale
 arms:
   baseline: {recipes: baseline}
   immunity: {recipes: immunity-2, settings: {recycle_fraction: 0.05}, about: two phases of immunity}
@@ -27,7 +28,19 @@ from hf_recycle.errors import UserError
 from hf_recycle.studies.plan import Arm, FigurePlan, Study
 from hf_recycle.suggest import nearest
 
-_KEYS = ("title", "about", "scale", "seeds", "baseline", "recipes", "settings", "arms", "figures", "statements")
+_KEYS = (
+    "title",
+    "about",
+    "scale",
+    "seeds",
+    "baseline",
+    "recipes",
+    "settings",
+    "scales",
+    "arms",
+    "figures",
+    "statements",
+)
 _ARM_KEYS = ("recipes", "settings", "about")
 _FIGURE_KEYS = ("kind", "title", "arms")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -81,6 +94,9 @@ def load_study(path: Path) -> Study:
     parsed = tuple(_arm(where, str(name), arm) for name, arm in arms.items())
     names = [arm.name for arm in parsed]
     baseline, scale = values.get("baseline"), values.get("scale")
+    scales = values.get("scales") or {}
+    if not isinstance(scales, dict):
+        raise UserError(f"{where}: scales={scales!r} must be a mapping of scales to settings")
     if baseline is not None:
         check_known(where, "arm", [baseline], names)
     statements = _names(where, "statements", values.get("statements"))
@@ -95,6 +111,7 @@ def load_study(path: Path) -> Study:
         scale=None if scale is None else str(scale),
         recipes=_names(where, "recipes", values.get("recipes")),
         settings=check_settings(where, values.get("settings")),
+        scales={str(name): check_settings(where, settings) for name, settings in scales.items()},
         figures=tuple(_figure(where, plan, names, FIGURES) for plan in _list(where, "figures", values.get("figures"))),
         statements=statements,
     )
@@ -150,14 +167,17 @@ def _read(path: Path, inside: tuple[Path, ...]) -> dict[str, Any]:
     """The content of a study file, merged into that of the study it includes."""
     if path.resolve() in inside:
         raise UserError(f"study {path} includes itself; take its name out of include")
-    values = read_recipe(path)
+    try:
+        values = read_recipe(path)
+    except UserError as error:
+        raise UserError(str(error).replace("recipe", "study", 1)) from error
     included = values.pop("include", None)
     if included is None:
         return values
     beside = path.parent / str(included)
     other = _read(beside if beside.is_file() else find_study(str(included)), (*inside, path.resolve()))
     merged = {**other, **values}
-    for key in ("arms", "settings"):
+    for key in ("arms", "settings", "scales"):
         mine, theirs = values.get(key) or {}, other.get(key) or {}
         if isinstance(mine, dict) and isinstance(theirs, dict):
             merged[key] = {**theirs, **mine}

@@ -83,6 +83,10 @@ class StudyRunner:
         found = sorted(self.folder.glob(f"*-{run.key}"))
         return found[0] if found else self.folder / run.folder
 
+    def command(self, settings: Path) -> list[str]:
+        """The command that does the run of a settings file."""
+        return [sys.executable, "-m", "hf_recycle.train", str(settings)]
+
     def _prepare(self, runs: Sequence[PlannedRun]) -> None:
         """Tokenises data that several runs share once, before they start together."""
         unfinished = [run for run in runs if load_result(run, self.folder_of(run)) is None]
@@ -148,7 +152,7 @@ class StudyRunner:
             if self._stopping.is_set():
                 return -signal.SIGTERM
             process = subprocess.Popen(
-                [sys.executable, "-m", "hf_recycle.train", str(settings)],
+                self.command(settings),
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=environment,
