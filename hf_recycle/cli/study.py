@@ -149,7 +149,7 @@ def _study(study: Study, options: argparse.Namespace, argv: Sequence[str]) -> in
         found = {(run.arm, run.seed): load_result(run, runner.folder_of(run)) for run in planned}
         results, failures = {key: result for key, result in found.items() if result is not None}, {}
     else:
-        print(f"{study.title}: {len(planned)} runs, {jobs} at a time")
+        print(f"{study.title}: {len(planned)} run{'s' * (len(planned) > 1)}, {jobs} at a time")
         results, failures = runner.run(planned)
     for (arm, seed), words in failures.items():
         print(f"failed: {arm}, seed {seed}: {words}", file=sys.stderr)

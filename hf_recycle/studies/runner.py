@@ -136,7 +136,7 @@ class StudyRunner:
     def _write_settings(self, run: PlannedRun) -> Path:
         folder = self.folder_of(run)
         folder.mkdir(parents=True, exist_ok=True)
-        values = {"disable_tqdm": True, "include_num_input_tokens_seen": "all", **run.settings}
+        values = {"disable_tqdm": True, "include_num_input_tokens_seen": True, **run.settings}
         values |= {"output_dir": str(folder), "resume_from_checkpoint": "true"}
         path = folder / SETTINGS_FILE
         path.write_text(yaml.safe_dump(values, sort_keys=True), encoding="utf-8")

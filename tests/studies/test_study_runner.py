@@ -62,7 +62,7 @@ def test_a_failed_run_does_not_stop_the_others(tmp_path):
 
 
 def test_finished_runs_are_not_done_again(tmp_path):
-    run, same = planned("good"), None
+    run = planned("good")
     first, _ = Scripted(tmp_path, {"good": SUCCEED}).run([run])
     # Another study gives the same settings another name.
     same = PlannedRun("renamed", 1, run.settings, run.key)
@@ -154,7 +154,7 @@ def test_an_interruption_leaves_nothing_running(tmp_path, monkeypatch, script):
 def test_nothing_starts_after_a_stop(tmp_path):
     runner = Scripted(tmp_path, {"good": SUCCEED})
     runner._stop()
-    results, failures = runner.run([planned("good")])
+    results, _ = runner.run([planned("good")])
     assert not results
     assert not list(tmp_path.glob("*/ran"))
 
