@@ -1,7 +1,8 @@
 """The loss of a language model on a text, always on the same sequences with the same masks."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -121,22 +122,33 @@ def load_language_model(source: Source, settings: EvaluationSettings) -> Languag
     tokenizer = load_tokenizer(where, length, revision)
     arguments = ModelArguments(model_name_or_path=where, model_revision=revision, task=task)
     model = load_model(arguments, tokenizer, length)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = model.to(device).eval()
     sequences = load_data(settings.data(length), tokenizer)[1]
     if task == "mlm":
         collator = MaskedLanguageModelingCollator(tokenizer).for_evaluation()
     else:
         collator = CausalCollator(tokenizer.pad_token_id or tokenizer.eos_token_id or 0)
     rows = [sequences[index] for index in range(len(sequences))]
-    size = settings.batch_size
-    batches = [collator(rows[start : start + size]) for start in range(0, len(rows), size)]
+    subject = language_model(model, task, rows, collator, settings.batch_size)
+    if not subject.tokens:
+        raise UserError(f"eval_file={settings.eval_file!r} gives no token to predict; pass a longer text")
+    return subject
+
+
+def language_model(
+    model: PreTrainedModel, task: str, rows: Sequence[Any], collator: Callable[[Any], Batch], batch_size: int
+) -> LanguageModel:
+    """A model in evaluation mode, on a GPU if there is one, with batches of sequences.
+
+    Args:
+        rows: mappings with `input_ids`.
+        collator: makes a batch of some of them, with its labels.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    batches = [collator(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
     batches = [{name: value.to(device) for name, value in batch.items()} for batch in batches]
     shift = 1 if task == "clm" else 0
     tokens = sum(int((batch["labels"][:, shift:] != IGNORED).sum()) for batch in batches)
-    if not tokens:
-        raise UserError(f"eval_file={settings.eval_file!r} gives no token to predict; pass a longer text")
-    return LanguageModel(model, task, batches, tokens)
+    return LanguageModel(model.to(device).eval(), task, batches, tokens)
 
 
 def _task(config: PreTrainedConfig, source: Source) -> str:

@@ -12,6 +12,8 @@ from hf_recycle.errors import UserError
 from hf_recycle.suggest import nearest
 
 _SUFFIXES = (".yaml", ".yml")
+# Beside the recipes lie files that start processes (`hf_recycle.cli.launcher`), and studies (`hf_recycle.studies`).
+_OTHER_FOLDERS = ("accelerate/", "studies/")
 
 
 @dataclass
@@ -33,8 +35,7 @@ def recipe_names() -> list[str]:
     """Short names of the packaged recipes, such as `demo` and `scale/laptop`."""
     root = recipe_root()
     names = (path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.yaml"))
-    # How to start processes is no part of a recipe: see `hf_recycle.cli.launcher`.
-    return sorted(name for name in names if not name.startswith("accelerate/"))
+    return sorted(name for name in names if not name.startswith(_OTHER_FOLDERS))
 
 
 def describe_recipes() -> str:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from hf_recycle.methods.registry import Registry
-from hf_recycle.recorder import HISTOGRAM_BINS
 from hf_recycle.report.figures import magnitudes_figure
 from hf_recycle.studies.inference import paired_difference
 from hf_recycle.studies.plan import FigurePlan
@@ -19,6 +19,7 @@ from hf_recycle.studies.results import RunResult, StudyResults
 # Okabe-Ito, without its yellow: lines of it can't be seen on white.
 _COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 _DASHES = ("-", "--", ":")
+_BINS = 40
 
 FIGURES: Registry[Callable[[StudyResults, FigurePlan], Figure | None]] = Registry("kind of figure")
 """Drawings by kind: a figure, or None where no arm has what it needs."""
@@ -28,11 +29,12 @@ FIGURES: Registry[Callable[[StudyResults, FigurePlan], Figure | None]] = Registr
 def losses(results: StudyResults, plan: FigurePlan) -> Figure | None:
     """evaluation loss over steps: mean over seeds, with the range"""
     figure, panel = _panel(8, 4.5)
-    for number, arm in enumerate(_present(results, plan)):
+    for arm, style in _styles(results, plan).items():
         curves = [dict(run.evaluations) for run in results.of(arm)]
         steps = sorted(set.intersection(*(set(curve) for curve in curves)))
+        if not steps:
+            continue
         values = np.array([[curve[step] for step in steps] for curve in curves])
-        style = _style(number)
         panel.plot(steps, values.mean(0), label=arm, lw=1.6, **style)
         if len(curves) > 1:
             panel.fill_between(steps, values.min(0), values.max(0), color=style["color"], alpha=0.12, lw=0)
@@ -109,19 +111,44 @@ def magnitudes(results: StudyResults, plan: FigurePlan) -> Figure | None:
 def final_magnitudes(results: StudyResults, plan: FigurePlan) -> Figure | None:
     """magnitude histograms at the end of training, arms side by side, all layers together (the first seed)"""
     figure, panel = _panel(8, 4.2)
-    number = 0
+    styles = _styles(results, plan)
     for run in _first_runs(results, plan):
         records = None if run.history is None else run.history.magnitudes
         if records is None or not len(records):
             continue
-        last = records[records["step"] == records["step"].max()]
-        middles, shares = _pooled(last)
-        panel.plot(middles, 100 * shares, label=run.arm, lw=1.6, **_style(number))
-        number += 1
-    if not number:
+        last = records[(records["step"] == records["step"].max()) & (records["histogram"].map(len) > 0)]
+        if not len(last):
+            continue
+        panel.plot(*_density(last), label=run.arm, lw=1.6, **styles[run.arm])
+    if not panel.lines:
         return None
-    panel.set(xlabel="magnitude  ‖w_in‖ · ‖w_out‖", ylabel="neurons (%) per bin")
+    panel.set(xlabel="magnitude  ‖w_in‖ · ‖w_out‖", ylabel="density of neurons")
     return _titled(figure, panel, plan)
+
+
+@FIGURES.register
+def prune_curves(results: StudyResults, plan: FigurePlan) -> Figure | None:
+    """loss of final models against the share of neurons pruned at once, by criterion (the first seed of each arm)"""
+    # Late: this brings models and the Trainer, which reading a study can do without.
+    from hf_recycle.studies.one_shot import one_shot_curves
+
+    runs = [run for run in _first_runs(results, plan) if run.history is not None]
+    if not runs:
+        return None
+    figure = _figure(4.6 * len(runs) + 1.4, 4)
+    panels = figure.subplots(1, len(runs), sharey=True, squeeze=False)[0]
+    for panel, run in zip(panels, runs, strict=True):
+        curves = one_shot_curves(run)
+        shares = [100 * share for share in curves.shares]
+        for number, (criterion, losses) in enumerate(curves.losses.items(), start=1):
+            panel.plot(shares, losses, marker="o", ms=4, lw=1.6, label=criterion, **_style(number))
+        panel.set_title(f"{run.arm}, seed {run.seed}", fontsize=10)
+        panel.set_xlabel("neurons of each layer pruned (%)")
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("loss (nats per predicted token)")
+    panels[0].legend(frameon=False, fontsize=8, title="pruned first")
+    figure.suptitle(plan.title, fontsize=12)
+    return figure
 
 
 @FIGURES.register
@@ -146,16 +173,17 @@ def widths(results: StudyResults, plan: FigurePlan) -> Figure | None:
     return _titled(figure, panel, plan)
 
 
-def _pooled(records) -> tuple[np.ndarray, np.ndarray]:
-    """The histograms of several blocks on one grid: middles `(HISTOGRAM_BINS,)` and shares `(HISTOGRAM_BINS,)`."""
+def _density(records: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    """The histograms of several blocks as one: middles of bins, and the density of neurons there, of integral 1; both
+    `(_BINS,)`."""
     edges = np.array(records["edges"].to_list())
-    grid = np.linspace(edges.min(), edges.max(), HISTOGRAM_BINS + 1)
-    total = np.zeros(HISTOGRAM_BINS)
-    for counts, own in zip(records["histogram"], edges, strict=True):
-        # Neurons spread evenly over their bin.
-        below = np.interp(grid, own, np.concatenate([[0], np.cumsum(counts)]))
-        total += np.diff(below)
-    return (grid[:-1] + grid[1:]) / 2, total / total.sum()
+    grid = np.linspace(edges.min(), edges.max(), _BINS + 1)
+    # Neurons spread evenly over their bin.
+    below = sum(
+        np.interp(grid, own, np.concatenate([[0], np.cumsum(counts)]))
+        for counts, own in zip(records["histogram"], edges, strict=True)
+    )
+    return (grid[:-1] + grid[1:]) / 2, np.diff(below) / (below[-1] * np.diff(grid))
 
 
 def _present(results: StudyResults, plan: FigurePlan) -> list[str]:
@@ -164,6 +192,12 @@ def _present(results: StudyResults, plan: FigurePlan) -> list[str]:
 
 def _first_runs(results: StudyResults, plan: FigurePlan) -> list[RunResult]:
     return [results.of(arm)[0] for arm in _present(results, plan)]
+
+
+def _styles(results: StudyResults, plan: FigurePlan) -> dict[str, dict[str, str]]:
+    """How the line of each arm is drawn: the baseline is black in every figure."""
+    others = [arm for arm in _present(results, plan) if arm != results.study.baseline]
+    return {arm: _style(others.index(arm) + 1 if arm in others else 0) for arm in _present(results, plan)}
 
 
 def _style(number: int) -> dict[str, str]:

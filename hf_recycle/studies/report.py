@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import os
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import jinja2
 import numpy as np
 import torch
 
-from hf_recycle.files import package_version
+from hf_recycle.files import package_version, write_bytes
 from hf_recycle.studies.figures import FIGURES
 from hf_recycle.studies.inference import PairedDifference, paired_difference
 from hf_recycle.studies.results import RunResult, StudyResults
@@ -27,6 +28,7 @@ class ArmRow:
     """A line of the report's table: losses in nats, differences from the baseline paired by seed.
 
     Attributes:
+        tokens, seconds: means over runs; None if one is unknown.
         at_equal_time: mean evaluation loss after the training time of the quickest arm.
     """
 
@@ -36,28 +38,31 @@ class ArmRow:
     mean: float
     spread: float | None
     difference: PairedDifference | None
-    tokens: float
-    seconds: float
-    at_equal_time: float
+    tokens: float | None
+    seconds: float | None
+    at_equal_time: float | None
     time_difference: PairedDifference | None
 
 
 def arm_rows(results: StudyResults) -> list[ArmRow]:
     """One row for each arm that has a finished run."""
-    arms = [arm for arm in results.study.arms if results.has(arm.name)]
-    if not arms:
-        return []
-    seconds = min(float(np.mean([run.seconds for run in results.of(arm.name)])) for arm in arms)
-    return [_row(results, arm.name, arm.about, seconds) for arm in arms]
+    seconds = equal_seconds(results)
+    return [_row(results, arm.name, arm.about, seconds) for arm in results.study.arms if results.has(arm.name)]
 
 
-def _row(results: StudyResults, arm: str, about: str, seconds: float) -> ArmRow:
+def equal_seconds(results: StudyResults) -> float | None:
+    """The mean training time of the quickest arm."""
+    times = [_mean([run.seconds for run in results.of(arm.name)]) for arm in results.study.arms]
+    return min((time for time in times if time is not None), default=None)
+
+
+def _row(results: StudyResults, arm: str, about: str, seconds: float | None) -> ArmRow:
     runs, base = results.of(arm), results.study.baseline
     losses = [run.eval_loss for run in runs]
     pairs = results.paired(arm, base) if base is not None and base != arm else []
 
-    def difference(measure) -> PairedDifference | None:
-        return paired_difference(*zip(*[map(measure, pair) for pair in pairs], strict=True)) if pairs else None
+    def loss_in_time(run: RunResult) -> float | None:
+        return None if seconds is None else run.eval_loss_at(seconds)
 
     return ArmRow(
         arm=arm,
@@ -65,27 +70,38 @@ def _row(results: StudyResults, arm: str, about: str, seconds: float) -> ArmRow:
         seeds=len(runs),
         mean=float(np.mean(losses)),
         spread=float(np.std(losses, ddof=1)) if len(losses) > 1 else None,
-        difference=difference(lambda run: run.eval_loss),
-        tokens=float(np.mean([run.tokens for run in runs])),
-        seconds=float(np.mean([run.seconds for run in runs])),
-        at_equal_time=float(np.mean([run.eval_loss_at(seconds) for run in runs])),
-        time_difference=difference(lambda run: run.eval_loss_at(seconds)),
+        difference=_paired([(one.eval_loss, two.eval_loss) for one, two in pairs]),
+        tokens=_mean([run.tokens for run in runs]),
+        seconds=_mean([run.seconds for run in runs]),
+        at_equal_time=_mean([loss_in_time(run) for run in runs]),
+        time_difference=_paired([(loss_in_time(one), loss_in_time(two)) for one, two in pairs]),
     )
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    return float(np.mean(values)) if values and None not in values else None
+
+
+def _paired(pairs: Sequence[tuple[float | None, float | None]]) -> PairedDifference | None:
+    known = [pair for pair in pairs if None not in pair]
+    return paired_difference(*zip(*known, strict=True)) if known else None
 
 
 def write_report(results: StudyResults, folder: Path, command: str, jobs: int) -> list[Path]:
     """Writes `report.md`, `report.html` and `figures/` into a folder; returns the two pages."""
-    figures = _draw(results, folder / "figures")
+    figures, not_drawn = _draw(results, folder / "figures")
     rows = arm_rows(results)
     content = {
         "study": results.study,
         "rows": rows,
-        "equal_seconds": min((row.seconds for row in rows), default=0),
+        "equal_seconds": equal_seconds(results),
         "statements": [check(name, results) for name in results.study.statements],
         "failures": sorted(results.failures.items()),
+        "missing": results.missing(),
+        "not_drawn": not_drawn,
         "command": command,
         "machine": _machine(jobs),
-        "settings": _common_settings(results),
+        **_settings(results),
     }
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("hf_recycle.studies", "templates"),
@@ -94,53 +110,58 @@ def write_report(results: StudyResults, folder: Path, command: str, jobs: int) -
         undefined=jinja2.StrictUndefined,
         autoescape=lambda name: name is not None and ".html" in name,
     )
-    environment.filters |= {"difference": _difference, "cell": _cell}
+    environment.filters |= {"difference": _difference, "number": _number, "cell": _cell}
     markdown, page = folder / "report.md", folder / "report.html"
     linked = [(title, f"figures/{path.name}") for title, path in figures]
     inlined = [(title, _data_uri(path)) for title, path in figures]
-    markdown.write_text(environment.get_template("report.md.jinja").render(content, figures=linked))
-    page.write_text(environment.get_template("report.html.jinja").render(content, figures=inlined))
+    for path, template, drawn in ((markdown, "report.md.jinja", linked), (page, "report.html.jinja", inlined)):
+        write_bytes(path, environment.get_template(template).render(content, figures=drawn).encode("utf-8"))
     return [markdown, page]
 
 
-def _draw(results: StudyResults, folder: Path) -> list[tuple[str, Path]]:
+def _draw(results: StudyResults, folder: Path) -> tuple[list[tuple[str, Path]], list[tuple[str, str]]]:
+    """The figures drawn, and those that can't be, with the reason: one that fails costs the report nothing else."""
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("*.png"):
         old.unlink()
-    drawn = []
+    drawn, not_drawn = [], []
     for number, plan in enumerate(results.study.figures, start=1):
-        figure = FIGURES[plan.kind](results, plan)
-        if figure is not None:
-            path = folder / f"{number:02d}-{plan.kind.replace('_', '-')}.png"
+        path = folder / f"{number:02d}-{plan.kind.replace('_', '-')}.png"
+        try:
+            figure = FIGURES[plan.kind](results, plan)
+            if figure is None:
+                not_drawn.append((plan.title, "no finished run has what it shows"))
+                continue
             figure.savefig(path, dpi=_DPI, metadata={"Software": None})
+        except Exception as error:
+            not_drawn.append((plan.title, f"{type(error).__name__}: {error}"))
+        else:
             drawn.append((plan.title, path))
-    return drawn
+    return drawn, not_drawn
 
 
-def _common_settings(results: StudyResults) -> list[tuple[str, object]]:
-    """The arguments that all runs share."""
-    planned = [run.settings for run in results.study.runs()]
-    shared = set(planned[0].items()) if all(_hashable(run) for run in planned) else set()
-    for run in planned[1:]:
-        shared &= set(run.items())
-    return sorted(shared)
-
-
-def _hashable(settings) -> bool:
-    return not any(isinstance(value, list | dict) for value in settings.values())
+def _settings(results: StudyResults) -> dict[str, object]:
+    """The arguments that all runs share, and for each arm those that are its own."""
+    planned = results.study.changed(seeds=results.study.seeds[:1]).runs()
+    first = planned[0].settings
+    shared = {
+        name: value
+        for name, value in first.items()
+        if name != "seed" and all(name in run.settings and run.settings[name] == value for run in planned)
+    }
+    own = [
+        (run.arm, ", ".join(f"{n}={v}" for n, v in run.settings.items() if n not in shared and n != "seed"))
+        for run in planned
+    ]
+    return {"settings": sorted(shared.items()), "own_settings": own}
 
 
 def _machine(jobs: int) -> str:
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{_cores()} CPU cores"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{cores} CPU cores"
     libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
     at_a_time = "one run at a time" if jobs == 1 else f"{jobs} runs at a time"
     return f"{device}, {at_a_time}; hf_recycle {package_version()}, {libraries}, Python {platform.python_version()}"
-
-
-def _cores() -> int:
-    import os
-
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _difference(found: PairedDifference | None) -> str:
@@ -148,6 +169,10 @@ def _difference(found: PairedDifference | None) -> str:
         return "–"
     interval = "" if found.low is None else f" [{found.low:+.4f}, {found.high:+.4f}]"
     return f"{found.mean:+.4f}{interval}"
+
+
+def _number(value: float | None, digits: int = 4, scale: float = 1.0) -> str:
+    return "–" if value is None else f"{value / scale:,.{digits}f}"
 
 
 def _cell(text: object) -> str:
@@ -169,6 +194,3 @@ def summary_table(rows: Sequence[ArmRow]) -> str:
             f"{row.arm:<{width}}  {row.seeds:>5}  {f'{row.mean:.4f}{spread}':<19}  {_difference(row.difference)}"
         )
     return "\n".join(lines)
-
-
-__all__ = ["ArmRow", "RunResult", "arm_rows", "summary_table", "write_report"]

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from hf_recycle.files import CONFIG_FILE, write_bytes
 from hf_recycle.history import RecyclingHistory
 from hf_recycle.studies.plan import PlannedRun, Study
 
@@ -22,17 +23,17 @@ class RunResult:
     """One finished run.
 
     Attributes:
-        seconds: of training, evaluations included.
+        seconds: of training, evaluations included, over all resumes; None where an interruption left them unknown.
+        tokens: of all training batches, padding included, and of overtraining; None if unknown.
         losses, evaluations: (step, loss in nats per predicted token), in order.
-        tokens: input tokens of the whole training, padding included, without those of overtraining.
         folder: where the run lies.
     """
 
     arm: str
     seed: int
     steps: int
-    seconds: float
-    tokens: int
+    seconds: float | None
+    tokens: int | None
     losses: list[tuple[int, float]]
     evaluations: list[tuple[int, float]]
     folder: str
@@ -42,9 +43,11 @@ class RunResult:
         """The last evaluation loss."""
         return self.evaluations[-1][1]
 
-    def eval_loss_at(self, seconds: float) -> float:
+    def eval_loss_at(self, seconds: float) -> float | None:
         """Evaluation loss after so many seconds of training, as if steps took equally long; between two evaluations it
-        is interpolated."""
+        is interpolated. None if the run's own time is unknown."""
+        if self.seconds is None:
+            return None
         steps, values = zip(*self.evaluations, strict=True)
         return float(np.interp(seconds / self.seconds * self.steps, steps, values))
 
@@ -52,46 +55,68 @@ class RunResult:
     def history(self) -> RecyclingHistory | None:
         """What happened to the neurons; None for a model without any."""
         folder = Path(self.folder)
-        return RecyclingHistory.from_pretrained(folder) if (folder / "recycling_config.json").exists() else None
+        return RecyclingHistory.from_pretrained(folder) if (folder / CONFIG_FILE).exists() else None
 
 
-def collect(planned: PlannedRun, folder: Path) -> RunResult:
-    """Reads a finished run and leaves `study_result.json` in its folder, which marks it as done."""
-    state = json.loads((folder / "trainer_state.json").read_text())
-    metrics = json.loads((folder / "train_results.json").read_text())
+def collect(planned: PlannedRun, folder: Path, resumed: bool = False) -> RunResult:
+    """Reads a finished run and leaves `study_result.json` in its folder, which marks it as done.
+
+    Args:
+        resumed: whether training was interrupted at least once.
+
+    Raises:
+        ValueError: the run has not been evaluated.
+        Exception: what reading its files raises.
+    """
+    state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
     curves: dict[str, dict[int, float]] = {"loss": {}, "eval_loss": {}}
     for row in state["log_history"]:
         for name, curve in curves.items():
             if name in row:
                 curve[int(row["step"])] = float(row[name])
+    if not curves["eval_loss"]:
+        raise ValueError(f"{folder} has no evaluation loss: a study needs eval_strategy=steps and validation data")
+    seconds, tokens = _cost(folder, state, resumed)
     result = RunResult(
         arm=planned.arm,
         seed=planned.seed,
         steps=int(state["global_step"]),
-        seconds=float(metrics["train_runtime"]),
-        tokens=int(state.get("num_input_tokens_seen") or 0),
+        seconds=seconds,
+        tokens=tokens,
         losses=sorted(curves["loss"].items()),
         evaluations=sorted(curves["eval_loss"].items()),
         folder=str(folder),
     )
-    if not result.evaluations:
-        raise ValueError(f"{folder} has no evaluation loss: a study needs eval_strategy=steps and validation data")
     content = {"settings": dict(planned.settings), **asdict(result)}
-    temporary = folder / f".{RESULT_FILE}"
-    temporary.write_text(json.dumps(content, indent=1))
-    temporary.replace(folder / RESULT_FILE)
+    write_bytes(folder / RESULT_FILE, json.dumps(content, indent=1, default=str).encode())
     return result
 
 
+def _cost(folder: Path, state: Mapping[str, Any], resumed: bool) -> tuple[float | None, int | None]:
+    """Seconds and tokens of the whole training."""
+    if (folder / CONFIG_FILE).exists():
+        history = RecyclingHistory.from_pretrained(folder)
+        run = history.config.get("run", {})
+        extra = history.stats.get("overtraining", {}).get("tokens", 0)
+        tokens = run.get("tokens")
+        return run.get("seconds"), None if tokens is None else tokens + extra
+    # A model without feed-forward neurons keeps no record of its own, and the Trainer's time is that since it started.
+    metrics = json.loads((folder / "train_results.json").read_text(encoding="utf-8"))
+    return None if resumed else float(metrics["train_runtime"]), state.get("num_input_tokens_seen") or None
+
+
 def load_result(planned: PlannedRun, folder: Path) -> RunResult | None:
-    """The result of a run that is done, under the arm and seed it was planned for; None if it is not done."""
-    path = folder / RESULT_FILE
-    if not path.exists():
+    """The result of a run that is done, under the arm and seed it was planned for; None if it is not done, or if its
+    files are damaged: then the run goes on from its last checkpoint, which writes them anew."""
+    try:
+        content: dict[str, Any] = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
+        points = {name: [(int(s), float(v)) for s, v in content[name]] for name in ("losses", "evaluations")}
+        numbers = {name: content[name] for name in ("steps", "seconds", "tokens")}
+        result = RunResult(arm=planned.arm, seed=planned.seed, folder=str(folder), **points, **numbers)
+        _ = result.eval_loss, result.history
+    except (OSError, ValueError, TypeError, KeyError, IndexError):  # RecyclingFileError is a ValueError
         return None
-    content: dict[str, Any] = json.loads(path.read_text())
-    content.pop("settings")
-    pairs = {name: [(int(s), float(v)) for s, v in content[name]] for name in ("losses", "evaluations")}
-    return RunResult(**content | pairs | {"arm": planned.arm, "seed": planned.seed, "folder": str(folder)})
+    return result
 
 
 @dataclass(frozen=True)
@@ -114,6 +139,11 @@ class StudyResults:
     def has(self, *arms: str) -> bool:
         """Whether each of the arms has a finished run."""
         return all(self.of(arm) for arm in arms)
+
+    def missing(self) -> list[tuple[str, int]]:
+        """(arm, seed) of the runs that neither finished nor failed."""
+        wanted = [(arm.name, seed) for arm in self.study.arms for seed in self.study.seeds]
+        return [key for key in wanted if key not in self.runs and key not in self.failures]
 
     def paired(self, arm: str, other: str) -> list[tuple[RunResult, RunResult]]:
         """The finished runs of two arms with the same seed."""

@@ -8,17 +8,23 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import yaml
 
+from hf_recycle.studies.lock import run_lock
 from hf_recycle.studies.plan import PlannedRun
 from hf_recycle.studies.results import RunResult, collect, load_result
 
 SETTINGS_FILE, LOG_FILE = "study_settings.yaml", "study.log"
-_TERMINATION = 60  # seconds that an interrupted run has to stop
+_TERMINATION = 60  # seconds that interrupted runs have to stop
+
+Results = dict[tuple[str, int], RunResult]
+Failures = dict[tuple[str, int], str]
 
 
 class StudyRunner:
@@ -42,7 +48,7 @@ class StudyRunner:
         for number in range(jobs):
             self._devices.put(devices[number % len(devices)] if devices else None)
 
-    def run(self, planned: Sequence[PlannedRun]) -> tuple[dict, dict]:
+    def run(self, planned: Sequence[PlannedRun]) -> tuple[Results, Failures]:
         """Does the runs; a failed one does not stop the others.
 
         Returns:
@@ -51,24 +57,24 @@ class StudyRunner:
         Raises:
             KeyboardInterrupt: after the running runs have stopped; the same study goes on where it was.
         """
-        results: dict[tuple[str, int], RunResult] = {}
-        failures: dict[tuple[str, int], str] = {}
+        results: Results = {}
+        failures: Failures = {}
         first = {}
         for run in planned:
             first.setdefault(run.key, run)
         self._prepare(list(first.values()))
         with ThreadPoolExecutor(self.jobs) as pool:
-            futures = {key: pool.submit(self._do, run) for key, run in first.items()}
             try:
+                futures = {key: pool.submit(self._do, run) for key, run in first.items()}
                 for run in planned:
                     outcome = futures[run.key].result()
                     if isinstance(outcome, str):
                         failures[run.arm, run.seed] = outcome
                     else:
-                        results[run.arm, run.seed] = load_result(run, Path(outcome.folder))
+                        results[run.arm, run.seed] = replace(outcome, arm=run.arm, seed=run.seed)
             except KeyboardInterrupt:
+                pool.shutdown(wait=False, cancel_futures=True)
                 self._stop()
-                pool.shutdown(cancel_futures=True)
                 raise
         return results, failures
 
@@ -77,90 +83,121 @@ class StudyRunner:
         found = sorted(self.folder.glob(f"*-{run.key}"))
         return found[0] if found else self.folder / run.folder
 
+    def command(self, settings: Path) -> list[str]:
+        """The command that does the run of a settings file."""
+        return [sys.executable, "-m", "hf_recycle.train", str(settings)]
+
     def _prepare(self, runs: Sequence[PlannedRun]) -> None:
         """Tokenises data that several runs share once, before they start together."""
         unfinished = [run for run in runs if load_result(run, self.folder_of(run)) is None]
         if self.jobs < 2 or len(unfinished) < 2:
             return
         settings = self._write_settings(unfinished[0])
+        # What is wrong with the data, the runs will say.
         subprocess.run(
             [sys.executable, "-m", "hf_recycle.studies.prepare", str(settings)], capture_output=True, check=False
         )
 
     def _do(self, run: PlannedRun) -> RunResult | str:
-        folder = self.folder_of(run)
-        done = load_result(run, folder)
-        if done is not None:
-            self._say(f"{run.arm}, seed {run.seed}: done before, evaluation loss {done.eval_loss:.4f}")
-            return done
-        if self._stopping.is_set():
-            return "interrupted"
-        settings = self._write_settings(run)
-        device = self._devices.get()
         try:
-            self._say(f"{run.arm}, seed {run.seed}: started, log in {folder / LOG_FILE}")
-            status = self._launch(settings, folder / LOG_FILE, device)
-        finally:
-            self._devices.put(device)
-        if self._stopping.is_set():
-            return "interrupted"
-        if status == 0:
-            try:
-                result = collect(run, folder)
-            except Exception as error:  # whatever a run left behind, the other runs go on
-                return self._failed(run, f"its results can't be read: {error}")
-            self._say(f"{run.arm}, seed {run.seed}: evaluation loss {result.eval_loss:.4f} in {result.seconds:.0f} s")
-            return result
-        return self._failed(run, _last_words(folder / LOG_FILE) or f"it ended with status {status}")
+            outcome = self._run(run)
+        except Exception as error:  # a full disk, files that can't be read: the other runs go on
+            outcome = f"{type(error).__name__}: {error}"
+        if isinstance(outcome, str):
+            self._say(
+                f"{run.arm}, seed {run.seed}: " + ("stopped" if self._stopping.is_set() else f"FAILED: {outcome}")
+            )
+        return outcome
 
-    def _failed(self, run: PlannedRun, words: str) -> str:
-        self._say(f"{run.arm}, seed {run.seed}: FAILED: {words}")
-        return words
+    def _run(self, run: PlannedRun) -> RunResult | str:
+        folder, name = self.folder_of(run), f"{run.arm}, seed {run.seed}"
+        folder.mkdir(parents=True, exist_ok=True)
+        busy = f"{name}: waiting, another process is at it in {folder}"
+        with run_lock(folder, self._stopping, lambda: self._say(busy)) as lock:
+            done = load_result(run, folder)
+            if done is not None:
+                self._say(f"{name}: done before, evaluation loss {done.eval_loss:.4f}")
+                return done
+            settings, log = self._write_settings(run), folder / LOG_FILE
+            resumed = any(folder.glob("checkpoint-*"))
+            device = self._devices.get()
+            try:
+                self._say(f"{name}: {'goes on' if resumed else 'started'}, log in {log}")
+                status = self._launch(settings, log, device, lock)
+            finally:
+                self._devices.put(device)
+            if status != 0:
+                return _last_words(log, status)
+            result = collect(run, folder, resumed)
+        took = "" if result.seconds is None else f" in {result.seconds:.0f} s"
+        self._say(f"{name}: evaluation loss {result.eval_loss:.4f}{took}")
+        return result
 
     def _write_settings(self, run: PlannedRun) -> Path:
         folder = self.folder_of(run)
         folder.mkdir(parents=True, exist_ok=True)
-        values = dict(run.settings) | {"output_dir": str(folder), "resume_from_checkpoint": "true"}
-        values.setdefault("disable_tqdm", True)
+        values = {"disable_tqdm": True, "include_num_input_tokens_seen": True, **run.settings}
+        values |= {"output_dir": str(folder), "resume_from_checkpoint": "true"}
         path = folder / SETTINGS_FILE
-        path.write_text(yaml.safe_dump(values, sort_keys=True))
+        path.write_text(yaml.safe_dump(values, sort_keys=True), encoding="utf-8")
         return path
 
-    def _launch(self, settings: Path, log: Path, device: str | None) -> int:
+    def _launch(self, settings: Path, log: Path, device: str | None, lock: int | None) -> int:
         threads = max(1, (os.cpu_count() or 1) // self.jobs)
         environment = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"} | os.environ
         if device is not None:
             environment["CUDA_VISIBLE_DEVICES"] = device
-        with log.open("ab") as output:
+        with log.open("ab") as output, self._lock:
+            # Asked under the lock: what starts after `_stop` has looked would be left running.
+            if self._stopping.is_set():
+                return -signal.SIGTERM
             process = subprocess.Popen(
-                [sys.executable, "-m", "hf_recycle.train", str(settings)],
+                self.command(settings),
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=environment,
                 # Ctrl-C goes to this process alone, which passes it on in an orderly way.
                 start_new_session=True,
+                pass_fds=() if lock is None else (lock,),
             )
+            self._processes.add(process)
+        try:
+            return process.wait()
+        finally:
             with self._lock:
-                self._processes.add(process)
-            try:
-                return process.wait()
-            finally:
-                with self._lock:
-                    self._processes.discard(process)
+                self._processes.discard(process)
 
     def _stop(self) -> None:
-        self._stopping.set()
+        """Ends the running runs; a second interrupt ends them at once."""
         with self._lock:
+            self._stopping.set()
             running = list(self._processes)
         for process in running:
             process.send_signal(signal.SIGTERM)
-        for process in running:
-            try:
-                process.wait(_TERMINATION)
-            except subprocess.TimeoutExpired:
-                process.kill()
+        deadline = time.monotonic() + _TERMINATION
+        try:
+            for process in running:
+                process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            for process in running:
+                if process.poll() is None:
+                    _kill(process)
 
 
-def _last_words(log: Path) -> str:
+def _kill(process: subprocess.Popen) -> None:
+    """Ends a run with the workers it started."""
+    if hasattr(os, "killpg"):
+        os.killpg(process.pid, signal.SIGKILL)
+    else:
+        process.kill()
+
+
+def _last_words(log: Path, status: int) -> str:
+    """How a failed run ended: its last line, and the signal if one killed it."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1] if lines else ""
+    said = lines[-1] if lines else ""
+    if status < 0:
+        return f"killed by {signal.Signals(-status).name}" + (f" after saying: {said}" if said else "")
+    return said or f"it ended with status {status}"

@@ -91,6 +91,25 @@ def test_short_names_find_packaged_recipes():
     assert find_recipe("recipes/demo.yaml").samefile(find_recipe("demo"))
 
 
+def test_studies_are_no_recipes():
+    assert not [name for name in recipe_names() if "studies" in name]
+    with pytest.raises(UserError, match="recipe 'studies/article' is neither"):
+        find_recipe("studies/article")
+
+
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [
+        ("midpoint-l2", {"midpoint_distance": "l2"}),
+        ("midpoint-log", {"midpoint_log": True}),
+        ("midpoint-median", {"midpoint_center": "median"}),
+        ("midpoint-below", {"midpoint_below_only": True}),
+    ],
+)
+def test_midpoint_variants_change_one_thing(name, changed):
+    assert load_recipes([name]).values == load_recipes(["midpoint-1"]).values | changed
+
+
 def test_a_wheel_has_them_inside_the_package(tmp_path, monkeypatch):
     package = tmp_path / "hf_recycle"
     (package / "cli").mkdir(parents=True)

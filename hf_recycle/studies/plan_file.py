@@ -1,0 +1,224 @@
+"""A study as its file describes it.
+
+title: Does immunity break the vicious cycle?
+scale: laptop              # recipes/scale/laptop.yaml comes before the recipes of every arm
+seeds: 3
+baseline: baseline         # the arm that the others are compared with
+settings: {max_steps: 1000}    # of every arm
+scales: {laptop: {eval_steps: 100}}    # of every arm at that scale
+arms:
+  baseline: {recipes: baseline}
+  immunity: {recipes: immunity-2, settings: {recycle_fraction: 0.05}, about: two phases of immunity}
+figures:
+  - {kind: losses, title: Immunity, arms: [baseline, immunity]}
+statements: [vicious_cycle]
+
+With `include`, the name of another study, it goes on from that one: arms, figures and statements are added.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hf_recycle.cli.recipes import read_recipe, recipe_root
+from hf_recycle.errors import UserError
+from hf_recycle.studies.plan import Arm, FigurePlan, Study
+from hf_recycle.suggest import nearest
+
+_KEYS = (
+    "title",
+    "about",
+    "scale",
+    "seeds",
+    "baseline",
+    "recipes",
+    "settings",
+    "scales",
+    "arms",
+    "figures",
+    "statements",
+)
+_ARM_KEYS = ("recipes", "settings", "about")
+_FIGURE_KEYS = ("kind", "title", "arms")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+# What the study itself decides, and how to say it instead.
+_RESERVED = {
+    "seed": "use the study's seeds",
+    "output_dir": "use hf-recycle study --output",
+    "resume_from_checkpoint": "a study resumes its runs by itself",
+}
+
+
+def study_names() -> list[str]:
+    """Short names of the packaged studies."""
+    return sorted(found.stem for found in (recipe_root() / "studies").glob("*.yaml"))
+
+
+def find_study(name: str) -> Path:
+    """The file of a study, given its path or its short name, such as `article`.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = Path(name).expanduser()
+    if path.suffix in (".yaml", ".yml") and path.is_file():
+        return path
+    short = name.removesuffix(".yaml").removeprefix("recipes/").removeprefix("studies/")
+    if short in study_names():
+        return recipe_root() / "studies" / f"{short}.yaml"
+    raise UserError(
+        f"study {name!r} is neither a file that ends in .yaml nor the name of a packaged study; "
+        + nearest(short, study_names(), show_all=True)
+    )
+
+
+def load_study(path: Path) -> Study:
+    """Read and check a study file.
+
+    Raises:
+        UserError: an unknown key, arm, figure or statement, or a value of the wrong form.
+    """
+    # Late: they bring matplotlib.
+    from hf_recycle.studies.figures import FIGURES
+    from hf_recycle.studies.statements import STATEMENTS
+
+    where = f"study {path}"
+    values = _read(path, ())
+    check_known(where, "key", values, _KEYS)
+    arms = values.get("arms")
+    if not isinstance(arms, dict) or not arms:
+        raise UserError(f"{where}: arms={arms!r} must be a mapping of names to recipes and settings")
+    parsed = tuple(_arm(where, str(name), arm) for name, arm in arms.items())
+    names = [arm.name for arm in parsed]
+    baseline, scale = values.get("baseline"), values.get("scale")
+    scales = values.get("scales") or {}
+    if not isinstance(scales, dict):
+        raise UserError(f"{where}: scales={scales!r} must be a mapping of scales to settings")
+    if baseline is not None:
+        check_known(where, "arm", [baseline], names)
+    statements = _names(where, "statements", values.get("statements"))
+    check_known(where, "statement", statements, STATEMENTS)
+    return Study(
+        name=path.stem,
+        title=str(values.get("title") or path.stem),
+        arms=parsed,
+        seeds=parse_seeds(values.get("seeds", 1)),
+        baseline=baseline,
+        about=str(values.get("about") or ""),
+        scale=None if scale is None else str(scale),
+        recipes=_names(where, "recipes", values.get("recipes")),
+        settings=check_settings(where, values.get("settings")),
+        scales={str(name): check_settings(where, settings) for name, settings in scales.items()},
+        figures=tuple(_figure(where, plan, names, FIGURES) for plan in _list(where, "figures", values.get("figures"))),
+        statements=statements,
+    )
+
+
+def parse_seeds(value: Any) -> tuple[int, ...]:
+    """`3` is seeds 1 to 3; a list, or "4,5,6", is those.
+
+    Raises:
+        UserError: for anything else.
+    """
+    try:
+        if isinstance(value, str):
+            value = [int(part) for part in value.split(",")] if "," in value else int(value)
+        if type(value) is int:
+            value = list(range(1, value + 1))
+        seeds = tuple(value) if isinstance(value, list) and all(type(seed) is int for seed in value) else ()
+    except ValueError:
+        seeds = ()
+    if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
+        raise UserError(f"seeds={value!r} must be a number of seeds from 1, or a list of different seeds")
+    return seeds
+
+
+def check_settings(where: str, value: Any) -> dict[str, Any]:
+    """Arguments for runs, as they are written in a study or on its command line.
+
+    Raises:
+        UserError: it is not a mapping of names, or sets what is the study's own affair.
+    """
+    value = value or {}
+    if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
+        raise UserError(f"{where}: settings={value!r} must be a mapping of arguments to values")
+    for name in value:
+        if name in _RESERVED:
+            raise UserError(f"{where}: {name} is not a setting of a study; {_RESERVED[name]}")
+    return dict(value)
+
+
+def check_known(where: str, what: str, given: Iterable[Any], known: Iterable[str]) -> None:
+    """Refuse names that are not known.
+
+    Raises:
+        UserError: with the nearest known name.
+    """
+    known = list(known)
+    for name in given:
+        if name not in known:
+            raise UserError(f"{where}: unknown {what} {name!r}; {nearest(str(name), known, show_all=True)}")
+
+
+def _read(path: Path, inside: tuple[Path, ...]) -> dict[str, Any]:
+    """The content of a study file, merged into that of the study it includes."""
+    if path.resolve() in inside:
+        raise UserError(f"study {path} includes itself; take its name out of include")
+    try:
+        values = read_recipe(path)
+    except UserError as error:
+        raise UserError(str(error).replace("recipe", "study", 1)) from error
+    included = values.pop("include", None)
+    if included is None:
+        return values
+    beside = path.parent / str(included)
+    other = _read(beside if beside.is_file() else find_study(str(included)), (*inside, path.resolve()))
+    merged = {**other, **values}
+    for key in ("arms", "settings", "scales"):
+        mine, theirs = values.get(key) or {}, other.get(key) or {}
+        if isinstance(mine, dict) and isinstance(theirs, dict):
+            merged[key] = {**theirs, **mine}
+    for key in ("figures", "statements"):
+        mine, theirs = values.get(key) or [], other.get(key) or []
+        if isinstance(mine, list) and isinstance(theirs, list):
+            merged[key] = [*theirs, *(item for item in mine if item not in theirs)]
+    return merged
+
+
+def _arm(where: str, name: str, value: Any) -> Arm:
+    if not _NAME.fullmatch(name):
+        raise UserError(f"{where}: arm {name!r} must be named with letters, digits, '.', '_' and '-'")
+    where = f"{where}, arm {name!r}"
+    value = value or {}
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: {value!r} is not a mapping; write its recipes and settings")
+    check_known(where, "key", value, _ARM_KEYS)
+    recipes = _names(where, "recipes", value.get("recipes"))
+    return Arm(name, recipes, check_settings(where, value.get("settings")), str(value.get("about") or ""))
+
+
+def _figure(where: str, value: Any, arms: Sequence[str], kinds: Iterable[str]) -> FigurePlan:
+    if not isinstance(value, Mapping):
+        raise UserError(f"{where}: figure {value!r} is not a mapping; write its kind, title and arms")
+    where = f"{where}, figure"
+    check_known(where, "key", value, _FIGURE_KEYS)
+    kind, chosen = value.get("kind"), _names(where, "arms", value.get("arms")) or tuple(arms)
+    check_known(where, "kind", [kind], kinds)
+    check_known(f"{where} {kind!r}", "arm", chosen, arms)
+    return FigurePlan(kind, str(value.get("title") or kind), chosen)
+
+
+def _list(where: str, key: str, value: Any) -> list[Any]:
+    if not isinstance(value or [], list):
+        raise UserError(f"{where}: {key}={value!r} must be a list")
+    return value or []
+
+
+def _names(where: str, key: str, value: Any) -> tuple[str, ...]:
+    names = _list(where, key, [value] if isinstance(value, str) else value)
+    if not all(isinstance(name, str) for name in names):
+        raise UserError(f"{where}: {key}={value!r} must be a name or a list of names")
+    return tuple(names)

@@ -1,0 +1,102 @@
+"""What a study says of a statement, and how that is decided: by intervals over seeds, and margins."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from hf_recycle.methods.registry import Registry
+from hf_recycle.studies.inference import PairedDifference, paired_difference
+from hf_recycle.studies.results import StudyResults
+
+HOLDS, FAILS, UNCLEAR, MISSING = "holds", "does not hold", "not shown at this scale", "not measured"
+
+LOSS_MARGIN = 0.02
+"""Nats: a gain that is smaller is none, where a statement says that something brings none."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a study says of one statement.
+
+    Attributes:
+        verdict: HOLDS and FAILS where the measurement says so, UNCLEAR where it can't tell, MISSING where the study
+            lacks an arm.
+        measured: the numbers, or what is lacking.
+    """
+
+    verdict: str
+    measured: str
+
+
+STATEMENTS: Registry[Callable[[StudyResults], Verdict]] = Registry("statement")
+"""Checks by name; the first line of a check's docstring is the statement."""
+
+
+def check(name: str, results: StudyResults) -> tuple[str, Verdict]:
+    """A statement in words, and its verdict. A check that fails costs the report nothing but its line."""
+    function = STATEMENTS[name]
+    words = (function.__doc__ or name).strip().splitlines()[0].rstrip(".")
+    try:
+        return words, function(results)
+    except Exception as error:
+        return words, Verdict(MISSING, f"the check failed: {type(error).__name__}: {error}")
+
+
+def lower(results: StudyResults, one: str, two: str) -> Verdict:
+    """Whether arm `one` has the lower evaluation loss: the 95% interval of the paired difference must say so."""
+    found = difference(results, one, two)
+    if found is None:
+        return needs(one, two)
+    return Verdict(below_zero(found), told(one, two, found))
+
+
+def no_better(results: StudyResults, one: str, two: str) -> Verdict:
+    """Whether arm `one` fails to beat `two`: the interval must leave no room for a gain of `LOSS_MARGIN` or more."""
+    found = difference(results, one, two)
+    if found is None:
+        return needs(one, two)
+    if below_zero(found) == HOLDS:
+        return Verdict(FAILS, told(one, two, found))
+    holds = found.low is not None and found.low > -LOSS_MARGIN
+    return Verdict(HOLDS if holds else UNCLEAR, told(one, two, found))
+
+
+def difference(results: StudyResults, one: str, two: str) -> PairedDifference | None:
+    """Evaluation loss of `one` minus `two`, paired by seed; None without a common seed."""
+    pairs = results.paired(one, two)
+    if not pairs:
+        return None
+    return paired_difference([run.eval_loss for run, _ in pairs], [run.eval_loss for _, run in pairs])
+
+
+def below_zero(found: PairedDifference) -> str:
+    """HOLDS if the interval lies below zero, FAILS if above, UNCLEAR if it holds zero or there is none."""
+    if found.low is None or found.high is None:
+        return UNCLEAR
+    return HOLDS if found.high < 0 else FAILS if found.low > 0 else UNCLEAR
+
+
+def told(one: str, two: str, found: PairedDifference) -> str:
+    interval = "one seed" if found.low is None else f"95% interval {found.low:+.4f} to {found.high:+.4f}"
+    return f"evaluation loss of {one} minus {two}: {found.mean:+.4f} nats ({interval})"
+
+
+def needs(*arms: str, what: str = "") -> Verdict:
+    """The verdict where arms are missing, or lack `what`."""
+    named = f"the arm{'s' * (len(arms) > 1)} {' and '.join(arms)}"
+    return Verdict(MISSING, f"needs {named}" + (f" with {what}" if what else ""))
+
+
+def every_seed(ratios: Iterable[float], margin: float) -> str:
+    """Of ratios that a statement says are large, one for each seed: HOLDS if all exceed `margin`, FAILS if none exceeds
+    1, UNCLEAR otherwise."""
+    found = list(ratios)
+    if all(ratio > margin for ratio in found):
+        return HOLDS
+    return FAILS if all(ratio <= 1 for ratio in found) else UNCLEAR
+
+
+def first_present(results: StudyResults, names: Sequence[str]) -> str:
+    """The first of the arms that has a finished run; if none has, the first."""
+    return next((name for name in names if results.has(name)), names[0])

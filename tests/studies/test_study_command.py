@@ -1,0 +1,221 @@
+"""`hf-recycle study` on its command line: mistakes, and real small studies."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from hf_recycle.cli.main import main
+from hf_recycle.files import package_version
+
+STUDY = """\
+title: A tiny study
+seeds: 1
+baseline: baseline
+recipes: tiny.yaml
+arms:
+  baseline: {}
+  plain: {recipes: plain, about: recycled}
+figures:
+  - {kind: losses, title: Losses}
+  - {kind: prune_curves, title: One-shot pruning, arms: [baseline]}
+statements: [one_shot_pruning_order, magnitudes_form_two_groups, vicious_cycle]
+"""
+
+
+def tiny(folder):
+    """A recipe of a model and a text that train in seconds."""
+    words = [f"w{i}" for i in range(60)]
+    lines = [" ".join(words[(i * j) % 60] for j in range(1, 30)) for i in range(1, 200)]
+    (folder / "text.txt").write_text("\n".join(lines))
+    (folder / "tiny.yaml").write_text(
+        "model_type: bert\n"
+        "config_overrides: hidden_size=16,num_hidden_layers=2,num_attention_heads=2,intermediate_size=40,"
+        "max_position_embeddings=32\n"
+        f"tokenizer_vocab_size: 256\nmax_seq_length: 16\ntrain_file: {folder / 'text.txt'}\nmax_eval_samples: 8\n"
+        "per_device_train_batch_size: 4\nmax_steps: 120\neval_strategy: steps\neval_steps: 40\nsave_steps: 40\n"
+        "magnitude_steps: 60\nlogging_steps: 40\n"
+    )
+    (folder / "study.yaml").write_text(STUDY.replace("tiny.yaml", str(folder / "tiny.yaml")))
+    return folder / "study.yaml"
+
+
+@pytest.fixture
+def study(tmp_path):
+    return tiny(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "the following arguments are required: STUDY"),
+        (["articel"], r"study 'articel' .*did you mean article\?"),
+        (["article", "--arms", "plian"], r"has no arm 'plian'; did you mean plain\?"),
+        (["article", "--arms", ","], "no arm is named"),
+        (["article", "--scale", "laptob"], r"recipe 'scale/laptob' .*did you mean scale/laptop\?"),
+        (["article", "--seeds", "none"], "seeds='none' must be a number of seeds"),
+        (["article", "--jobs", "0"], "--jobs 0 must be at least 1"),
+        (["article", "--jobs", "many"], "argument --jobs: invalid int value: 'many'"),
+        (["article", "--max_step", "3"], r"arm 'baseline': unknown argument max_step; did you mean max_steps\?"),
+        (["article", "--learning_rate", "fast"], "arm 'baseline': argument learning_rate: invalid float value"),
+        (["article", "--recycle_fraction", "7"], "arm 'baseline': .*recycle_fraction"),
+        (["article", "--seed", "3"], "command line: seed is not a setting of a study; use the study's seeds"),
+        (["article", "--bf16", "--max_steps", "3"], "--bf16 needs a value"),
+        (["article", "--max_steps"], "--max_steps needs a value"),
+        (["article", "--tokenizer_name", "{"], "--tokenizer_name '{' can't be read"),
+        (["article", "--eval_strategy", "no"], "eval_strategy=no leaves nothing to compare"),
+        (["article", "article"], "two of the studies are called 'article'"),
+    ],
+)
+def test_mistakes_are_told_before_anything_starts(tmp_path, monkeypatch, capsys, words, message):
+    monkeypatch.chdir(tmp_path)
+    assert main(["study", *words]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert re.search(message, error), error
+    assert not list(tmp_path.iterdir())
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["study", "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert "Packaged studies: article, article-full." in text
+    assert "--report-only" in text
+    assert main(["--help"]) == 0
+    assert "study" in capsys.readouterr().out
+
+
+def test_an_arm_that_cannot_work_is_told_before_the_others_start(study, tmp_path, capsys):
+    text = study.read_text().replace("recipes: plain", "recipes: plain, settings: {recycle_selektion: random}")
+    study.write_text(text)
+    assert main(["study", str(study), "--output", str(tmp_path / "out")]) == 2
+    assert re.search(
+        "arm 'plain': unknown argument recycle_selektion; did you mean recycle_selection", capsys.readouterr().err
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_report_of_nothing(study, tmp_path, capsys):
+    assert main(["study", str(study), "--output", str(tmp_path / "out"), "--report-only"]) == 1
+    assert "no run is finished" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def shared_cache(tmp_path_factory):
+    """One cache of tokenizers and data for the real studies."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_RECYCLE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory, shared_cache):
+    """A study of two arms that work and one that fails, done once: (its file, its output, exit status)."""
+    folder = tmp_path_factory.mktemp("study")
+    path = tiny(folder)
+    broken = "arms:\n  broken: {settings: {model_type: null, model_name_or_path: ./nowhere, config_overrides: null}}\n"
+    path.write_text(path.read_text().replace("arms:\n", broken, 1))
+    status = main(["study", str(path), "--output", str(folder / "out"), "--jobs", "2"])
+    return path, folder / "out", status
+
+
+@pytest.mark.slow
+def test_a_real_study_with_an_arm_that_fails(done):
+    _, output, status = done
+    assert status == 1
+    page = (output / "study" / "report.md").read_text()
+    assert re.search(r"## Failed runs\n+- broken, seed 1: error: .*nowhere", page)
+    rows = dict(re.findall(r"^\| (baseline|plain: recycled) \| 1 \| (\d+\.\d{4}) ", page, re.M))
+    assert set(rows) == {"baseline", "plain: recycled"}
+    for figure in ("01-losses", "02-prune-curves"):
+        assert (output / "study" / "figures" / f"{figure}.png").stat().st_size > 5000
+        assert f"figures/{figure}.png" in page
+    assert "check failed" not in page
+    assert "not drawn" not in page
+    assert "p-values of one group" in page
+    assert package_version() in page
+
+
+@pytest.mark.slow
+def test_a_study_that_is_done_trains_nothing(done, monkeypatch, capsys):
+    path, output, _ = done
+    page = (output / "study" / "report.html").read_bytes()
+    curves = next(output.glob("runs/baseline*/study_prune_curves.json"))
+    before = curves.stat().st_mtime_ns
+    monkeypatch.setattr(subprocess, "Popen", None)  # whatever it would start
+    words = ["study", str(path), "--output", str(output), "--arms", "plain"]
+    assert main(words) == 0
+    assert "done before" in capsys.readouterr().out
+    assert main([*words, "--report-only"]) == 0
+    assert curves.stat().st_mtime_ns == before
+    # Without the arm that failed.
+    assert b"broken" in page
+    assert b"broken" not in (output / "study" / "report.html").read_bytes()
+
+
+@pytest.mark.slow
+def test_the_cached_pruning_curves_are_those_of_the_final_model(done):
+    from hf_recycle.studies.one_shot import CURVES_FILE, one_shot_curves
+    from hf_recycle.studies.plan_file import load_study
+    from hf_recycle.studies.results import load_result
+
+    path, output, _ = done
+    run = next(run for run in load_study(path).runs() if run.arm == "baseline")
+    result = load_result(run, next(output.glob(f"runs/*{run.key}")))
+    known = one_shot_curves(result)
+    # All criteria agree where nothing and where everything is pruned; nothing pruned is the model that was evaluated,
+    # here on all of its validation data.
+    assert len({losses[0] for losses in known.losses.values()}) == 1
+    assert len({losses[-1] for losses in known.losses.values()}) == 1
+    assert known.losses["random"][0] == pytest.approx(result.eval_loss, abs=1e-5)
+    Path(result.folder, CURVES_FILE).write_text("{")
+    assert one_shot_curves(result) == known
+
+
+@pytest.mark.slow
+def test_an_interrupted_study_goes_on_as_if_nothing_had_happened(done, tmp_path, capsys):
+    path, uninterrupted, _ = done
+    words = ["study", str(path), "--arms", "baseline", "--jobs", "1", "--output", str(tmp_path / "out")]
+    code = "import sys; from hf_recycle.cli.main import main; sys.exit(main())"
+    process = subprocess.Popen([sys.executable, "-c", code, *words], stderr=subprocess.PIPE, text=True)
+    while not list(tmp_path.glob("out/runs/*/checkpoint-40")):
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=90)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "stopped; finished runs are kept, go on with: hf-recycle study" in said
+    assert not running(tmp_path)
+    (run,) = tmp_path.glob("out/runs/*")
+    assert not (run / "study_result.json").exists()
+    assert main(words) == 0
+    assert "goes on" in capsys.readouterr().out
+    other = uninterrupted / "runs" / run.name
+    assert (run / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
+    one, two = (json.loads((folder / "study_result.json").read_text()) for folder in (run, other))
+    for name in ("steps", "tokens", "losses", "evaluations"):
+        assert one[name] == two[name]
+    assert one["tokens"] > 0
+
+
+def running(folder):
+    """Processes whose command line names the folder."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = entry.read_bytes().decode(errors="replace")
+        except OSError:
+            continue
+        if str(folder) in words and int(entry.parent.name) != os.getpid():
+            found.append(words)
+    return found

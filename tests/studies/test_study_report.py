@@ -1,0 +1,182 @@
+import io
+from html.parser import HTMLParser
+
+import markdown_it
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from hf_recycle.studies import figures, one_shot
+from hf_recycle.studies.figures import FIGURES
+from hf_recycle.studies.plan import FigurePlan
+from hf_recycle.studies.report import arm_rows, equal_seconds, summary_table, write_report
+
+ARMS = {"baseline": [2.0, 2.1, 2.05], "plain": [2.02, 2.09, 2.11], "no-ff": [2.5, 2.6, 2.4], "half": [2.2, 2.3, 2.2]}
+HISTORIES = {"baseline": {"phases": 0}, "plain": {"phases": 5}, "half": {"d_ff": 20}}
+
+
+@pytest.fixture
+def curves(monkeypatch):
+    from hf_recycle.analysis.pruning import PruneCurves
+
+    shares = (0.0, 0.5, 1.0)
+    monkeypatch.setattr(
+        one_shot,
+        "one_shot_curves",
+        lambda run: PruneCurves(run.arm, "mlm", 9, shares, {"low_magnitude": [1, 2, 3], "random": [1, 2.5, 3]}),
+    )
+
+
+@pytest.mark.parametrize("kind", list(FIGURES))
+def test_every_kind_of_figure_shows_something(made_up, curves, kind):
+    results = made_up(ARMS, HISTORIES)
+    figure = FIGURES[kind](results, FigurePlan(kind, "A title", tuple(ARMS)))
+    drawn = [panel for panel in figure.axes if panel.lines or panel.patches or panel.collections]
+    assert drawn
+    assert "A title" in figure.get_suptitle() or "A title" in figure.axes[0].get_title()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    buffer.seek(0)
+    assert imread(buffer).std() > 0.02
+
+
+@pytest.mark.parametrize("kind", list(FIGURES))
+def test_figures_without_anything_to_show(made_up, curves, kind):
+    results = made_up({"baseline": [2.0]})
+    plan = FigurePlan(kind, "A title", ("baseline", "missing"))
+    figure = FIGURES[kind](results, plan)
+    assert (figure is None) == (kind != "losses")
+    assert FIGURES[kind](results, FigurePlan(kind, "A title", ("missing",))) is None
+
+
+def test_losses_are_means_over_seeds_and_the_baseline_is_black(made_up):
+    results = made_up(ARMS)
+    panel = FIGURES["losses"](results, FigurePlan("losses", "x", ("plain", "baseline"))).axes[0]
+    lines = {line.get_label(): line for line in panel.lines}
+    expected = np.mean([[value for _, value in run.evaluations] for run in results.of("plain")], axis=0)
+    assert lines["plain"].get_ydata() == pytest.approx(expected)
+    assert list(lines["plain"].get_xdata()) == [20, 40, 60, 80, 100]
+    assert lines["baseline"].get_color() == "#000000"
+    assert lines["plain"].get_color() != "#000000"
+
+
+def test_widths_are_read_from_the_models(made_up):
+    results = made_up(ARMS, HISTORIES)
+    panel = FIGURES["widths"](results, FigurePlan("widths", "x", ("baseline", "no-ff", "half"))).axes[0]
+    means = dict(zip(panel.lines[1].get_xdata(), panel.lines[1].get_ydata(), strict=True))
+    assert means == pytest.approx({0: np.mean(ARMS["no-ff"]), 20: np.mean(ARMS["half"]), 40: np.mean(ARMS["baseline"])})
+
+
+def test_densities_integrate_to_one(made_up):
+    history = made_up({"baseline": [1.0]}, HISTORIES).of("baseline")[0].history
+    last = history.magnitudes[history.magnitudes["step"] == history.magnitudes["step"].max()]
+    middles, density = figures._density(last)
+    assert density.sum() * (middles[1] - middles[0]) == pytest.approx(1)
+    edges = np.array(last["edges"].to_list())
+    mean = np.average(
+        ((edges[:, 1:] + edges[:, :-1]) / 2).ravel(), weights=np.array(last["histogram"].to_list()).ravel()
+    )
+    assert np.average(middles, weights=density) == pytest.approx(mean, rel=0.02)
+
+
+def test_recycle_counts_add_up(made_up):
+    results = made_up(ARMS, HISTORIES)
+    figure = FIGURES["recycle_counts"](results, FigurePlan("recycle_counts", "x", ("plain", "no-ff")))
+    (panel,) = figure.axes
+    assert sum(bar.get_height() for bar in panel.patches) == pytest.approx(100)
+
+
+def test_equal_time(made_up):
+    # plain takes twice as long: when the baseline is done it has seen half of its steps.
+    results = made_up({"baseline": [2.0, 2.0], "plain": [1.5, 1.6]}, seconds={"plain": 20.0})
+    assert equal_seconds(results) == 10
+    row = {row.arm: row for row in arm_rows(results)}["plain"]
+    curves = [dict(run.evaluations) for run in results.of("plain")]
+    halfway = [(curve[40] + curve[60]) / 2 for curve in curves]
+    assert row.at_equal_time == pytest.approx(np.mean(halfway))
+    assert row.time_difference.mean == pytest.approx(np.mean(halfway) - 2.0)
+    assert row.difference.mean == pytest.approx(-0.45)
+    assert row.spread == pytest.approx(np.std([1.5, 1.6], ddof=1))
+
+
+def test_unknown_times_are_not_made_up(made_up):
+    results = made_up({"baseline": [2.0], "plain": [1.5]}, seconds={"plain": None})
+    row = {row.arm: row for row in arm_rows(results)}["plain"]
+    assert (row.seconds, row.at_equal_time, row.time_difference) == (None, None, None)
+    nothing = made_up({"x": [2.0]}, seconds={"x": None})
+    assert equal_seconds(nothing) is None
+
+
+class _Page(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.images, self.text, self.open = [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        if tag == "img":
+            self.images.append(dict(attrs))
+        elif tag not in ("meta", "link", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def test_the_two_pages(made_up, curves, tmp_path):
+    results = made_up(
+        ARMS,
+        HISTORIES,
+        failures={("plain", 4): "out | of memory", ("broken", 1): "no <luck>"},
+        about={"plain": "ten | percent"},
+        figures=[("losses", "Losses", ARMS), ("widths", "One width", ["baseline"])],
+        statements=["wider_is_better", "vicious_cycle"],
+    )
+    folder = tmp_path / "report"
+    pages = write_report(results, folder, "hf-recycle study made-up", jobs=2)
+    assert pages == [folder / "report.md", folder / "report.html"]
+    markdown = pages[0].read_text()
+    rendered = markdown_it.MarkdownIt("commonmark", {"html": False}).enable("table").render(markdown)
+    assert rendered.count("<table>") >= 3
+    assert "ten | percent" in rendered
+    assert '<img src="figures/01-losses.png" alt="Losses"' in rendered
+    assert (folder / "figures" / "01-losses.png").stat().st_size > 5000
+    assert "One width: no finished run has what it shows" in markdown
+    page = _Page()
+    page.feed(pages[1].read_text())
+    assert not page.open
+    assert [image["alt"] for image in page.images] == ["Losses"]
+    assert page.images[0]["src"].startswith("data:image/png;base64,")
+    text = " ".join("".join(page.text).split())
+    for words in (
+        "A study & its <report>",
+        "out | of memory",
+        "no <luck>",
+        "hf-recycle study made-up",
+        "ten | percent",
+    ):
+        assert words in text
+    assert "2.0500 ± 0.0500" in text
+    assert "2.0500 ± 0.0500" in markdown
+    assert "2 runs at a time" in text
+    assert "http" not in pages[1].read_text()  # self-contained
+    table = summary_table(arm_rows(results))
+    assert len(table.splitlines()) == 5
+    # The unfinished arm is in no table, and named.
+    assert "broken, seed 2" in text
+
+
+def test_a_figure_that_breaks_costs_only_itself(made_up, tmp_path, monkeypatch):
+    def broken(results, plan):
+        raise RuntimeError("no way")
+
+    monkeypatch.setitem(FIGURES._functions, "widths", broken)
+    results = made_up(ARMS, figures=[("widths", "Wide", ["baseline"]), ("losses", "Losses", ["baseline"])])
+    old = tmp_path / "report" / "figures" / "09-old.png"
+    old.parent.mkdir(parents=True)
+    old.write_bytes(b"")
+    page = write_report(results, tmp_path / "report", "command", jobs=1)[0].read_text()
+    assert "Wide: RuntimeError: no way" in page
+    assert [path.name for path in sorted(old.parent.iterdir())] == ["02-losses.png"]
