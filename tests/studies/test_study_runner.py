@@ -159,6 +159,16 @@ def test_nothing_starts_after_a_stop(tmp_path):
     assert not list(tmp_path.glob("*/ran"))
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="open files are listed in /proc")
+def test_a_run_holds_the_lock_itself(tmp_path):
+    held = """
+links = [os.path.realpath(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd")]
+(folder / "held").write_text(str(any(link.endswith(".study.lock") for link in links)))
+"""
+    results, _ = Scripted(tmp_path, {"good": SUCCEED + held}).run([planned("good")])
+    assert Path(results["good", 1].folder, "held").read_text() == "True"
+
+
 def test_two_studies_do_not_do_one_run_at_once(tmp_path):
     run = planned("good")
     folder = tmp_path / run.folder
