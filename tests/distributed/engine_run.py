@@ -6,7 +6,8 @@
 global batch is made of two accumulated ones. `:compile`: so too, with a compiled model; `:compile=full`: with its full
 head. `:disagree`: process 1 gets other settings than process 0. `:drift`: the weights of process 1 change silently.
 `:skip`: at some steps gradients are infinite and the loss scaler skips them. `:without`: the batches of these steps are
-left out. Several runs in one launch, because starting the processes takes longer than the runs.
+left out. `:checkpointing`: activations are computed again in the backward pass. Several runs in one launch, because
+starting the processes takes longer than the runs.
 """
 
 import os
@@ -159,6 +160,9 @@ def main() -> None:
         precision_name = precision_name or "fp32"
         if how == "accumulate":
             trainer = run(engine, method, folder / f"{method}-accumulated", accumulation=2)
+            continue
+        if how == "checkpointing":
+            trainer = run(engine, method, folder / f"{method}-checkpointing", activation_checkpointing=True)
             continue
         if how.startswith("compile"):
             torch.compiler.reset()

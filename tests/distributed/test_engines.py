@@ -16,7 +16,7 @@ from hf_recycle.files import read_config
 SCRIPT = Path(__file__).with_name("engine_run.py")
 DISTRIBUTED = [name for name in ENGINES if name != "single"]
 # Resumed in mid-transition: the hardest case.
-RUNS = [name if name != "smooth" else "smooth:resume" for name in METHODS] + ["off:accumulate"]
+RUNS = [name if name != "smooth" else "smooth:resume" for name in METHODS] + ["off:accumulate", "smooth:checkpointing"]
 
 
 def launch(
@@ -108,6 +108,12 @@ def test_a_run_tells_of_all_its_processes(engine, runs):
 def test_accumulation_is_part_of_the_batch(engine, runs):
     """Uneven numbers of masked tokens in every part: means of parts would differ."""
     assert_same_outcome(outcome(runs("single"), "off"), outcome(runs(engine), "off-accumulated"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", list(ENGINES))
+def test_gradient_checkpointing(engine, runs):
+    assert_same_outcome(outcome(runs("single"), "smooth"), outcome(runs(engine), "smooth-checkpointing"))
 
 
 @pytest.mark.slow
