@@ -18,7 +18,7 @@ from hf_recycle.hub.layout import checkpoint_files, has_weights, model_files, re
 from hf_recycle.hub.privacy import Secrets, Withheld
 
 TOKEN = "hf_" + "abcdefghijklmnopqrstuvwxyz012345"
-SECRETS = Secrets((TOKEN,), ("/home/wanda/work", "/home/wanda"), "wanda-hub/bert")
+SECRETS = Secrets((TOKEN,), ("/home/wanda/texts", "/home/wanda"), "wanda-hub/bert")
 
 
 def published(path: Path, content: object) -> bytes:
@@ -32,7 +32,7 @@ def test_json_loses_places_and_tokens_and_nothing_else(tmp_path):
         "_name_or_path": "/home/wanda/models/base",
         "model_type": "bert",
         "best_model_checkpoint": "runs/wanda/checkpoint-20",
-        "nested": [{"note": "from /home/wanda/work/data.txt"}, {"note": f"with {TOKEN}"}],
+        "nested": [{"note": "from /home/wanda/texts/data.txt"}, {"note": f"with {TOKEN}"}],
         "eos_token": "</s>",
         "pattern": "/usr/share/not a place of ours",
         "loss": 1.25,
@@ -77,7 +77,7 @@ def test_training_arguments_come_back_without_secrets(tmp_path, monkeypatch):
     monkeypatch.setenv("USER", "wanda")
     secrets = Secrets(SECRETS.tokens, SECRETS.places, "bert")
     args = RecyclingArguments(
-        output_dir="/home/wanda/work/run-7",
+        output_dir="/home/wanda/texts/run-7",
         run_name="wanda's run",
         hub_token=TOKEN,
         hub_model_id="acme/bert",

@@ -2,26 +2,19 @@
 
 import copy
 import random
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from overflow import POISONED, poison, use_scaler
 from test_resume import interrupt_and_compare
 from tiny_runs import VOCABULARY, assert_same_weights, losses, masked_sentences, sentences, tiny_bert
 from torch.nn import functional as F
-from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
 from hf_recycle import OvertrainingCallback, RecyclingHistory, RecyclingTrainer
-from hf_recycle.engines import check_can_overtrain
 from hf_recycle.neurons.table import NeuronTable
-from hf_recycle.overtraining import overtrain
 from hf_recycle.report.summary import summary_text
-from hf_recycle.settings import OvertrainingSettings
 
-HALF = {"overtrain_subset": "smallest", "overtrain_fraction": 0.5}
 OVERTRAINING = {"overtrain_steps": 4, "overtrain_batches": 3}
 FEED_FORWARD = ("intermediate.dense.weight", "intermediate.dense.bias", "layer.{}.output.dense.weight")
 
@@ -367,151 +360,3 @@ def test_with_gradient_checkpointing(train):
     checkpointed = train("checkpointed", model=tiny_bert(0.0), **settings, **reentrant)
     for name, value in plain.model.state_dict().items():
         torch.testing.assert_close(checkpointed.model.state_dict()[name], value, rtol=1e-4, atol=1e-6, msg=name)
-
-
-def scaled(optimizer, scale: float):
-    """The optimizer as Accelerate wraps it with a gradient scaler."""
-    scaler = SimpleNamespace(get_scale=lambda: scale, is_enabled=lambda: True)
-    return SimpleNamespace(optimizer=optimizer, scaler=scaler)
-
-
-def by_hand(scale: float, overflow_at: int = -1, batches: int = 3):
-    model = tiny_bert(0.0)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    data = [{k: torch.tensor([v]) for k, v in sample.items()} for sample in masked_sentences(batches)]
-
-    def loss_of(model, batch):
-        loss = model(**batch).loss
-        return loss * float("inf") if batch is data[overflow_at] and overflow_at >= 0 else loss
-
-    record = overtrain(
-        NeuronTable.of(model),
-        OvertrainingSettings(steps=1, batches=batches, subset="smallest", fraction=0.5, seed=0),
-        1,
-        model=model,
-        optimizer=scaled(optimizer, scale),
-        batches=iter(data),
-        loss_of=loss_of,
-        max_grad_norm=0.5,
-        device=torch.device("cpu"),
-        process=0,
-    )
-    return model, record
-
-
-def test_a_loss_scale_changes_nothing():
-    plain, _ = by_hand(1.0)
-    model, record = by_hand(1024.0)
-    assert record.skipped == 0
-    for first, second in zip(plain.parameters(), model.parameters(), strict=True):
-        torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-7)
-
-
-def test_a_batch_that_overflows_is_skipped():
-    model, record = by_hand(1024.0, overflow_at=0, batches=1)
-    assert record.skipped == 1
-    for first, second in zip(model.parameters(), tiny_bert(0.0).parameters(), strict=True):
-        assert torch.equal(first, second)
-    model, record = by_hand(1024.0, overflow_at=1)
-    assert record.skipped == 1
-    assert all(parameter.isfinite().all() for parameter in model.parameters())
-
-
-@pytest.fixture
-def scaled_run(arguments):
-    """`scaled_run(folder, scaler, poisoned, **settings)`: fp16 with a real gradient scaler, but without autocast."""
-
-    def run(folder, scaler=True, poisoned=False, **settings):
-        trainer = RecyclingTrainer(
-            model=tiny_bert(0.0),
-            args=arguments(folder, fp16=scaler, lr_scheduler_type="constant", optim="adamw_torch", **settings),
-            train_dataset=masked_sentences(),
-            data_collator=default_data_collator,
-        )
-        if scaler:
-            use_scaler(trainer, autocast=False)
-        if poisoned:
-            poison(trainer)
-        trainer.train()
-        return trainer
-
-    return run
-
-
-def test_with_a_real_gradient_scaler(scaled_run):
-    """The scale, a power of two, changes nothing, and overtraining changes nothing of the main run's scaler."""
-    plain, fp16 = scaled_run("plain", scaler=False, **OVERTRAINING), scaled_run("fp16", **OVERTRAINING)
-    assert_same_weights(plain, fp16)
-    without = scaled_run("without")
-    assert fp16.accelerator.scaler.state_dict() == without.accelerator.scaler.state_dict()
-
-
-def test_skipped_steps_do_not_count(scaled_run):
-    trainer = scaled_run("run", poisoned=True, overtrain_steps=2, overtrain_batches=1)
-    assert POISONED == (3, 6, 7)
-    rows = [row for row in trainer.recorder.to_table().to_pylist() if row["kind"] == "overtraining"]
-    assert [row["step"] for row in rows] == [2, 5, 9, 11]  # optimizer steps 2, 4, 6 and 8
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"overtrain_steps": 4}, "overtrain_steps=4 needs overtrain_batches too"),
-        ({"overtrain_batches": 4}, "overtrain_batches=4 needs overtrain_steps too"),
-        ({**OVERTRAINING, "overtrain_subset": "small"}, "overtrain_subset='small' is not allowed: .*all, smallest"),
-        ({**OVERTRAINING, "overtrain_batches": 2.5}, "overtrain_batches=2.5 is not allowed"),
-        ({**OVERTRAINING, "overtrain_batches": -1}, "overtrain_batches=-1 is not allowed"),
-        ({**OVERTRAINING, "overtrain_steps": 1.5}, "overtrain_steps=1.5 is not allowed"),
-        ({**OVERTRAINING, **HALF, "overtrain_fraction": 0}, r"overtrain_fraction=0 is not allowed: .*\(0, 1\]"),
-        ({**OVERTRAINING, "overtrain_fraction": 0.5}, "overtrain_fraction=0.5 can't be used with .*subset='all'"),
-        ({**OVERTRAINING, **HALF, "overtrain_fraction": 0.03}, "overtrain_fraction=0.03 of the 32 neurons of bert"),
-    ],
-)
-def test_bad_values_are_refused(settings, message, train):
-    with pytest.raises(ValueError, match=message):
-        train(**settings)
-
-
-class Stream(IterableDataset):
-    def __iter__(self):
-        yield from sentences()
-
-
-def test_a_stream_is_refused(train):
-    with pytest.raises(ValueError, match=r"overtrain_steps needs a training set with a length.*Stream is a stream"):
-        train(data=Stream(), **OVERTRAINING)
-
-
-def test_a_frozen_feed_forward_is_refused(train):
-    model = tiny_bert()
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_("dense" not in name)
-    with pytest.raises(ValueError, match="no feed-forward weight that the optimizer trains"):
-        train(model=model, **OVERTRAINING)
-
-
-def test_engines_that_can_not_are_refused():
-    one = {f"get_{name}_size": lambda: 1 for name in ("tp", "cp", "sp")}
-    check_can_overtrain(SimpleNamespace(is_deepspeed_enabled=False, **one))
-    with pytest.raises(ValueError, match="overtrain_steps can't be used with DeepSpeed"):
-        check_can_overtrain(SimpleNamespace(is_deepspeed_enabled=True, **one))
-    with pytest.raises(ValueError, match="overtrain_steps can't be used with tp_size=2"):
-        check_can_overtrain(SimpleNamespace(is_deepspeed_enabled=False, **one | {"get_tp_size": lambda: 2}))
-
-
-def test_a_resumed_run_must_keep_its_overtraining(train):
-    train(save_strategy="steps", save_steps=6, **OVERTRAINING)
-    with pytest.raises(ValueError, match=r"overtrain_batches=3 \(now 5\)"):
-        train(resume=True, **OVERTRAINING | {"overtrain_batches": 5})
-
-
-def test_a_position_that_contradicts_the_history_is_refused(train, tmp_path):
-    from hf_recycle.files import read_state, write_state
-
-    train(save_strategy="steps", save_steps=6, **OVERTRAINING)
-    folder = tmp_path / "run" / "checkpoint-6"
-    tensors, _ = read_state(folder)
-    tensors["trainer/overtrain_samples"] += 4
-    write_state(folder, tensors)
-    with pytest.raises(ValueError, match="overtrain_samples in the state contradicts"):
-        train("next", resume=str(folder), **OVERTRAINING)
