@@ -51,6 +51,8 @@ def _run(words: list[str]) -> int:
 
                 run = Run.prepare(arguments, words)
             run.train()
+            # Processes that just exit while others still work may die in the threads of their process group.
+            run.trainer.end()
         except KeyboardInterrupt as stop:
             if os.environ.get("RANK", "0") == "0":
                 how = run.how_to_go_on(words) if run is not None else "nothing was trained yet"

@@ -1,6 +1,7 @@
 """What every test shares: no network, no progress bars, one thread, deprecations as errors, models of every family."""
 
 import os
+import signal
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -19,6 +20,9 @@ settings.load_profile("tests")
 
 
 def pytest_configure(config):
+    # A shell starts background jobs with Ctrl-C ignored, and what they start inherits that; tests send it.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     # A call of ours to something that transformers is about to remove must not pass unseen.
     config.addinivalue_line("filterwarnings", "error::FutureWarning")
     config.addinivalue_line("filterwarnings", "error::DeprecationWarning:transformers.*")

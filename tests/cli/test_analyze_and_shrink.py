@@ -97,7 +97,7 @@ def test_shrink_refuses_pruned_neurons_that_are_not_zero(folder, tmp_path, capsy
         (["analyze", "MODEL", "--prune-curve", "--eval_file", "gone.txt"], "eval_file='gone.txt' does not exist"),
         (["analyze", "MODEL", "--duplicate", "2"], "duplicate=2.0 must lie in"),
         (["analyze", "MODEL", "--revisions", "all"], "applies to repositories of the Hub"),
-        (["analyze", "no//model"], "neither a folder here nor the name of a repository"),
+        (["analyze", "no//model"], "it is no folder here, and it is not the name of a repository"),
         (["shrink", "MODEL"], "output is missing"),
         (["shrink", "MODEL", "--output", "x"], "which neurons go?"),
         (["shrink", "MODEL", "--output", "x", "--fraction", "1"], "every layer keeps a neuron"),

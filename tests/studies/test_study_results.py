@@ -4,6 +4,7 @@ import pytest
 from simulated_runs import write_run
 
 from hf_recycle import files
+from hf_recycle.recorder import OVERTRAINING_METRICS, HistoryRecorder, overtraining_totals
 from hf_recycle.studies.plan import PlannedRun
 from hf_recycle.studies.results import RESULT_FILE, RunResult, collect, load_result
 
@@ -53,10 +54,14 @@ def test_a_model_without_neurons_has_no_record_of_its_own(finished):
     assert collect(PLANNED, folder, resumed=True).seconds is None
 
 
-def test_overtraining_counts_as_well(finished, monkeypatch):
+def test_overtraining_counts_as_well(finished):
     folder = finished()
+    recorder = HistoryRecorder.from_table(files.read_history(folder))
+    for step in (10, 20):
+        recorder.overtraining(step, dict.fromkeys(OVERTRAINING_METRICS, 0.0) | {"batches": 2, "tokens": 150})
+    files.write_history(folder, recorder.to_table())
     stats = files.read_stats(folder)
-    files.write_stats(folder, {**stats, "overtraining": {"times": 2, "tokens": 300}})
+    files.write_stats(folder, {**stats, "overtraining": overtraining_totals(recorder.to_table())})
     assert collect(PLANNED, folder).tokens == 1280 + 300
 
 
