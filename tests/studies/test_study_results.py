@@ -1,6 +1,7 @@
 import json
 
 import pytest
+import torch
 from simulated_runs import write_run
 
 from hf_recycle import files
@@ -60,6 +61,8 @@ def test_overtraining_counts_as_well(finished):
     for step in (10, 20):
         recorder.overtraining(step, dict.fromkeys(OVERTRAINING_METRICS, 0.0) | {"batches": 2, "tokens": 150})
     files.write_history(folder, recorder.to_table())
+    tensors, _ = files.read_state(folder)
+    files.write_state(folder, tensors | {"trainer/overtrain_tokens": torch.tensor([300])})
     stats = files.read_stats(folder)
     files.write_stats(folder, {**stats, "overtraining": overtraining_totals(recorder.to_table())})
     assert collect(PLANNED, folder).tokens == 1280 + 300
