@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from scipy.optimize import linprog
 
 from hf_recycle.analysis.bimodality import dip, dip_p_value
 
@@ -7,7 +8,6 @@ from hf_recycle.analysis.bimodality import dip, dip_p_value
 def nearest_unimodal(values):
     """The dip as a linear program: of all distribution functions that are convex up to one of the values, may jump
     there, and are concave after it, the least largest distance from the empirical one."""
-    linprog = pytest.importorskip("scipy.optimize", reason="the reference needs scipy").linprog
     x = np.sort(values)
     n, slopes = len(x), 1 / np.diff(np.sort(values))
     distances = []
