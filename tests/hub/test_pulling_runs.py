@@ -15,6 +15,8 @@ from hf_recycle import RecyclingHistory
 from hf_recycle.cli.main import main
 from hf_recycle.errors import UserError
 
+pytestmark = pytest.mark.slow  # whole runs against a Hub in trouble
+
 
 def same_history(first: Path, second: Path) -> None:
     one, other = (RecyclingHistory.from_pretrained(folder) for folder in (first, second))

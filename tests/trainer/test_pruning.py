@@ -72,6 +72,7 @@ def test_pruned_neurons_stay_at_zero(train, optimizer):
         assert state.pruned.sum() == 16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("selection", ["low_magnitude", "high_magnitude", "random"])
 @pytest.mark.parametrize("at", [1, 6, 9])
 def test_resume_is_exact(at, selection, train):
