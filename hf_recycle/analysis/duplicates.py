@@ -42,12 +42,13 @@ def _candidates(scanned: Scan, threshold: float) -> Tensor:
     limit = _SLACK * 2 * (1 - threshold) + 1e-4
     columns = torch.arange(len(sketch))
     found = []
+    # One buffer for all: large ones that come and go leave holes which the allocator does not give back.
+    buffer = torch.empty(_ROWS, len(sketch))
     for rows in columns.split(_ROWS):
-        # All of them each time, though only earlier ones count: buffers of one size are reused, growing ones are not.
-        distances = torch.addmm(lengths, sketch[rows], sketch.T, alpha=-2)
-        distances += lengths[rows].unsqueeze(1)
-        distances[(columns >= rows.unsqueeze(1)) | ~alive] = torch.inf
-        distances[~alive[rows]] = torch.inf
+        distances = torch.addmm(lengths, sketch[rows], sketch.T, alpha=-2, out=buffer[: len(rows)])
+        distances.add_(lengths[rows].unsqueeze(1))
+        distances.masked_fill_(columns >= rows.unsqueeze(1), torch.inf)
+        distances.masked_fill_(~alive, torch.inf).masked_fill_(~alive[rows].unsqueeze(1), torch.inf)
         nearest = distances.topk(min(_NEIGHBOURS, len(sketch)), largest=False)
         close = nearest.values <= limit
         found.append(torch.stack([rows.unsqueeze(1).expand_as(close)[close], nearest.indices[close]], dim=1))

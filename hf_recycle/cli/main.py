@@ -17,6 +17,7 @@ _COMMANDS = {
     "pull": ("hf_recycle.cli.pull", "download a checkpoint of the Hub that training can go on from"),
     "report": ("hf_recycle.cli.report", "draw a run, or a repository of the Hub, as one HTML page"),
     "study": ("hf_recycle.cli.study", "run experiments over seeds and report on them"),
+    "bench": ("hf_recycle.cli.bench", "measure speed, memory and the cost of each method"),
     "shrink": ("hf_recycle.cli.shrink", "take the pruned or the least important neurons out of a model"),
 }
 

@@ -40,9 +40,11 @@ class Options(argparse.ArgumentParser):
         return namespace
 
 
-def run_command(words: Sequence[str], help_text: str, command: Callable[[Sequence[str]], None]) -> int:
+def run_command(
+    words: Sequence[str], help_text: str, command: Callable[[Sequence[str]], None], needs_words: bool = True
+) -> int:
     """Run `command` on its words; returns the exit status: 2 for what the user can mend, told in one line."""
-    if not words or {"-h", "--help"}.intersection(words):
+    if (needs_words and not words) or {"-h", "--help"}.intersection(words):
         print(help_text, end="")
         return 0 if words else 2
     try:

@@ -1,0 +1,131 @@
+"""One training of a match, in a process of its own: it waits for its turn before every step."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from typing import Any
+
+from hf_recycle.bench.shapes import Shape, bench_tokenizer, packed_dataset
+
+STOCK, OURS = "Trainer", "RecyclingTrainer"
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A training to measure.
+
+    Attributes:
+        trainer: STOCK, which stands in for `run_mlm.py`: its Trainer, collator and columns, the head on all positions;
+            or OURS.
+        arguments: of its training arguments, those that differ from the defaults.
+    """
+
+    name: str
+    trainer: str
+    shape: Shape
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One optimizer step.
+
+    Attributes:
+        seconds: from the end of the step before to the end of this one, loading its batch included.
+        waiting: of these, seconds until the batch was there.
+        loss: of the batch, in nats per masked token.
+        peak: most bytes held since the first turn began, above those of the idle process (CPU: resident; CUDA:
+            allocated). None where the system does not tell.
+    """
+
+    seconds: float
+    waiting: float
+    loss: float
+    peak: int | None
+
+
+def compete(contestant: Contestant, steps: int, link: Connection) -> None:
+    """The process: sends a message when it is ready, takes a step and sends a `Turn` for each message it gets; sends
+    what went wrong as a text."""
+    # What libraries print belongs in no table.
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            _train(contestant, steps, link, folder)
+    except EOFError:  # the match is over
+        pass
+    except BaseException as error:
+        link.send(f"{type(error).__name__}: {error}")
+        raise
+
+
+def _train(contestant: Contestant, steps: int, link: Connection, folder: str) -> None:
+    # Late: the parent process needs none of this.
+    import torch
+    from transformers import DataCollatorForLanguageModeling, Trainer, TrainerCallback, TrainingArguments, set_seed
+
+    from hf_recycle import RecyclingArguments, RecyclingTrainer
+    from hf_recycle.bench.memory import Memory
+
+    memory = Memory()
+    base, settings = (
+        (Trainer, TrainingArguments) if contestant.trainer == STOCK else (RecyclingTrainer, RecyclingArguments)
+    )
+
+    class Observed(base):
+        """Notes what a callback can't see: the wait for a batch, and the loss of a step."""
+
+        waiting, loss = 0.0, None
+
+        def get_batch_samples(self, *args, **kwargs):
+            start = time.perf_counter()
+            try:
+                return super().get_batch_samples(*args, **kwargs)
+            finally:
+                self.waiting = time.perf_counter() - start
+
+        def training_step(self, *args, **kwargs):
+            self.loss = super().training_step(*args, **kwargs)
+            return self.loss
+
+    class Turns(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            seconds = time.perf_counter() - self.start if state.global_step > 1 else 0.0
+            if state.global_step == 1:
+                memory.restart()
+            link.send(Turn(seconds, trainer.waiting, float(trainer.loss), memory.peak()))
+            if state.global_step >= steps:
+                control.should_training_stop = True
+            link.recv()
+            self.start = time.perf_counter()
+
+    shape = contestant.shape
+    arguments = settings(
+        output_dir=folder,
+        max_steps=steps,
+        per_device_train_batch_size=shape.batch,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        **contestant.arguments,
+    )
+    set_seed(arguments.seed)
+    tokenizer = bench_tokenizer(shape.vocabulary)
+    trainer = Observed(
+        model=shape.model(),
+        args=arguments,
+        train_dataset=packed_dataset(shape, sequences=shape.batch * steps),
+        data_collator=DataCollatorForLanguageModeling(tokenizer),
+        processing_class=tokenizer,
+    )
+    trainer.add_callback(Turns())  # the last one, so that a step is over when it acts
+    link.recv()
+    trainer.train()

@@ -1,0 +1,136 @@
+"""Whole training steps: against the stock Trainer, and each method against none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from hf_recycle.bench.contestant import OURS, STOCK, Contestant, Turn
+from hf_recycle.bench.match import WARM_UP, hold_match
+from hf_recycle.bench.pairs import estimate, spread
+from hf_recycle.bench.row import Bench, Effort, Measured, NotMeasured, Row, Target
+from hf_recycle.bench.shapes import MEDIUM, SMALL, TINY, Shape
+from hf_recycle.errors import UserError
+
+# From the first step on a tenth of all neurons is in transition, and stays so.
+_IN_TRANSITION = {"recycle_steps": 100, "recycle_start": 1, "recycle_fraction": 0.1, "recycle_smooth_steps": 100_000}
+_EVERYTHING = {
+    **_IN_TRANSITION,
+    "recycle_immunity": 2,
+    "midpoint_weight": 1e-3,
+    "magnitude_steps": 100,
+}
+_METHODS = {
+    # At every step what is meant for every hundredth, so that pairs of steps can tell what it costs.
+    "recycling": {"recycle_steps": 1, "recycle_start": 1, "recycle_fraction": 0.1},
+    "smooth": _IN_TRANSITION,
+    "midpoint": {"midpoint_weight": 1e-3},
+    "magnitudes": {"magnitude_steps": 1},
+}
+_USUAL_STEPS = {"recycling": 100, "smooth": 1, "midpoint": 1, "magnitudes": 100}
+
+_SAME_LOSS = 1e-4  # relative; float32 sums in another order
+
+
+def against_stock(shape: Shape, effort: Effort) -> tuple[Measured, Measured | NotMeasured]:
+    """The stock Trainer's step over ours, and our peak memory over its, with all methods on.
+
+    That both train the same model on the same masks is checked in the same match, by a third contestant: ours with the
+    stock collator and no method, whose losses must be the stock Trainer's.
+
+    Raises:
+        UserError: if its losses are others.
+    """
+    contestants = [
+        Contestant("stock", STOCK, shape),
+        Contestant("no method", OURS, shape, {"deterministic_masking": False}),
+        Contestant("everything", OURS, shape, _EVERYTHING),
+    ]
+    turns = hold_match(contestants, effort.rounds)
+    worst = _difference(turns["stock"], turns["no method"])
+    if worst > _SAME_LOSS:
+        raise UserError(f"the losses of Trainer and RecyclingTrainer differ by {worst:.1e} on the same batches")
+    seconds = {name: _seconds(taken) for name, taken in turns.items()}
+    speed = Measured(
+        estimate([stock / ours for stock, ours in zip(seconds["stock"], seconds["everything"], strict=True)]),
+        f"{_milliseconds(seconds['stock'])} → {_milliseconds(seconds['everything'])} ms; losses without a method equal "
+        f"to {worst:.0e}; without a method "
+        f"{estimate([a / b for a, b in zip(seconds['stock'], seconds['no method'], strict=True)]).median:.2f}×",
+        {"seconds": seconds, "relative difference of losses": worst},
+    )
+    return speed, _memory(turns)
+
+
+def _memory(turns: Mapping[str, Sequence[Turn]]) -> Measured | NotMeasured:
+    peaks = {name: taken[-1].peak for name, taken in turns.items()}
+    if None in peaks.values():
+        return NotMeasured("this system does not tell the peak memory of a process")
+    mib = {name: peak / 2**20 for name, peak in peaks.items()}
+    note = f"{mib['stock']:,.0f} → {mib['everything']:,.0f} MiB; without a method {mib['no method']:,.0f} MiB"
+    return Measured(estimate([mib["everything"] / mib["stock"]]), note, {"MiB": mib})
+
+
+def costs_of_methods(shape: Shape, effort: Effort) -> dict[str, Measured]:
+    """What each method adds to a step of ours with none, as a share of it."""
+    contestants = [Contestant("none", OURS, shape)]
+    contestants += [Contestant(name, OURS, shape, arguments) for name, arguments in _METHODS.items()]
+    turns = hold_match(contestants, effort.rounds)
+    seconds = {name: _seconds(taken) for name, taken in turns.items()}
+    none = seconds.pop("none")
+    measured = {}
+    for name, taken in seconds.items():
+        every = _USUAL_STEPS[name]
+        added = [(with_it - without) / without / every for with_it, without in zip(taken, none, strict=True)]
+        note = f"on a step of {_milliseconds(none)} ms; quartiles of that {100 * spread(none):.1f}% apart"
+        if every > 1:
+            note += f"; measured at every step, and its cost spread over {every}"
+        measured[name] = Measured(estimate(added), note, {"seconds": {"none": none, name: taken}})
+    return measured
+
+
+def _seconds(turns: Sequence[Turn]) -> list[float]:
+    return [turn.seconds for turn in turns[WARM_UP:]]
+
+
+def _difference(one: Sequence[Turn], other: Sequence[Turn]) -> float:
+    """The largest relative difference of the losses of two trainings, step by step."""
+    return max(abs(a.loss - b.loss) / abs(a.loss) for a, b in zip(one, other, strict=True))
+
+
+def _milliseconds(seconds: Sequence[float]) -> str:
+    return f"{1e3 * estimate(seconds).median:,.0f}"
+
+
+def _stock_rows(shape: Shape, speed: Row, memory: Row | None) -> Bench:
+    def run(effort: Effort) -> dict[str, Measured | NotMeasured]:
+        faster, smaller = against_stock(TINY if effort.quick else shape, effort)
+        return {speed.name: faster} | ({memory.name: smaller} if memory else {})
+
+    return Bench((speed, memory) if memory else (speed,), run, memory=8e9)
+
+
+def _run_costs(effort: Effort) -> dict[str, Measured]:
+    return costs_of_methods(TINY if effort.quick else MEDIUM, effort)
+
+
+BENCHES = (
+    _stock_rows(
+        MEDIUM,
+        Row("step", f"training step against the stock Trainer, {MEDIUM.name}, all methods on", Target(1.6, True)),
+        Row("memory", f"peak memory of that step, above the idle process, {MEDIUM.name}", Target(0.7, False)),
+    ),
+    _stock_rows(
+        SMALL,
+        Row("small-step", f"training step against the stock Trainer, {SMALL.name}, all methods on", Target(2.5, True)),
+        None,
+    ),
+    Bench(
+        (
+            Row("recycling", "plain recycling, 10% every 100 steps", Target(0.005, False, "cost")),
+            Row("smooth", "smooth recycling, 10% of the neurons in transition", Target(0.02, False, "cost")),
+            Row("midpoint", "midpoint loss at every step", Target(0.02, False, "cost")),
+            Row("magnitudes", "magnitude histograms every 100 steps", Target(0.005, False, "cost")),
+        ),
+        _run_costs,
+        memory=10e9,
+    ),
+)
