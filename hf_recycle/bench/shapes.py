@@ -9,6 +9,8 @@ import numpy as np
 from tokenizers import Tokenizer, models
 from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
+from hf_recycle.bench.floor import Step
+
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
@@ -34,6 +36,10 @@ class Shape:
     def tokens(self) -> int:
         """Tokens of one step."""
         return self.batch * self.sequence
+
+    def step(self) -> Step:
+        """What a step of this model computes, for counting."""
+        return Step(self.layers, self.d_model, self.d_ff, self.vocabulary, self.batch, self.sequence)
 
     def model(self) -> BertForMaskedLM:
         """A fresh model; its weights depend on torch's global random state."""

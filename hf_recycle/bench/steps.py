@@ -13,12 +13,14 @@ from hf_recycle.errors import UserError
 
 # From the first step on a tenth of all neurons is in transition, and stays so.
 _IN_TRANSITION = {"recycle_steps": 100, "recycle_start": 1, "recycle_fraction": 0.1, "recycle_smooth_steps": 100_000}
-_EVERYTHING = {
+EVERYTHING = {
     **_IN_TRANSITION,
     "recycle_immunity": 2,
     "midpoint_weight": 1e-3,
     "magnitude_steps": 100,
 }
+"""All methods that go together."""
+
 _METHODS = {
     # At every step what is meant for every hundredth, so that pairs of steps can tell what it costs.
     "recycling": {"recycle_steps": 1, "recycle_start": 1, "recycle_fraction": 0.1},
@@ -43,7 +45,7 @@ def against_stock(shape: Shape, effort: Effort) -> tuple[Measured, Measured | No
     contestants = [
         Contestant("stock", STOCK, shape),
         Contestant("no method", OURS, shape, {"deterministic_masking": False}),
-        Contestant("everything", OURS, shape, _EVERYTHING),
+        Contestant("everything", OURS, shape, EVERYTHING),
     ]
     turns = hold_match(contestants, effort.rounds)
     worst = _difference(turns["stock"], turns["no method"])

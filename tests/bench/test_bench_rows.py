@@ -1,0 +1,119 @@
+"""Which rows are measured, what is skipped, and what a run says."""
+
+import json
+
+import pytest
+
+from hf_recycle.bench import runner, steps
+from hf_recycle.bench.contestant import Turn
+from hf_recycle.bench.match import WARM_UP
+from hf_recycle.bench.pairs import estimate
+from hf_recycle.bench.row import FAILED, NOT_JUDGED, SKIPPED, Bench, Effort, Measured, NotMeasured, Row, Target
+from hf_recycle.bench.shapes import TINY
+from hf_recycle.bench.table import as_json, markdown, verdict
+from hf_recycle.cli.main import main
+from hf_recycle.errors import UserError
+
+EFFORT = Effort(rounds=4, quick=False)
+ROW = Row("one", "something", Target(1.5, True))
+
+
+def turns(seconds, losses=None, peak=100):
+    losses = losses or [5.0] * (WARM_UP + len(seconds))
+    taken = [0.0] * WARM_UP + list(seconds)
+    return [Turn(second, 0.0, loss, peak) for second, loss in zip(taken, losses, strict=True)]
+
+
+def stand_in(monkeypatch, **seconds):
+    """Lets `hold_match` answer with steps of these seconds."""
+    monkeypatch.setattr(steps, "hold_match", lambda contestants, rounds: {c.name: seconds[c.name] for c in contestants})
+
+
+def test_speed_is_the_median_of_paired_ratios_and_the_warm_up_does_not_count(monkeypatch):
+    match = {
+        "stock": turns([2.0, 4.0, 6.0, 8.0], peak=200 * 2**20),
+        "no method": turns([1.0, 1.0, 1.0, 1.0], peak=90 * 2**20),
+        "everything": turns([1.0, 1.0, 4.0, 8.0], peak=100 * 2**20),
+    }
+    stand_in(monkeypatch, **match)
+    speed, memory = steps.against_stock(TINY, EFFORT)
+    assert speed.value.median == pytest.approx(1.75)  # of 2, 4, 1.5 and 1
+    assert (speed.value.low, speed.value.high) == (1.0, 4.0)
+    assert memory.value.median == pytest.approx(0.5)
+
+
+def test_other_losses_are_refused(monkeypatch):
+    losses = [5.0, 5.0, 5.0, 5.1, 5.0, 5.0]
+    stand_in(monkeypatch, stock=turns([1] * 4), everything=turns([1] * 4), **{"no method": turns([1] * 4, losses)})
+    with pytest.raises(UserError, match="differ by 2"):
+        steps.against_stock(TINY, EFFORT)
+
+
+def test_a_cost_is_spread_over_the_steps_it_is_for(monkeypatch):
+    match = {name: turns([1.5] * 4) for name in ("recycling", "smooth", "midpoint", "magnitudes")}
+    stand_in(monkeypatch, none=turns([1.0] * 4), **match)
+    costs = {name: found.value.median for name, found in steps.costs_of_methods(TINY, EFFORT).items()}
+    assert costs == pytest.approx({"recycling": 0.005, "smooth": 0.5, "midpoint": 0.5, "magnitudes": 0.005})
+
+
+def test_what_is_too_large_for_the_machine_is_skipped_by_name(monkeypatch):
+    bench = Bench((ROW,), lambda effort: {"one": Measured(estimate([1.6]))}, memory=1e15)
+    monkeypatch.setattr(runner, "BENCHES", (bench,))
+    ((row, found),) = runner.run_rows(["one"], EFFORT, lambda line: None)
+    assert row is ROW
+    assert verdict(row, found, EFFORT) == SKIPPED
+    assert "needs 1000000 GB of memory" in found.reason
+    ((_, found),) = runner.run_rows(["one"], Effort(4, quick=True), lambda line: None)
+    assert isinstance(found, Measured)  # small sizes fit
+
+
+def test_a_bench_that_fails_leaves_the_others_alone(monkeypatch):
+    def fail(effort):
+        raise UserError("the training 'stock' failed: out of memory")
+
+    other = Row("two", "something else", Target(1, True))
+    benches = (Bench((ROW,), fail, 0), Bench((other,), lambda effort: {"two": Measured(estimate([2.0]))}, 0))
+    monkeypatch.setattr(runner, "BENCHES", benches)
+    results = list(runner.run_rows(["one", "two"], EFFORT, lambda line: None))
+    assert [verdict(*result, EFFORT) for result in results] == [FAILED, "met"]
+    page = markdown(results, {}, "hf-recycle bench", EFFORT)
+    assert "out of memory" in page
+    assert json.loads(json.dumps(as_json(results, {}, "", EFFORT)))["rows"][0]["verdict"] == FAILED
+
+
+def test_quick_runs_are_not_judged():
+    assert verdict(ROW, Measured(estimate([9.0])), Effort(2, quick=True)) == NOT_JUDGED
+
+
+def test_rows_without_a_gpu(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    bench = Bench((ROW,), lambda effort: {}, memory=0, gpu=True)
+    monkeypatch.setattr(runner, "BENCHES", (bench,))
+    ((_, found),) = runner.run_rows(["one"], EFFORT, lambda line: None)
+    assert found == NotMeasured("needs a GPU")
+
+
+def test_names_of_rows_are_unique():
+    names = [row.name for row in runner.all_rows()]
+    assert len(set(names)) == len(names) > 8
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["stepp"], "row 'stepp' is unknown"),
+        (["step", "--rounds", "1"], "rounds=1 must be at least 2"),
+        (["step", "--json", "nowhere/bench.json"], "no folder 'nowhere'"),
+        (["--round", "3"], "unknown argument --round"),
+    ],
+)
+def test_bad_words_are_told_before_anything_is_measured(words, says, monkeypatch, capsys):
+    monkeypatch.setattr(runner, "BENCHES", tuple(Bench(bench.rows, None, 0) for bench in runner.BENCHES))
+    assert main(["bench", *words]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_the_list_of_rows(capsys):
+    assert main(["bench", "--list"]) == 0
+    listed = capsys.readouterr().out
+    assert all(row.name in listed and str(row.target) in listed for row in runner.all_rows())
