@@ -27,8 +27,8 @@ class Rate:
 
 
 def product_sizes(step: Step) -> list[tuple[int, int, int]]:
-    """`(m, k, n)` of products `(m, k) @ (k, n)` that a step mostly consists of: both projections of an FF, the gradient of
-    one's weight, the decoder on masked tokens."""
+    """`(m, k, n)` of products `(m, k) @ (k, n)` that a step mostly consists of: both projections of an FF, the gradient
+    of their weights, the decoder on masked tokens."""
     tokens, d, d_ff = step.tokens, step.d_model, step.d_ff
     return [(tokens, d, d_ff), (tokens, d_ff, d), (d, tokens, d_ff), (step.masked_tokens, d, step.vocabulary)]
 
