@@ -1,1 +1,1 @@
-"""Paired measurements of speed, memory and the cost of each method: `hf-recycle bench`."""
+"""How fast training is, what each method costs, and what the machine could do: `hf-recycle bench`."""
