@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from hf_recycle.bench.contestant import OURS, STOCK, Contestant, Turn
+from hf_recycle.bench.machine import matrix_product_rates, memory_rates, product_sizes
 from hf_recycle.bench.match import WARM_UP, hold_match
 from hf_recycle.bench.pairs import estimate, spread
+from hf_recycle.bench.reach import Peak, reach, step_floor
 from hf_recycle.bench.row import Bench, Effort, Measured, NotMeasured, Row, Target
 from hf_recycle.bench.shapes import MEDIUM, SMALL, TINY, Shape
 from hf_recycle.errors import UserError
@@ -52,11 +54,11 @@ def against_stock(shape: Shape, effort: Effort) -> tuple[Measured, Measured | No
     if worst > _SAME_LOSS:
         raise UserError(f"the losses of Trainer and RecyclingTrainer differ by {worst:.1e} on the same batches")
     seconds = {name: _seconds(taken) for name, taken in turns.items()}
+    ratios = {name: [a / b for a, b in zip(seconds["stock"], seconds[name], strict=True)] for name in seconds}
     speed = Measured(
-        estimate([stock / ours for stock, ours in zip(seconds["stock"], seconds["everything"], strict=True)]),
-        f"{_milliseconds(seconds['stock'])} → {_milliseconds(seconds['everything'])} ms; losses without a method equal "
-        f"to {worst:.0e}; without a method "
-        f"{estimate([a / b for a, b in zip(seconds['stock'], seconds['no method'], strict=True)]).median:.2f}×",
+        estimate(ratios["everything"]),
+        f"{_milliseconds(seconds['stock'])} → {_milliseconds(seconds['everything'])} ms; without a method "
+        f"{estimate(ratios['no method']).median:.2f}×, its losses equal to {worst:.0e}; {_reach(shape, seconds)}",
         {"seconds": seconds, "relative difference of losses": worst},
     )
     return speed, _memory(turns)
@@ -69,6 +71,17 @@ def _memory(turns: Mapping[str, Sequence[Turn]]) -> Measured | NotMeasured:
     mib = {name: peak / 2**20 for name, peak in peaks.items()}
     note = f"{mib['stock']:,.0f} → {mib['everything']:,.0f} MiB; without a method {mib['no method']:,.0f} MiB"
     return Measured(estimate([mib["everything"] / mib["stock"]]), note, {"MiB": mib})
+
+
+def _reach(shape: Shape, seconds: Mapping[str, Sequence[float]]) -> str:
+    """How near either step comes to what this machine can do, measured now."""
+    step = shape.step()
+    peak = Peak.measured(matrix_product_rates(product_sizes(step)), memory_rates())
+    reached = [
+        reach(estimate(seconds[name]).median, step_floor(step, peak, masked_head=masked)).of_floor
+        for name, masked in (("stock", False), ("everything", True))
+    ]
+    return f"{100 * reached[0]:.0f}% → {100 * reached[1]:.0f}% of the floor"
 
 
 def costs_of_methods(shape: Shape, effort: Effort) -> dict[str, Measured]:
