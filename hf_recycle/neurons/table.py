@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from hf_recycle.neurons.blocks import FeedForward
 from hf_recycle.neurons.find import find_feed_forwards
 from hf_recycle.neurons.initial import InitialDistribution
+from hf_recycle.neurons.magnitudes import on_cpu
 from hf_recycle.neurons.transition import Transition
 
 
@@ -181,10 +182,8 @@ class NeuronTable:
 
     def magnitudes(self) -> dict[str, Tensor]:
         """`{block name: float32 (d_ff,)}` on the CPU, of the weights that the model computes with."""
-        return {
-            block.name: _effective_magnitudes(block, state).cpu()
-            for block, state in zip(self.blocks, self.states, strict=True)
-        }
+        found = [_effective_magnitudes(block, state) for block, state in zip(self.blocks, self.states, strict=True)]
+        return {block.name: values for block, values in zip(self.blocks, on_cpu(found), strict=True)}
 
     def state_dict(self) -> dict[str, Tensor]:
         """All of it as CPU tensors, for `recycling_state.safetensors`; to be called on every process."""
