@@ -11,6 +11,7 @@ from hf_recycle.methods.reinit import REINITIALIZATIONS, Options
 from hf_recycle.methods.schedule import PhaseSchedule
 from hf_recycle.methods.seeds import generator_for
 from hf_recycle.methods.selection import CRITERIA, Signals, select, select_globally
+from hf_recycle.neurons.blocks import magnitudes_of
 from hf_recycle.neurons.magnitudes import on_cpu
 from hf_recycle.neurons.optimizer import reset_state
 from hf_recycle.neurons.table import NeuronTable
@@ -67,7 +68,7 @@ def run_phase(
         One record for each block that takes part.
     """
     positions = list(range(len(table.blocks))) if settings.layers is None else sorted(set(settings.layers))
-    magnitudes = on_cpu([table.blocks[position].magnitudes() for position in positions])
+    magnitudes = on_cpu(magnitudes_of([table.blocks[position] for position in positions]))
     phase, taken = table.phases + 1, table.optimizer_steps(step)
     if settings.scope == "global":
         quotas = [schedule.quota(taken, sum(len(values) for values in magnitudes))]

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from hf_recycle.neurons.blocks import magnitudes_of
 from hf_recycle.neurons.find import find_feed_forwards
 
 
@@ -18,7 +19,8 @@ def neuron_magnitudes(model: nn.Module, pattern: str | None = None) -> dict[str,
     Raises:
         ValueError: if no block is found.
     """
-    return {block.name: block.magnitudes() for block in find_feed_forwards(model, pattern)}
+    blocks = find_feed_forwards(model, pattern)
+    return {block.name: values for block, values in zip(blocks, magnitudes_of(blocks), strict=True)}
 
 
 def on_cpu(values: list[Tensor]) -> list[Tensor]:

@@ -1,6 +1,6 @@
 """What can be done with the lines of a slice, however they are stored."""
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -52,6 +52,10 @@ class Storage:
         """Sum of `values` over the processes that hold the other tiles."""
         raise NotImplementedError
 
+    def processes(self, piece: "NeuronSlice") -> Hashable:
+        """What two slices have in common if `sum_over_processes` of the one is that of the other."""
+        return None
+
     def publish(self, piece: "NeuronSlice", index: Tensor) -> None:
         """Brings the forward copy of lines `index` `(n,)` up to date with the master."""
 
@@ -74,15 +78,16 @@ class Storage:
 
     # ---- Written once ----
 
-    def norms(self, piece: "NeuronSlice", dtype: torch.dtype) -> Tensor:
-        """L2 norm of every line, computed in `dtype`: `(d_ff,)`."""
-        tiles = self.tiles(piece)
+    def norms(self, pieces: Sequence["NeuronSlice"], dtype: torch.dtype) -> list[Tensor]:
+        """L2 norm of every line of some slices of equal length on the same `processes`, computed in `dtype`: `(d_ff,)`
+        each. One sum over processes for all of them."""
         if not self.sharded:
-            return _norms(tiles[0], dtype)
-        squares = torch.zeros(piece.length, dtype=dtype, device=piece.device)
-        for tile in tiles:
-            squares[tile.neurons] += _norms(tile, dtype).square()
-        return self.sum_over_processes(piece, squares).sqrt()
+            return [_norms(tile, dtype) for piece in pieces for tile in self.tiles(piece)]
+        squares = torch.zeros(len(pieces), pieces[0].length, dtype=dtype, device=pieces[0].device)
+        for row, piece in zip(squares, pieces, strict=True):
+            for tile in self.tiles(piece):
+                row[tile.neurons] += _norms(tile, dtype).square()
+        return list(self.sum_over_processes(pieces[0], squares).sqrt())
 
     def mean_std(self, piece: "NeuronSlice") -> tuple[Tensor, Tensor]:
         """Mean and standard deviation over all the lines, as scalars in float64."""
