@@ -477,6 +477,10 @@ def test_rows_are_read_and_written_as_the_tile_lies_in_memory(transposed):
         tile.write(rows, new)
         before[[4, 0, 3]] = new.float()
         assert torch.equal(values, before)
+    for number in (2.0, torch.tensor(3.0)):
+        tile.fill(rows, number)
+        before[[4, 0, 3]] = number
+        assert torch.equal(values, before)
 
 
 def test_a_reborn_neuron_does_not_blur_the_mean_of_the_others():

@@ -161,8 +161,7 @@ class Storage:
     def fill(self, tiles: list[Tile], index: Tensor, value: Tensor | float) -> None:
         """Sets lines `index` `(n,)` of some tiles to one number."""
         for tile in tiles:
-            rows = tile.rows(index)[1]
-            tile.values.index_fill_(0, rows, value if isinstance(value, float) else value.to(tile.values))
+            tile.fill(tile.rows(index)[1], value if isinstance(value, float) else value.to(tile.values))
 
     def mean_of_others(self, piece: "NeuronSlice", tiles: list[Tile], index: Tensor, width: int) -> Tensor:
         """Mean over the entries (`width` for each neuron) of the neurons not in `index` `(n,)`; over all entries if

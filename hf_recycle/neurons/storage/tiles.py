@@ -70,6 +70,11 @@ class Tile:
         else:
             self.values.index_copy_(0, rows, lines)
 
+    def fill(self, rows: Tensor, value: Tensor | float) -> None:
+        """Sets some rows, int64 `(k,)`, to one number."""
+        memory, dim = (self.values.T, 1) if self.is_transposed else (self.values, 0)
+        memory.index_fill_(dim, rows, value)
+
     @property
     def is_transposed(self) -> bool:
         """Whether features, and not neurons, lie one behind the other in memory. Working against that is several times
