@@ -13,35 +13,47 @@ from hf_recycle.errors import UserError
 Result = TypeVar("Result")
 
 
-def checksum(tensors: Iterable[Tensor]) -> int:
-    """A checksum of the bytes of some tensors."""
-    value = 0
-    for tensor in tensors:
-        value = zlib.crc32(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes(), value)
-    return value
+class Agreement:
+    """Whether all processes did the same, by a checksum of what each notes; with one process it costs nothing."""
+
+    def __init__(self) -> None:
+        self._several, self._checksum = _are_several(), 0
+
+    def note(self, tensors: Iterable[Tensor]) -> None:
+        """Adds the bytes of some tensors to the checksum."""
+        for tensor in tensors if self._several else ():
+            data = tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
+            self._checksum = zlib.crc32(data, self._checksum)
+
+    def check(self, what: str, device: torch.device) -> None:
+        """Compares the checksums.
+
+        Args:
+            what: what was noted, for the message.
+            device: a device that the process group can send from.
+
+        Raises:
+            RuntimeError: on every process, if they differ.
+        """
+        if not self._several:
+            return
+        mine = torch.tensor([self._checksum], dtype=torch.int64, device=device)
+        everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+        dist.all_gather(everyone, mine)
+        values = [int(other) for other in everyone]
+        if len(set(values)) > 1:
+            raise RuntimeError(
+                f"The processes disagree about {what} (checksums {values}): their weights, seeds or settings differ, "
+                "and training on would make models that drift apart. Start all processes with the same recipe and "
+                "checkpoint."
+            )
 
 
-def check_agreement(value: int, what: str, device: torch.device) -> None:
-    """Compares `value` across processes; with one process it does nothing.
-
-    Args:
-        what: what the value is a checksum of, for the message.
-        device: a device that the process group can send from.
-
-    Raises:
-        RuntimeError: on every process, if they differ.
-    """
-    if not _are_several():
-        return
-    mine = torch.tensor([value], dtype=torch.int64, device=device)
-    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(everyone, mine)
-    values = [int(other) for other in everyone]
-    if len(set(values)) > 1:
-        raise RuntimeError(
-            f"The processes disagree about {what} (checksums {values}): their weights, seeds or settings differ, and "
-            "training on would make models that drift apart. Start all processes with the same recipe and checkpoint."
-        )
+def check_agreement(tensors: Iterable[Tensor], what: str, device: torch.device) -> None:
+    """Compares tensors across processes, see `Agreement`."""
+    agreement = Agreement()
+    agreement.note(tensors)
+    agreement.check(what, device)
 
 
 def from_main_process(make: Callable[[], Result], device: torch.device) -> Result:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from hf_recycle.agreement import check_agreement, checksum
+from hf_recycle.agreement import check_agreement
 from hf_recycle.aside import aside
 from hf_recycle.methods.overtraining import choose, warm_up
 from hf_recycle.methods.seeds import generator_for
@@ -115,7 +115,7 @@ def _choose(table: NeuronTable, settings: OvertrainingSettings, step: int, devic
         )
         for position, (block, state) in enumerate(zip(table.blocks, table.states, strict=True))
     ]
-    check_agreement(checksum(chosen), f"the neurons overtrained at step {step}", device)
+    check_agreement(chosen, f"the neurons overtrained at step {step}", device)
     return chosen
 
 

@@ -1,17 +1,18 @@
 """One selection phase: choose neurons, give them new weights, note what was done."""
 
-import itertools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from hf_recycle.agreement import check_agreement, checksum
+from hf_recycle.agreement import Agreement
 from hf_recycle.methods.immunity import is_immune
 from hf_recycle.methods.reinit import REINITIALIZATIONS, Options
 from hf_recycle.methods.schedule import PhaseSchedule
 from hf_recycle.methods.seeds import generator_for
 from hf_recycle.methods.selection import CRITERIA, Signals, select, select_globally
+from hf_recycle.neurons.blocks import magnitudes_of
+from hf_recycle.neurons.magnitudes import on_cpu
 from hf_recycle.neurons.optimizer import reset_state
 from hf_recycle.neurons.table import NeuronTable
 from hf_recycle.settings import RecyclingSettings
@@ -67,7 +68,7 @@ def run_phase(
         One record for each block that takes part.
     """
     positions = list(range(len(table.blocks))) if settings.layers is None else sorted(set(settings.layers))
-    magnitudes = [table.blocks[position].magnitudes().cpu() for position in positions]
+    magnitudes = on_cpu(magnitudes_of([table.blocks[position] for position in positions]))
     phase, taken = table.phases + 1, table.optimizer_steps(step)
     if settings.scope == "global":
         quotas = [schedule.quota(taken, sum(len(values) for values in magnitudes))]
@@ -101,13 +102,12 @@ def run_phase(
         notes = ["too few eligible neurons" if len(c) < q else "" for c, q in zip(chosen, quotas, strict=True)]
 
     table.phases = phase
+    agreement = Agreement()
+    agreement.note(chosen)
     # One block at a time: every process draws the new weights of all recycled neurons, whatever its share of the model.
-    written = itertools.chain.from_iterable(
-        _recycle(table, position, index, settings, step, phase, smooth_steps, optimizer)
-        for position, index in zip(positions, chosen, strict=True)
-    )
-    device = table.blocks[positions[0]].out_slice.device
-    check_agreement(checksum(itertools.chain(chosen, written)), f"the neurons recycled at step {step}", device)
+    for position, index in zip(positions, chosen, strict=True):
+        agreement.note(_recycle(table, position, index, settings, step, phase, smooth_steps, optimizer))
+    agreement.check(f"the neurons recycled at step {step}", table.blocks[positions[0]].out_slice.device)
     return [
         PhaseRecord(step, phase, table.blocks[position].name, request, int(mask.sum()), index.tolist(), note)
         for position, request, mask, index, note in zip(positions, requested, eligible, chosen, notes, strict=True)

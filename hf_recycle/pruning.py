@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hf_recycle.agreement import check_agreement, checksum
+from hf_recycle.agreement import check_agreement
 from hf_recycle.methods.pruning import PruningSchedule
 from hf_recycle.methods.seeds import generator_for
 from hf_recycle.methods.selection import CRITERIA, Signals, select
@@ -64,7 +64,7 @@ def prune(table: NeuronTable, settings: PruningSettings, schedule: PruningSchedu
         block.switch_off(index)
         chosen.append(index)
         records.append(PruningRecord(**vars(record) | {"pruned": index.tolist()}))
-    check_agreement(checksum(chosen), f"the neurons pruned at step {step}", table.blocks[0].out_slice.device)
+    check_agreement(chosen, f"the neurons pruned at step {step}", table.blocks[0].out_slice.device)
     return records
 
 

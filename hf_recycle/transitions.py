@@ -80,10 +80,10 @@ class _ScaledGradient:
             return None
         gradient = gradient.clone()
         alpha = interpolation(transition.age, self._smooth_steps)
-        index = transition.index.to(gradient.device)
         for piece in self._pieces:
             for tile in whole(piece, gradient):
-                tile.values[index] = scaled(tile.values[index], alpha)
+                rows = tile.rows(transition.index)[1]
+                tile.write(rows, scaled(tile.read(rows), alpha))
         return gradient
 
 

@@ -1,14 +1,19 @@
 """When to take the midpoint step."""
 
 import torch
+from torch import Tensor
 from transformers.utils import logging
 
 from hf_recycle.callbacks.base import NeuronCallback
 from hf_recycle.methods.midpoint import MidpointLoss
-from hf_recycle.neurons.optimizer import StepWatch, check_optimizer
+from hf_recycle.neurons.blocks import norms_of
+from hf_recycle.neurons.optimizer import check_optimizer
+from hf_recycle.neurons.storage.tiles import to_device
 from hf_recycle.settings import MidpointSettings
 
 logger = logging.get_logger(__name__)
+
+Slopes = tuple[Tensor, Tensor]
 
 
 class MidpointLossCallback(NeuronCallback):
@@ -31,17 +36,14 @@ class MidpointLossCallback(NeuronCallback):
         super().__init__(**settings)
         chosen = self.settings
         self._method = MidpointLoss(chosen.distance, chosen.center, chosen.log, chosen.below_only)
-        self._watch: StepWatch | None = None
-        self._loss: torch.Tensor | None = None
+        self._losses: list[Tensor] = []
         self._checked_for_effect = False
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         self.attach(model, state)
-        if self._watch is not None:
-            self._watch.remove()
         if self.settings.enabled:
             check_optimizer(optimizer, "midpoint_weight", self.settings.weight)
-        self._watch = StepWatch(optimizer)
+        self.watch(optimizer)
         half = [
             piece.dtype
             for block in self.table.blocks
@@ -58,33 +60,51 @@ class MidpointLossCallback(NeuronCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if not self.settings.enabled or not self._watch.taken:
             return
-        losses, changed = [], []
-        for block, neurons in zip(self.table.blocks, self.table.states, strict=True):
-            in_norm, out_norm = block.norms()
-            included = ~(neurons.in_transition() | neurons.pruned).to(in_norm.device)
-            loss, in_slope, out_slope = self._method.slopes(in_norm, out_norm, included)
-            losses.append(loss)
-            for piece in (*block.in_slices, block.out_slice):
-                slope = out_slope if piece.role == "out" else in_slope
-                factors = 1 - self._watch.rate(piece) * self.settings.weight * slope
-                piece.storage.scale(piece, factors)
-                if not self._checked_for_effect:
-                    highest = self._watch.highest_rate(piece)
-                    changed.append((1 - highest * self.settings.weight * slope != 1).any())
-        self._watch.reset()
-        self._loss = torch.stack(losses).sum()
+        # Blocks of one size are worked on together, and nothing waits for the device.
+        norms, alike = norms_of(self.table.blocks), {}
+        for position, (in_norm, _) in enumerate(norms):
+            alike.setdefault((in_norm.device, in_norm.dtype, len(in_norm)), []).append(position)
+        parts = [(positions, *self._slopes(positions, norms)) for positions in alike.values()]
         if not self._checked_for_effect:
             self._checked_for_effect = True
-            if not torch.stack(changed).any():
-                logger.warning(
-                    f"midpoint_weight={self.settings.weight} changes no weight at this learning rate: the step is "
-                    "below the resolution of the weights' dtype."
-                )
+            self._say_if_without_effect(parts)
+        for positions, _, slopes in parts:
+            self._take(positions, slopes)
+        self._watch.reset()
+        self._losses = [losses.sum() for _, losses, _ in parts]
 
-    def on_train_end(self, args, state, control, **kwargs):
-        self._watch.remove()
-        self._watch = None
+    def _slopes(self, positions: list[int], norms: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Slopes]:
+        """The losses `(blocks,)` of some blocks of one size and their slopes for in-rows and out-columns, each
+        `(blocks, d_ff)`."""
+        in_norms, out_norms = (torch.stack(side) for side in zip(*(norms[p] for p in positions), strict=True))
+        states = [self.table.states[position] for position in positions]
+        left_out = torch.stack([state.in_transition() | state.pruned for state in states])
+        losses, *slopes = self._method.slopes(in_norms, out_norms, to_device(~left_out, in_norms.device))
+        return losses, tuple(slopes)
+
+    def _take(self, positions: list[int], slopes: Slopes) -> None:
+        """Takes the step: one multiplication of each matrix."""
+        factors: dict[tuple, Tensor] = {}
+        for row, position in enumerate(positions):
+            for piece in self.table.blocks[position].weight_slices:
+                rate, is_out = self._watch.rate(piece), piece.role == "out"
+                key = is_out, id(rate) if isinstance(rate, Tensor) else rate
+                if key not in factors:
+                    factors[key] = 1 - rate * self.settings.weight * slopes[is_out]
+                piece.storage.scale(piece, factors[key][row])
+
+    def _say_if_without_effect(self, parts: list[tuple[list[int], Tensor, Slopes]]) -> None:
+        for positions, _, slopes in parts:
+            for row, position in enumerate(positions):
+                for piece in self.table.blocks[position].weight_slices:
+                    rate, slope = self._watch.highest_rate(piece), slopes[piece.role == "out"][row]
+                    if (1 - rate * self.settings.weight * slope != 1).any():
+                        return
+        logger.warning(
+            f"midpoint_weight={self.settings.weight} changes no weight at this learning rate: the step is below the "
+            "resolution of the weights' dtype."
+        )
 
     def scalars(self) -> dict[str, float]:
         """The midpoint loss before the last step, unweighted, summed over blocks."""
-        return {} if self._loss is None else {"midpoint_loss": float(self._loss)}
+        return {"midpoint_loss": sum(map(float, self._losses))} if self._losses else {}

@@ -12,7 +12,6 @@ from hf_recycle.methods.overtraining import subset_size
 from hf_recycle.methods.schedule import resolve_steps
 from hf_recycle.mlm.seeded import apart
 from hf_recycle.neurons.fresh_optimizer import fresh_optimizer
-from hf_recycle.neurons.optimizer import StepWatch
 from hf_recycle.overtraining import overtrain
 from hf_recycle.second_pass import SecondPass, mask_seed
 from hf_recycle.settings import OvertrainingSettings
@@ -49,8 +48,6 @@ class OvertrainingCallback(NeuronCallback):
         self.second_pass: Callable[[int], SecondPass] | None = None
         self._data: SecondPass | None = None
         self._every = 0
-        self._watch: StepWatch | None = None
-        self._stepped = True
         self._last_loss: float | None = None
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, train_dataloader=None, **kwargs):
@@ -66,8 +63,7 @@ class OvertrainingCallback(NeuronCallback):
         self._check_subset()
         # One is made at every overtraining; what can't be made is said now.
         fresh_optimizer(optimizer, (p for block in self.table.blocks for p in block.parameters()))
-        self._let_go()
-        self._watch = StepWatch(optimizer)
+        self.watch(optimizer)
         self._data = (self.second_pass or _second_pass_of(train_dataloader))(settings.seed)
 
     def _check_subset(self) -> None:
@@ -80,9 +76,7 @@ class OvertrainingCallback(NeuronCallback):
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         if self._every:
-            self._stepped = self._watch.taken
-            self._watch.reset()
-            self.table.note_step(state.global_step, self._stepped)
+            self.note_step(state)
 
     def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
         taken = self.table.optimizer_steps(state.global_step)
@@ -129,14 +123,6 @@ class OvertrainingCallback(NeuronCallback):
             batch = self._data.batch(position + number * processes * size, size)
             tokens.append(_count_tokens(batch))
             yield batch
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self._let_go()
-
-    def _let_go(self) -> None:
-        if self._watch is not None:
-            self._watch.remove()
-        self._watch = None
 
     def scalars(self) -> dict[str, float]:
         """Extra tokens so far, over all processes, and the loss of the last extra batch."""

@@ -5,7 +5,6 @@ from transformers.utils import logging
 from hf_recycle.callbacks.base import NeuronCallback
 from hf_recycle.methods.pruning import PruningSchedule
 from hf_recycle.methods.schedule import resolve_steps
-from hf_recycle.neurons.optimizer import StepWatch
 from hf_recycle.pruning import hold_at_zero, prune
 from hf_recycle.settings import PruningSettings
 
@@ -26,25 +25,17 @@ class PruningCallback(NeuronCallback):
     settings_class = PruningSettings
     settings: PruningSettings
 
-    def __init__(self, **settings):
-        super().__init__(**settings)
-        self._watch: StepWatch | None = None
-        self._stepped = True
-
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         self.attach(model, state)
         if self.settings.seed is None:
             self.settings.seed = args.seed
         self.schedule = make_schedule(self.settings, state.max_steps)
-        self._let_go()
-        self._watch = StepWatch(optimizer)
+        self.watch(optimizer)
         if self.schedule.is_due(0) and state.global_step == 0:
             self._prune(0, 0)
 
     def on_optimizer_step(self, args, state, control, **kwargs):
-        self._stepped = self._watch.taken
-        self._watch.reset()
-        self.table.note_step(state.global_step, self._stepped)
+        self.note_step(state)
 
     def on_step_end(self, args, state, control, **kwargs):
         hold_at_zero(self.table)
@@ -64,14 +55,6 @@ class PruningCallback(NeuronCallback):
                 self.recorder.pruning(**vars(record) | {"step": step})
         for note in {record.note for record in records if record.note}:
             logger.warning(f"Pruning at step {step} {note}.")
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self._let_go()
-
-    def _let_go(self) -> None:
-        if self._watch is not None:
-            self._watch.remove()
-        self._watch = None
 
     def scalars(self) -> dict[str, float]:
         """Share of the neurons that are pruned."""

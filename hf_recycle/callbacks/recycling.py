@@ -8,7 +8,7 @@ from hf_recycle.callbacks.base import NeuronCallback
 from hf_recycle.methods.immunity import is_immune
 from hf_recycle.methods.schedule import PhaseSchedule, resolve_steps
 from hf_recycle.methods.seeds import generator_for
-from hf_recycle.neurons.optimizer import StepWatch, check_can_reset, check_optimizer, check_state
+from hf_recycle.neurons.optimizer import check_can_reset, check_optimizer, check_state
 from hf_recycle.phase import run_phase
 from hf_recycle.settings import RecyclingSettings
 from hf_recycle.transitions import (
@@ -48,8 +48,7 @@ class RecyclingCallback(NeuronCallback):
         self.smooth_steps = 0
         self.loss_is_finite: Callable[[], bool] = lambda: True
         self._gradients_scaled = False
-        self._watch: StepWatch | None = None
-        self._stepped, self._state_checked = True, False
+        self._state_checked = False
         self._hooks: list = []
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
@@ -61,11 +60,10 @@ class RecyclingCallback(NeuronCallback):
         self.smooth_steps = resolve_steps(settings.smooth_steps, state.max_steps) if self.schedule else 0
         if self.schedule is None:
             return
-        self._let_go()
         check_optimizer(optimizer, "recycle_steps", settings.steps)
         check_can_reset(optimizer, settings.optimizer_state)
-        self._watch = StepWatch(optimizer)
-        self._stepped, self._state_checked = True, False
+        self.watch(optimizer)
+        self._state_checked = False
         if self.smooth_steps:
             self._hooks = hook_gradients(self.table, self.smooth_steps)
             settle(self.table, self.smooth_steps)
@@ -118,17 +116,14 @@ class RecyclingCallback(NeuronCallback):
     def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
         if self.schedule is None:
             return
-        stepped = self._watch.taken
-        self._watch.reset()
+        self.note_step(state)
         if self.smooth_steps:
             self._gradients_scaled = False
-            show_effective_weights(self.table, self.smooth_steps, advance=stepped)
-        self.table.note_step(state.global_step, stepped)
-        if stepped and not self._state_checked:
+            show_effective_weights(self.table, self.smooth_steps, advance=self._stepped)
+        if self._stepped and not self._state_checked:
             # Optimizers make their state at the first step; what is unknown in it is said now, not at the first phase.
             check_state(optimizer, self.table.blocks, self.settings.optimizer_state)
             self._state_checked = True
-        self._stepped = stepped
 
     def on_step_end(self, args, state, control, optimizer=None, **kwargs):
         if self.schedule is None or not self._stepped or state.global_step >= self.schedule.last_step:
@@ -157,15 +152,11 @@ class RecyclingCallback(NeuronCallback):
         for note in {record.note for record in records if record.note}:
             logger.warning(f"Step {state.global_step}: {note}.")
 
-    def on_train_end(self, args, state, control, **kwargs):
-        self._let_go()
-
     def _let_go(self) -> None:
-        if self._watch is not None:
-            self._watch.remove()
+        super()._let_go()
         for hook in self._hooks:
             hook.remove()
-        self._watch, self._hooks = None, []
+        self._hooks = []
 
     def scalars(self) -> dict[str, float]:
         """Recycling events so far, share of neurons ever recycled, neurons in transition and immune neurons."""

@@ -34,41 +34,45 @@ class MidpointLoss:
     below_only: bool = False
 
     def terms(self, magnitudes: Tensor, included: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss and its derivative by g(M_i), for one block.
+        """Loss and its derivative by g(M_i), for one block or several of one size. Nothing waits for the device.
 
         Args:
-            magnitudes: `(d_ff,)`.
-            included: bool `(d_ff,)`; the others count neither in the sum nor in the center.
+            magnitudes: `(..., d_ff)`.
+            included: bool `(..., d_ff)`; the others count neither in the sum nor in the center.
 
         Returns:
-            The loss, a scalar, and the derivative `(d_ff,)`, zero where a neuron does not contribute.
+            The loss of each block `(...)`, and the derivative `(..., d_ff)`, zero where a neuron does not contribute.
         """
         if self.log:
             included = included & (magnitudes > 0)
         values = magnitudes.log() if self.log else magnitudes
         values = torch.where(included, values, 0)
-        if not included.any():
-            return values.sum(), torch.zeros_like(values)
-        considered = values[included]
-        center = considered.mean() if self.center == "mean" else considered.median()
-        difference = values - center
+        difference = values - self._center(values, included)
         active = included & (difference < 0) if self.below_only else included
         difference = torch.where(active, difference, 0)
         if self.distance == "l1":
-            return difference.abs().sum(), difference.sign()
-        return difference.square().sum(), 2 * difference
+            return difference.abs().sum(-1), difference.sign()
+        return difference.square().sum(-1), 2 * difference
+
+    def _center(self, values: Tensor, included: Tensor) -> Tensor:
+        """`(..., 1)`; any number where no neuron is included."""
+        count = included.sum(-1, keepdim=True)
+        if self.center == "mean":
+            return values.sum(-1, keepdim=True) / count.clamp(min=1)
+        ascending = torch.where(included, values, torch.inf).sort(-1).values
+        return ascending.gather(-1, ((count - 1) // 2).clamp(min=0))
 
     def slopes(self, in_norm: Tensor, out_norm: Tensor, included: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The loss of one block and its gradient, which is a multiple of each neuron's own weights.
+        """The loss of each block and its gradient, which is a multiple of each neuron's own weights.
 
         ∂M/∂w_in = w_in · ‖w_out‖ / ‖w_in‖ and ∂log M/∂w = w / ‖w‖²; a neuron with a norm of zero gets no gradient.
 
         Args:
-            in_norm, out_norm: `(d_ff,)`.
-            included: bool `(d_ff,)`, see `terms`.
+            in_norm, out_norm: `(..., d_ff)`.
+            included: bool `(..., d_ff)`, see `terms`.
 
         Returns:
-            The loss, a scalar, and `(d_ff,)` each, a and b, so that ∂Loss/∂w_in,i = a_i · w_in,i and
+            The losses `(...)`, and `(..., d_ff)` each, a and b, so that ∂Loss/∂w_in,i = a_i · w_in,i and
             ∂Loss/∂w_out,i = b_i · w_out,i.
         """
         loss, derivative = self.terms(in_norm * out_norm, included)

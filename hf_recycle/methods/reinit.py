@@ -62,9 +62,9 @@ def matched_normal(block: Block, index: Tensor, generator: torch.Generator, opti
     """N(mean, std) of all current weights of each matrix (article, "Modifying reinitialization distribution")"""
     values = block.sample_initial(len(index), generator, block.bias_roles)
     for role in block.weight_roles:
-        mean, std = (value.float().cpu() for value in block.mean_std(role))
+        mean, std = (value.float() for value in block.mean_std(role))
         noise = torch.randn(len(index), block.width(role), generator=generator)
-        values[role] = mean + std * noise
+        values[role] = mean + std * noise.to(std.device)
     return values
 
 
@@ -77,7 +77,7 @@ def copy_noise(block: Block, index: Tensor, generator: torch.Generator, options:
     sources = pool[torch.randint(len(pool), (len(index),), generator=generator)]
     values = block.read(sources)
     for role in block.weight_roles:
-        std = block.mean_std(role)[1].float().cpu()
+        std = block.mean_std(role)[1].float()
         noise = torch.randn(values[role].shape, generator=generator)
-        values[role] = values[role].cpu() + options.noise_scale * std * noise
+        values[role] = values[role] + options.noise_scale * std * noise.to(std.device)
     return values

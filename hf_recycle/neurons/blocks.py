@@ -1,6 +1,6 @@
 """A feed-forward block and the slices of parameters that make up its neurons."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -83,6 +83,11 @@ class FeedForward:
         """The columns of the out-projection."""
         return self.slices[-1]
 
+    @property
+    def weight_slices(self) -> tuple[NeuronSlice, ...]:
+        """All but the biases."""
+        return (*self.in_slices, self.out_slice)
+
     def __getitem__(self, role: str) -> NeuronSlice:
         return next(piece for piece in self.slices if piece.role == role)
 
@@ -91,19 +96,14 @@ class FeedForward:
 
         Computed in float32, or in the parameter's dtype if that is wider.
         """
-        out = self.out_slice
-        dtype = torch.promote_types(out.parameter.dtype, torch.float32)
-        parts = [piece.storage.norms(piece, dtype) for piece in self.in_slices]
-        in_norm = parts[0] if len(parts) == 1 else torch.linalg.vector_norm(torch.stack(parts), dim=0)
-        return in_norm, out.storage.norms(out, dtype)
+        return norms_of([self])[0]
 
     def magnitudes(self) -> Tensor:
         """Magnitude of every neuron, `‖W_in[i]‖₂ · ‖W_out[:, i]‖₂`, float32 `(d_ff,)`; biases left out.
 
         Source: *Neuron Recycling*, section "Magnitude".
         """
-        in_norm, out_norm = self.norms()
-        return (in_norm * out_norm).to(torch.float32)
+        return magnitudes_of([self])[0]
 
     def read(self, index: Tensor) -> dict[str, Tensor]:
         """Copies of the weights of neurons `index` `(n,)`: `{role: (n, width)}`, biases `(n,)`."""
@@ -122,6 +122,31 @@ class FeedForward:
     def parameters(self) -> Iterator[nn.Parameter]:
         """The parameters the block's neurons lie in, each once."""
         return iter({id(piece.parameter): piece.parameter for piece in self.slices}.values())
+
+
+def norms_of(blocks: Sequence[FeedForward]) -> list[tuple[Tensor, Tensor]]:
+    """`FeedForward.norms` of some blocks, with one sum over processes for all that are sharded alike."""
+    alike: dict[tuple, list[NeuronSlice]] = {}
+    for block in blocks:
+        dtype = torch.promote_types(block.out_slice.dtype, torch.float32)
+        for piece in block.weight_slices:
+            storage = piece.storage
+            key = storage, dtype, storage.processes(piece), piece.length, piece.device
+            alike.setdefault(key, []).append(piece)
+    norms = {}
+    for (storage, dtype, *_), pieces in alike.items():
+        norms |= zip(pieces, storage.norms(pieces, dtype), strict=True)
+    found = []
+    for block in blocks:
+        parts = [norms[piece] for piece in block.in_slices]
+        in_norm = parts[0] if len(parts) == 1 else torch.linalg.vector_norm(torch.stack(parts), dim=0)
+        found.append((in_norm, norms[block.out_slice]))
+    return found
+
+
+def magnitudes_of(blocks: Sequence[FeedForward]) -> list[Tensor]:
+    """`FeedForward.magnitudes` of some blocks, see `norms_of`."""
+    return [(in_norm * out_norm).to(torch.float32) for in_norm, out_norm in norms_of(blocks)]
 
 
 def full_shape(parameter: Tensor) -> torch.Size:

@@ -1,7 +1,9 @@
 """Magnitudes of all the neurons of a model."""
 
+import torch
 from torch import Tensor, nn
 
+from hf_recycle.neurons.blocks import magnitudes_of
 from hf_recycle.neurons.find import find_feed_forwards
 
 
@@ -17,4 +19,20 @@ def neuron_magnitudes(model: nn.Module, pattern: str | None = None) -> dict[str,
     Raises:
         ValueError: if no block is found.
     """
-    return {block.name: block.magnitudes() for block in find_feed_forwards(model, pattern)}
+    blocks = find_feed_forwards(model, pattern)
+    return {block.name: values for block, values in zip(blocks, magnitudes_of(blocks), strict=True)}
+
+
+def on_cpu(values: list[Tensor]) -> list[Tensor]:
+    """Vectors `(n,)` on the CPU, by one transfer from each device: every transfer waits for the device."""
+    by_device: dict[torch.device, list[int]] = {}
+    for number, each in enumerate(values):
+        by_device.setdefault(each.device, []).append(number)
+    arrived = list(values)
+    for device, numbers in by_device.items():
+        if device.type != "cpu":
+            together = torch.cat([values[number] for number in numbers]).cpu()
+            parts = together.split([len(values[number]) for number in numbers])
+            for number, part in zip(numbers, parts, strict=True):
+                arrived[number] = part
+    return arrived

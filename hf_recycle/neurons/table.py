@@ -9,9 +9,10 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from hf_recycle.neurons.blocks import FeedForward
+from hf_recycle.neurons.blocks import FeedForward, magnitudes_of
 from hf_recycle.neurons.find import find_feed_forwards
 from hf_recycle.neurons.initial import InitialDistribution
+from hf_recycle.neurons.magnitudes import on_cpu
 from hf_recycle.neurons.transition import Transition
 
 
@@ -181,10 +182,10 @@ class NeuronTable:
 
     def magnitudes(self) -> dict[str, Tensor]:
         """`{block name: float32 (d_ff,)}` on the CPU, of the weights that the model computes with."""
-        return {
-            block.name: _effective_magnitudes(block, state).cpu()
-            for block, state in zip(self.blocks, self.states, strict=True)
-        }
+        found = magnitudes_of(self.blocks)
+        for block, state, magnitudes in zip(self.blocks, self.states, found, strict=True):
+            _make_effective(magnitudes, block, state)
+        return {block.name: values for block, values in zip(self.blocks, on_cpu(found), strict=True)}
 
     def state_dict(self) -> dict[str, Tensor]:
         """All of it as CPU tensors, for `recycling_state.safetensors`; to be called on every process."""
@@ -231,16 +232,14 @@ class NeuronTable:
 _COUNTERS = ("phases", "skipped_steps", "overtrain_samples", "overtrain_tokens")
 
 
-def _effective_magnitudes(block: FeedForward, state: BlockState) -> Tensor:
-    magnitudes = block.magnitudes()
+def _make_effective(magnitudes: Tensor, block: FeedForward, state: BlockState) -> None:
     if state.transition is None or not block.out_slice.storage.separate_masters:
-        return magnitudes
+        return
     # The masters of neurons in transition hold their new weights.
     index = state.transition.index
     lines = {p.role: p.storage.join(p, index, p.storage.read_forward(p, index)) for p in block.slices if not p.is_bias}
     out = lines.pop("out").float().norm(dim=1)
     magnitudes[index.to(magnitudes.device)] = torch.cat(list(lines.values()), dim=1).float().norm(dim=1) * out
-    return magnitudes
 
 
 def _tensors_of(block: FeedForward, state: BlockState) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hf_recycle.neurons.blocks import FeedForward
 from hf_recycle.neurons.storage import Fragments
+from hf_recycle.neurons.storage.tiles import to_device
 
 
 @dataclass
@@ -61,7 +62,7 @@ class Transition:
         """What belongs to the rows of each fragment out of `values` `(n,)`, one for each neuron."""
         piece = block[role]
         tiles = piece.storage.tiles(piece)
-        return [values.to(tile.values.device)[tile.rows(self.index)[0]] for tile in tiles]
+        return [to_device(values, tile.values.device)[tile.rows(self.index)[0]] for tile in tiles]
 
     def cut(self, block: FeedForward) -> "Transition":
         """A just loaded transition, cut to what this process holds."""

@@ -81,7 +81,7 @@ def test_a_dtensor_is_as_good_as_a_plain_tensor(mesh, make, placement):
     def same():
         assert torch.equal(piece.parameter.full_tensor(), plain_piece.parameter)
 
-    torch.testing.assert_close(storage.norms(piece, torch.float32), plain.norms(plain_piece, torch.float32))
+    torch.testing.assert_close(storage.norms([piece], torch.float32)[0], plain.norms([plain_piece], torch.float32)[0])
     assert torch.equal(torch.stack(storage.mean_std(piece)), torch.stack(plain.mean_std(plain_piece)))
     lines = storage.read_full(piece, INDEX)
     assert not isinstance(lines, DTensor)
@@ -217,7 +217,7 @@ def test_an_empty_shard_takes_part_in_everything():
             assert piece.parameter.to_local().numel() == 0
             assert storage.tiles(piece) == []
             assert torch.equal(_owned(piece.parameter, 0, 3), torch.empty(0, dtype=torch.int64))
-            assert not storage.norms(piece, torch.float32).any()
+            assert not storage.norms([piece], torch.float32)[0].any()
             storage.mean_std(piece)
             lines = storage.read_full(piece, index)
             assert lines.shape == (2, *values.shape[1:])

@@ -1,18 +1,20 @@
 """What can be done with the lines of a slice, however they are stored."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from hf_recycle.neurons.storage.tiles import Tile
+from hf_recycle.neurons.storage.tiles import Tile, to_device
 
 if TYPE_CHECKING:
     from hf_recycle.neurons.blocks import NeuronSlice
 
-# Entries of a half-precision parameter that are upcast at a time: bounds the copy that float32 statistics of them need.
-_ENTRIES_UPCAST_AT_ONCE = 1 << 20
+# Entries that are worked on at a time where an intermediate result is as large as they are: few enough that it stays in
+# a CPU core's cache, and enough that an accelerator is not kept busy with starting kernels.
+_ENTRIES_AT_ONCE = 1 << 17
+_ENTRIES_AT_ONCE_ELSEWHERE = 1 << 22
 
 Fragments = list[Tensor]
 """What this process holds of some lines: for each of its tiles, the rows of those lines that lie in it."""
@@ -50,6 +52,10 @@ class Storage:
         """Sum of `values` over the processes that hold the other tiles."""
         raise NotImplementedError
 
+    def processes(self, piece: "NeuronSlice") -> Hashable:
+        """What two slices have in common if `sum_over_processes` of the one is that of the other."""
+        return None
+
     def publish(self, piece: "NeuronSlice", index: Tensor) -> None:
         """Brings the forward copy of lines `index` `(n,)` up to date with the master."""
 
@@ -72,25 +78,26 @@ class Storage:
 
     # ---- Written once ----
 
-    def norms(self, piece: "NeuronSlice", dtype: torch.dtype) -> Tensor:
-        """L2 norm of every line, computed in `dtype`: `(d_ff,)`."""
-        tiles = self.tiles(piece)
+    def norms(self, pieces: Sequence["NeuronSlice"], dtype: torch.dtype) -> list[Tensor]:
+        """L2 norm of every line of some slices of equal length on the same `processes`, computed in `dtype`: `(d_ff,)`
+        each. One sum over processes for all of them."""
         if not self.sharded:
-            return _norms(tiles[0].values, dtype)
-        squares = torch.zeros(piece.length, dtype=dtype, device=piece.device)
-        for tile in tiles:
-            squares[tile.neurons] += _norms(tile.values, dtype).square()
-        return self.sum_over_processes(piece, squares).sqrt()
+            return [_norms(tile, dtype) for piece in pieces for tile in self.tiles(piece)]
+        squares = torch.zeros(len(pieces), pieces[0].length, dtype=dtype, device=pieces[0].device)
+        for row, piece in zip(squares, pieces, strict=True):
+            for tile in self.tiles(piece):
+                row[tile.neurons] += _norms(tile, dtype).square()
+        return list(self.sum_over_processes(pieces[0], squares).sqrt())
 
     def mean_std(self, piece: "NeuronSlice") -> tuple[Tensor, Tensor]:
         """Mean and standard deviation over all the lines, as scalars in float64."""
         count = piece.length * piece.width
-        values = [tile.values for tile in self.tiles(piece)]
-        mean = self._sum(piece, (v.sum(dtype=torch.float64) for v in values)) / count
+        chunks = [chunk for tile in self.tiles(piece) for chunk in _chunks(tile)]
+        mean = self._sum(piece, (chunk.double().sum() for chunk in chunks)) / count
         # Deviations in the weights' own precision or float32; only their sum needs more.
         wide = torch.promote_types(piece.dtype, torch.float32)
-        deviations = ((c.to(wide) - mean.to(c.device)).square() for v in values for c in _chunks(v, wide))
-        square = self._sum(piece, (d.sum(dtype=torch.float64) for d in deviations))
+        deviations = ((chunk.to(wide) - mean.to(chunk.device)).square() for chunk in chunks)
+        square = self._sum(piece, (each.double().sum() for each in deviations))
         return mean, (square / max(count - 1, 1)).sqrt()
 
     def _sum(self, piece: "NeuronSlice", parts: Iterable[Tensor]) -> Tensor:
@@ -101,20 +108,20 @@ class Storage:
 
     def read(self, piece: "NeuronSlice", index: Tensor) -> Fragments:
         """Copies of what this process holds of lines `index` `(n,)`."""
-        return [tile.values.index_select(0, tile.rows(index)[1]) for tile in self.tiles(piece)]
+        return [tile.read(tile.rows(index)[1]) for tile in self.tiles(piece)]
 
     def write(self, piece: "NeuronSlice", index: Tensor, fragments: Fragments) -> None:
         """Overwrites what this process holds of lines `index` `(n,)`, cast to the parameter's dtype."""
         for tile, values in zip(self.tiles(piece), fragments, strict=True):
-            tile.values.index_copy_(0, tile.rows(index)[1], values.to(tile.values))
+            tile.write(tile.rows(index)[1], values)
 
     def cut(self, piece: "NeuronSlice", index: Tensor, lines: Tensor) -> Fragments:
         """The fragments of whole lines `(n, width)`."""
         lines = lines.reshape(len(index), piece.width)
         fragments = []
         for tile in self.tiles(piece):
-            held = tile.rows(index)[0]
-            fragments.append(lines.to(tile.values.device)[held, tile.features].to(tile.values.dtype))
+            here = to_device(lines, tile.values.device)
+            fragments.append(here[tile.rows(index)[0], tile.features].to(tile.values.dtype, copy=True))
         return fragments
 
     def join(self, piece: "NeuronSlice", index: Tensor, fragments: Fragments) -> Tensor:
@@ -149,15 +156,12 @@ class Storage:
         """Multiplies the gradient of lines `index` `(n,)`, if there is one, by `factors` `(n,)`, in place."""
         for tile in self.gradient_tiles(piece):
             held, rows = tile.rows(index)
-            tile.values.index_copy_(
-                0, rows, scaled(tile.values.index_select(0, rows), factors[held.to(factors.device)])
-            )
+            tile.write(rows, scaled(tile.read(rows), to_device(factors, tile.values.device)[held]))
 
     def fill(self, tiles: list[Tile], index: Tensor, value: Tensor | float) -> None:
         """Sets lines `index` `(n,)` of some tiles to one number."""
         for tile in tiles:
-            rows = tile.rows(index)[1]
-            tile.values.index_fill_(0, rows, value if isinstance(value, float) else value.to(tile.values))
+            tile.fill(tile.rows(index)[1], value if isinstance(value, float) else value.to(tile.values))
 
     def mean_of_others(self, piece: "NeuronSlice", tiles: list[Tile], index: Tensor, width: int) -> Tensor:
         """Mean over the entries (`width` for each neuron) of the neurons not in `index` `(n,)`; over all entries if
@@ -166,7 +170,11 @@ class Storage:
         others[index] = False
         if not others.any():
             others[:] = True
-        sums = (tile.values[others[tile.neurons].to(tile.values.device)].sum(dtype=torch.float64) for tile in tiles)
+        # Summed by neuron first: subtracting those of `index` from the sum of all would lose the others behind them.
+        sums = (
+            torch.where(to_device(others[tile.neurons], tile.values.device), _sums(tile), 0).double().sum()
+            for tile in tiles
+        )
         return self._sum(piece, sums) / (int(others.sum()) * width)
 
 
@@ -176,12 +184,29 @@ def scaled(lines: Tensor, factors: Tensor) -> Tensor:
     return (lines.to(wide) * factors.to(lines.device, wide).unsqueeze(1)).to(lines.dtype)
 
 
-def _norms(values: Tensor, dtype: torch.dtype) -> Tensor:
-    # vector_norm upcasts the whole of its argument first.
-    return torch.cat([torch.linalg.vector_norm(chunk, dim=1, dtype=dtype) for chunk in _chunks(values, dtype)])
+def _norms(tile: Tile, dtype: torch.dtype) -> Tensor:
+    values = tile.values
+    if not tile.is_transposed:
+        # vector_norm upcasts the whole of its argument first.
+        chunks = [values] if values.dtype == dtype else _chunks(tile)
+        return torch.cat([torch.linalg.vector_norm(chunk, dim=1, dtype=dtype) for chunk in chunks])
+    if values.dtype == dtype and not values.is_cpu:
+        return torch.linalg.vector_norm(values, dim=1)
+    # On a CPU, vector_norm across the order in memory takes twenty times as long as reading.
+    return sum(chunk.to(dtype).square().sum(1) for chunk in _chunks(tile)).sqrt()
 
 
-def _chunks(values: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
-    """`values` `(n, width)` in bands of lines that are cheap to upcast to `dtype`; as they are if they have it."""
-    lines = max(1, _ENTRIES_UPCAST_AT_ONCE // max(values.shape[1], 1))
-    yield from [values] if values.dtype == dtype else values.split(lines)
+def _sums(tile: Tile) -> Tensor:
+    """Sum over the features of each neuron, `(n,)`, in the tile's dtype or float32."""
+    wide = torch.promote_types(tile.values.dtype, torch.float32)
+    if tile.values.dtype == wide:
+        return tile.values.sum(1)
+    parts = [chunk.to(wide).sum(1) for chunk in _chunks(tile)]
+    return sum(parts) if tile.is_transposed else torch.cat(parts)
+
+
+def _chunks(tile: Tile) -> tuple[Tensor, ...]:
+    """The values of a tile in bands that follow each other in memory: of neurons, or of features if transposed."""
+    dim = int(tile.is_transposed)
+    entries = _ENTRIES_AT_ONCE if tile.values.is_cpu else _ENTRIES_AT_ONCE_ELSEWHERE
+    return tile.values.split(max(1, entries // max(tile.values.shape[1 - dim], 1)), dim)

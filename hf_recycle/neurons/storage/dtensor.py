@@ -1,5 +1,6 @@
 """Parameters that are DTensors: FSDP2 (`fully_shard`), tensor parallelism, or both."""
 
+from collections.abc import Hashable
 from typing import TYPE_CHECKING
 
 import torch
@@ -39,6 +40,10 @@ class DTensorStorage(Storage):
             if not isinstance(placement, Replicate):
                 dist.all_reduce(values, group=parameter.device_mesh.get_group(dimension))
         return values
+
+    def processes(self, piece: "NeuronSlice") -> Hashable:
+        parameter = piece.parameter
+        return parameter.device_mesh, tuple(isinstance(placement, Replicate) for placement in parameter.placements)
 
 
 def _local_tiles(piece: "NeuronSlice", tensor: DTensor) -> list[Tile]:

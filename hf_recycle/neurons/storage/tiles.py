@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 if TYPE_CHECKING:
     from hf_recycle.neurons.blocks import NeuronSlice
@@ -39,11 +40,54 @@ class Tile:
     def features(self) -> slice:
         return slice(self.feature, self.feature + self.values.shape[1])
 
-    def rows(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Which of the neurons `index` `(n,)` the tile holds, bool `(n,)`, and in which of its rows, int64 `(k,)`."""
-        local = index - self.neuron
-        held = (local >= 0) & (local < self.values.shape[0])
-        return held.to(self.values.device), local[held].to(self.values.device)
+    def rows(self, index: Tensor) -> tuple[Tensor | slice, Tensor]:
+        """Where in `index` `(n,)`, on the CPU, the neurons stand that the tile holds, int64 `(k,)` (a full slice if it
+        holds them all), and in which of its rows they are, int64 `(k,)`, both on the tile's device.
+
+        Remembered as long as `index` lives, which must not be edited: the neurons in transition are looked up at every
+        step.
+        """
+        places = _places.setdefault(index, {})
+        key = self.neuron, len(self.values), self.values.device
+        if key not in places:
+            local = index - self.neuron
+            held = ((local >= 0) & (local < len(self.values))).nonzero().flatten()
+            rows = to_device(local[held], key[2])
+            places[key] = (slice(None) if len(held) == len(index) else to_device(held, key[2])), rows
+        return places[key]
+
+    def read(self, rows: Tensor) -> Tensor:
+        """Copies of some rows, int64 `(k,)`, laid out in memory as the tile is: `(k, features)`."""
+        if self.is_transposed:
+            return self.values.T.index_select(1, rows).T
+        return self.values.index_select(0, rows)
+
+    def write(self, rows: Tensor, lines: Tensor) -> None:
+        """Overwrites some rows, int64 `(k,)`, with `lines` `(k, features)`, cast to the tile's dtype."""
+        lines = to_device(lines.to(self.values.dtype), self.values.device)
+        if self.is_transposed:
+            self.values.T.index_copy_(1, rows, lines.T.contiguous())
+        else:
+            self.values.index_copy_(0, rows, lines)
+
+    def fill(self, rows: Tensor, value: Tensor | float) -> None:
+        """Sets some rows, int64 `(k,)`, to one number."""
+        memory, dim = (self.values.T, 1) if self.is_transposed else (self.values, 0)
+        memory.index_fill_(dim, rows, value)
+
+    @property
+    def is_transposed(self) -> bool:
+        """Whether features, and not neurons, lie one behind the other in memory. Working against that is several times
+        slower on a CPU."""
+        return self.values.stride(0) < self.values.stride(1)
+
+
+_places = WeakTensorKeyDictionary()
+
+
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """`values` on a device; to an accelerator without waiting for what it has still to do."""
+    return values.to(device, non_blocking=device.type != "cpu")
 
 
 def tiles_of_rectangle(piece: "NeuronSlice", values: Tensor, row: int, column: int) -> Iterator[Tile]:

@@ -56,12 +56,11 @@ class ReplicatedZeroStorage(ZeroStorage):
     def write_forward(self, piece: "NeuronSlice", index: Tensor, fragments: Fragments) -> None:
         lines = self.join(piece, index, fragments).reshape(len(index), -1)
         [tile] = whole(piece, piece.parameter)
-        tile.values.index_copy_(0, index.to(lines.device), lines.to(tile.values))
+        tile.write(tile.rows(index)[1], lines)
 
     def read_forward(self, piece: "NeuronSlice", index: Tensor) -> Fragments:
         [tile] = whole(piece, piece.parameter)
-        lines = tile.values.index_select(0, index.to(tile.values.device))
-        return self.cut(piece, index, lines)
+        return self.cut(piece, index, tile.read(tile.rows(index)[1]))
 
     def clear(self, piece: "NeuronSlice", index: Tensor) -> None:
         super().clear(piece, index)
@@ -101,13 +100,11 @@ class PartitionedZeroStorage(ZeroStorage):
 
     def write_forward(self, piece: "NeuronSlice", index: Tensor, fragments: Fragments) -> None:
         for tile, values in zip(_partitioned(piece, piece.parameter.ds_tensor), fragments, strict=True):
-            tile.values.index_copy_(0, tile.rows(index)[1], values.to(tile.values))
+            tile.write(tile.rows(index)[1], values)
         _refresh(piece.parameter)
 
     def read_forward(self, piece: "NeuronSlice", index: Tensor) -> Fragments:
-        return [
-            tile.values.index_select(0, tile.rows(index)[1]) for tile in _partitioned(piece, piece.parameter.ds_tensor)
-        ]
+        return [tile.read(tile.rows(index)[1]) for tile in _partitioned(piece, piece.parameter.ds_tensor)]
 
     def clear(self, piece: "NeuronSlice", index: Tensor) -> None:
         super().clear(piece, index)
