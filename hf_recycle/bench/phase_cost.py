@@ -8,7 +8,7 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -54,16 +54,18 @@ class Timing:
     Attributes:
         median: over the repetitions.
         low, high: the quartiles.
+        samples: all of them, in the order measured.
     """
 
     median: float
     low: float
     high: float
+    samples: tuple[float, ...] = field(default=(), compare=False)
 
     @classmethod
     def of(cls, seconds: list[float]) -> "Timing":
         low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
-        return cls(median, low, high)
+        return cls(median, low, high, tuple(seconds))
 
 
 @dataclass(frozen=True)

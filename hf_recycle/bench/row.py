@@ -19,7 +19,7 @@ class Target:
     Attributes:
         bound: as a plain number; a cost of 2% is 0.02.
         at_least: whether the ratio must reach the bound, rather than stay under it.
-        unit: how it is written: "times", "cost" (a percentage with its sign) or "share" (a percentage).
+        unit: how it is written: "times", "cost" (a percentage with its sign), "share" (a percentage) or "power".
     """
 
     bound: float
@@ -33,7 +33,8 @@ class Target:
         return MET if all(ends) else NOISY if any(ends) else MISSED
 
     def write(self, value: float) -> str:
-        return {"times": f"{value:.2f}×", "cost": f"{100 * value:+.2f}%", "share": f"{100 * value:.1f}%"}[self.unit]
+        written = {"times": f"{value:.2f}×", "cost": f"{100 * value:+.2f}%", "share": f"{100 * value:.1f}%"}
+        return written.get(self.unit, f"{value:.2f}")
 
     def __str__(self) -> str:
         return f"{'≥' if self.at_least else '≤'} {self.write(self.bound)}"
