@@ -169,7 +169,8 @@ class MaskedLanguageModelingMixin(Trainer):
             outputs = model(**inputs)
             return _logits(outputs), labels, outputs
         positions, targets = self._choose_positions(labels)
-        with head.at(positions):
+        # Only a compiled model gets padding.
+        with head.at(positions, targets == IGNORED if self._compiled else None):
             outputs = model(**inputs)
         logits = _logits(outputs)
         if logits.shape[:-1] != positions.shape:
