@@ -15,6 +15,8 @@ import torch
 from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
+from hf_recycle.mlm.last_feed_forward import LastFeedForward, find_last_feed_forward
+
 HEADS: dict[str, str] = {
     "albert": "predictions",
     "bert": "cls",
@@ -39,7 +41,8 @@ HEADS: dict[str, str] = {
     "xlm-roberta-xl": "lm_head",
 }
 """`config.model_type` to the dotted path of the first module of the head. From that module to the logits the
-forward must be position-wise and call the module with the hidden states as first positional argument."""
+forward must be position-wise and call the module with the hidden states as first positional argument; so must
+what lies between the last feed-forward block and it."""
 
 _MASKED_LM_CLASSES = frozenset(MODEL_FOR_MASKED_LM_MAPPING_NAMES.values())
 
@@ -64,33 +67,45 @@ class _KeepPositions:
 
 
 class MaskedHead:
-    """Restricts the head that starts with `module` to chosen positions. The hook is registered once, here,
-    so that the model looks the same at every step (to `torch.compile`, for one)."""
+    """Restricts the head that starts with `module` to chosen positions, and the last feed-forward block if one is
+    given. The hooks are registered once, here, so that the model looks the same at every step (to `torch.compile`,
+    for one)."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, feed_forward: LastFeedForward | None = None) -> None:
         self._keep = _KeepPositions()
         self._handle = module.register_forward_pre_hook(self._keep)
+        self._feed_forward = feed_forward
 
     @contextmanager
-    def at(self, positions: torch.Tensor) -> Iterator[None]:
+    def at(self, positions: torch.Tensor, padding: torch.Tensor | None = None) -> Iterator[None]:
         """Within the context, the head sees the hidden states at `positions` only.
 
         Args:
             positions: int64 `(n,)`, indices into the flattened `(batch * sequence)`, on the model's device.
                 n may be 0: the logits are then `(0, vocabulary)` and the backward pass gives zero gradients.
+                They are unique, but for padding.
+            padding: bool `(n,)`, true where a position is there only to fill up, and its logits are not used.
 
         `model(**inputs_without_labels).logits` is `(n, vocabulary)` there; labels must not be given, for
-        they no longer match. Outside the context the model is as it was.
+        they no longer match. Hidden states behind the last feed-forward block mean nothing at other positions.
+        Outside the context the model is as it was.
         """
-        before, self._keep.positions = self._keep.positions, positions
+        self._set(positions, padding)
         try:
             yield
         finally:
-            self._keep.positions = before
+            self._set(None, None)
+
+    def _set(self, positions: torch.Tensor | None, padding: torch.Tensor | None) -> None:
+        self._keep.positions = positions
+        if self._feed_forward is not None:
+            self._feed_forward.set(positions, padding)
 
     def remove(self) -> None:
-        """Take the hook off the model."""
+        """Take the hooks off the model."""
         self._handle.remove()
+        if self._feed_forward is not None:
+            self._feed_forward.remove()
 
 
 def is_masked_language_model(model: nn.Module) -> bool:
@@ -109,9 +124,10 @@ def find_masked_head(model: nn.Module) -> MaskedHead | None:
     if path is None or not is_masked_language_model(model) or not _has_stock_forward(model):
         return None
     try:
-        return MaskedHead(model.get_submodule(path))
+        first = model.get_submodule(path)
     except AttributeError:  # a variant of the family built otherwise, such as DeBERTa with `legacy=False`
         return None
+    return MaskedHead(first, find_last_feed_forward(model))
 
 
 def _has_stock_forward(model: nn.Module) -> bool:

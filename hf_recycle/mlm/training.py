@@ -168,8 +168,8 @@ class MaskedLanguageModelingMixin(Trainer):
         if head is None:
             outputs = model(**inputs)
             return _logits(outputs), labels, outputs
-        positions, targets = self._choose_positions(labels)
-        with head.at(positions):
+        positions, targets, padding = self._choose_positions(labels)
+        with head.at(positions, padding):
             outputs = model(**inputs)
         logits = _logits(outputs)
         if logits.shape[:-1] != positions.shape:
@@ -177,21 +177,23 @@ class MaskedLanguageModelingMixin(Trainer):
             return self._predict_masked(model, {**inputs, "labels": labels}, masked_head=False)
         return logits, targets, outputs
 
-    def _choose_positions(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """The positions at which to compute the head, and their targets."""
+    def _choose_positions(self, labels: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The positions at which to compute the head, their targets, and which of them are padding, if any can be."""
         masked = getattr(labels, "masked_tokens", None)
         if masked is None:  # a dispatched batch, or labels that a subclass made; on an accelerator this waits
             masked = int((labels != IGNORED).sum())
         if not self._compiled:
-            return padded_positions(labels, masked)
+            return *padded_positions(labels, masked), None
         share = getattr(self.data_collator, "mlm_probability", None)
         known = isinstance(share, int | float) and 0 <= share <= 1
         size = usual_size(masked, labels.numel(), share) if known else None
         # Sizes 0 and 1 are never dynamic.
         positions, targets = padded_positions(labels, max(masked, 2) if size is None else size)
+        padding = targets == IGNORED
         if size is None:
             torch._dynamo.maybe_mark_dynamic(positions, 0)
-        return positions, targets
+            torch._dynamo.maybe_mark_dynamic(padding, 0)
+        return positions, targets, padding
 
     def _masked_head(self):
         """The head of the current model, or None: not wanted, or the model can't (said once)."""

@@ -1,0 +1,112 @@
+"""The last layer's feed-forward block, computed at the masked positions only.
+
+Behind the last attention nothing mixes positions any more, so where the head looks at the masked positions alone, the
+last feed-forward block need not compute the others: the loss and the gradients are the same. Its inputs are gathered
+before the in-projection; its outputs are put back in their places, zeros elsewhere, behind the out-projection. So
+dropout, residual and norm see the shapes they always see, and dropout draws the same numbers.
+"""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import Tensor, nn
+
+from hf_recycle.neurons.find import find_feed_forwards
+
+
+class LastFeedForward:
+    """Restricts the block that is made of the linear layers `ins` and `out` in `layer` to chosen positions."""
+
+    def __init__(self, layer: nn.Module, ins: list[nn.Module], out: nn.Module) -> None:
+        self._places = _Places()
+        self._handles = [
+            layer.register_forward_pre_hook(_Begin(self._places)),
+            *(module.register_forward_pre_hook(_Gather(self._places)) for module in ins),
+            out.register_forward_hook(_Scatter(self._places)),
+        ]
+
+    def set(self, positions: Tensor | None, padding: Tensor | None) -> None:
+        """As in `MaskedHead.at`; without positions, the block is as it was."""
+        self._places.positions, self._places.padding = positions, padding
+
+    def remove(self) -> None:
+        """Take the hooks off the model."""
+        for handle in self._handles:
+            handle.remove()
+
+
+class _Places:
+    """What the hooks of one block share. They know nothing of the model, and those of a copied or pickled one idle.
+
+    Attributes:
+        positions, padding: what `set` asks for.
+        now: positions and padding of the forward pass that is under way, or went before.
+        shape: `(batch, sequence)` between the two projections.
+    """
+
+    def __init__(self) -> None:
+        self.positions: Tensor | None = None
+        self.padding: Tensor | None = None
+        self.now: tuple[Tensor | None, Tensor | None] = (None, None)
+        self.shape: torch.Size | None = None
+
+    def __reduce__(self) -> tuple:
+        return type(self), ()
+
+
+class _Hook:
+    def __init__(self, places: _Places) -> None:
+        self.places = places
+
+
+class _Begin(_Hook):
+    """Forward pre-hook of the layer. (To `torch.compile`, what it first meets as an attribute of a layer of torch, such
+    as a linear one, has a static shape; so it meets `places` here.)"""
+
+    def __call__(self, module: nn.Module, args: tuple) -> None:
+        # Gradient checkpointing computes once more within the backward pass: then what the forward pass computed.
+        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+            self.places.now = self.places.positions, self.places.padding
+
+
+class _Gather(_Hook):
+    """Forward pre-hook of an in-projection."""
+
+    def __call__(self, module: nn.Module, args: tuple) -> tuple | None:
+        positions, _ = self.places.now
+        if positions is None:
+            return None
+        (hidden,) = args
+        self.places.shape = hidden.shape[:-1]
+        return (hidden.flatten(0, -2).index_select(0, positions),)
+
+
+class _Scatter(_Hook):
+    """Forward hook of the out-projection."""
+
+    def __call__(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+        positions, padding = self.places.now
+        if positions is None:
+            return None
+        shape, self.places.shape = self.places.shape, None
+        if padding is not None:  # it points to a position that may be among the others: it must add nothing there
+            output = output.masked_fill(padding[:, None], 0)
+        full = output.new_zeros(shape.numel(), output.shape[-1]).index_add(0, positions, output)
+        return full.view(*shape, -1)
+
+
+def find_last_feed_forward(model: nn.Module) -> LastFeedForward | None:
+    """The last block of an encoder whose head works position by position; None where blocks are not found or layers
+    share one, or where the model computes them in chunks of the sequence."""
+    config = model.config
+    try:
+        blocks = find_feed_forwards(model)
+    except ValueError:
+        return None
+    if len(blocks) != config.num_hidden_layers or getattr(config, "chunk_size_feed_forward", 0):
+        return None
+    *ins, out = dict.fromkeys(part.module for part in blocks[-1].slices)
+    layer = re.match(r".*\.\d+(?=\.|$)", blocks[-1].name)
+    return LastFeedForward(model.get_submodule(layer[0]), ins, out) if layer else None
