@@ -1,0 +1,134 @@
+"""Histories that were forged: each is refused with what is wrong."""
+
+import math
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from checkpoint_files import BLOCKS
+
+from hf_recycle import files
+from hf_recycle.files import RecyclingFileError
+from hf_recycle.recorder import HISTORY_SCHEMA
+
+
+def rows(**changes):
+    phase = {
+        "kind": "phase",
+        "step": 10,
+        "block": "a",
+        "phase": 1,
+        "requested": 2,
+        "eligible": 2,
+        "recycled": [0],
+        "note": "",
+    }
+    return [phase | changes]
+
+
+def histogram(**changes):
+    magnitude = {
+        "kind": "magnitude",
+        "step": 10,
+        "block": "a",
+        "note": "",
+        "quantiles": [0.5] * 11,
+        "histogram": [2] + [0] * 63,
+        "edges": [float(i) for i in range(65)],
+    }
+    return [magnitude | changes]
+
+
+BAD_HISTORIES = {
+    "kind holds": rows(kind="other"),
+    "kind holds .*None": rows(kind=None),
+    "step is missing": rows(step=None),
+    "step holds -1": rows(step=-1),
+    "phase holds 0": rows(phase=0),
+    "phase is missing": rows(phase=None),
+    "block is missing": rows(block=None),
+    "note is missing": rows(note=None),
+    "requested holds -2": rows(requested=-2),
+    "recycled more neurons than": rows(recycled=[0, 1], eligible=1),
+    "recycled is missing": rows(recycled=None),
+    "recycled has lists with missing": rows(recycled=[None]),
+    "negative index": rows(recycled=[-1]),
+    "more neurons than its block": rows(recycled=[2]),
+    "names more neurons than its": rows(eligible=3),
+    "one neuron twice": rows(recycled=[1, 1]),
+    "two rows for one phase": rows() + rows(),
+    "not in the order": rows() + rows(phase=2, step=5),
+    "not in the order of their": rows() + rows(block="b", step=11),
+    "block 'b' that the config": rows(block="b"),
+    "right number of quantiles": histogram(quantiles=[0.5] * 10),
+    "right number of quantiles, bins": histogram(edges=[]),
+    "negative counts or numbers that are not finite": histogram(histogram=[3, -1] + [0] * 62),
+    "negative counts or numbers": histogram(quantiles=[math.nan] * 11),
+    "quantiles of a row are not ascending": histogram(quantiles=[1.0, 0.5] + [2.0] * 9),
+    "edges of a magnitude histogram are not": histogram(edges=[0.0] * 65),
+    "does not add up to the number": histogram(histogram=[1] * 64),
+    "does not add up": histogram(histogram=[1] + [0] * 63),
+    "no name or no value": [{"kind": "log", "step": 1, "metrics": [{"name": None, "value": 1.0}]}],
+    "no name or no": [{"kind": "log", "step": 1, "metrics": None}],
+    "name of more than": [{"kind": "log", "step": 1, "metrics": [{"name": "x" * 1001, "value": 1.0}]}],
+    "texts of up to 100,000 bytes": rows(note="x" * 100_000),
+}
+
+
+@pytest.mark.parametrize("message", BAD_HISTORIES)
+def test_a_forged_history(tmp_path, message):
+    blocks = BLOCKS + ([{"name": "b", "num_neurons": 2}] if "their" in message else [])
+    schema = HISTORY_SCHEMA.with_metadata({"format_version": "1"})
+    pq.write_table(pa.Table.from_pylist(BAD_HISTORIES[message], schema), tmp_path / files.HISTORY_FILE)
+    with pytest.raises(RecyclingFileError, match=message):
+        files.read_history(tmp_path, blocks)
+
+
+def test_the_rows_that_are_forged_above_are_valid_before(tmp_path):
+    schema = HISTORY_SCHEMA.with_metadata({"format_version": "1"})
+    good = rows() + rows(phase=2, step=20) + histogram() + histogram(quantiles=[], histogram=[], edges=[], note="2")
+    pq.write_table(pa.Table.from_pylist(good, schema), tmp_path / files.HISTORY_FILE)
+    assert len(files.read_history(tmp_path, BLOCKS)) == 4
+
+
+def test_a_history_of_too_many_rows_is_not_read(tmp_path):
+    path = tmp_path / files.HISTORY_FILE
+    # A column of one repeated value: 60 million rows in a few kilobytes.
+    schema = pa.schema([("kind", pa.string())], metadata={"format_version": "1"})
+    batch = pa.table({"kind": pa.DictionaryArray.from_arrays(pa.array([0] * 1_000_000, pa.int32()), ["log"])})
+    with pq.ParquetWriter(path, schema.set(0, batch.schema.field(0)), compression="zstd") as writer:
+        for _ in range(60):
+            writer.write_table(batch.replace_schema_metadata({"format_version": "1"}))
+    assert path.stat().st_size < 200_000
+    with pytest.raises(RecyclingFileError, match="claims 60,000,000 rows and a history has at most"):
+        files.read_history(tmp_path)
+
+
+@pytest.mark.parametrize("column", ["note", "metrics"])
+def test_a_text_that_many_rows_share_is_not_expanded(tmp_path, column):
+    texts = pa.DictionaryArray.from_arrays(pa.array([0] * 300_000, pa.int32()), ["x" * 4000])
+    number = len(texts)
+    columns = {name: pa.nulls(number, HISTORY_SCHEMA.field(name).type) for name in HISTORY_SCHEMA.names}
+    columns["kind"] = pa.array(["log"] * number)
+    columns["step"] = pa.array(range(number), pa.int64())
+    if column == "note":
+        columns["note"] = texts
+    else:
+        items = pa.StructArray.from_arrays([texts, pa.array([0.0] * number)], ["name", "value"])
+        columns["metrics"] = pa.ListArray.from_arrays(pa.array(range(number + 1), pa.int32()), items)
+    path = tmp_path / files.HISTORY_FILE
+    pq.write_table(pa.table(columns).replace_schema_metadata({"format_version": "1"}), path, compression="zstd")
+    assert path.stat().st_size < 10_000_000  # for 1.2 GB of text
+    with pytest.raises(RecyclingFileError, match="texts of up to 4,000 bytes in 300,000 rows"):
+        files.read_history(tmp_path)
+
+
+def test_other_columns_are_refused(tmp_path):
+    for table in (
+        pa.table({"step": [1]}),
+        HISTORY_SCHEMA.empty_table().append_column("extra", pa.array([], pa.int32())),
+        HISTORY_SCHEMA.empty_table().set_column(1, "step", pa.array([], pa.list_(pa.int64()))),
+    ):
+        pq.write_table(table.replace_schema_metadata({"format_version": "1"}), tmp_path / files.HISTORY_FILE)
+        with pytest.raises(RecyclingFileError, match=r"columns|can't be read"):
+            files.read_history(tmp_path)
