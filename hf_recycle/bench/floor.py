@@ -56,6 +56,11 @@ class Step:
         """How many tokens the head computes: the masked ones, or all."""
         return self.masked_tokens if masked_head else self.tokens
 
+    def feed_forward_tokens(self, masked_head: bool) -> int:
+        """How many tokens the feed-forward blocks compute, summed over layers: with the masked head the last layer's
+        has no need of the others either."""
+        return (self.layers - 1) * self.tokens + self.head_tokens(masked_head)
+
 
 def matrix_weights(step: Step) -> dict[str, int]:
     """Entries of the weight matrices of each part. Biases, norms and position embeddings are left out."""
@@ -74,10 +79,12 @@ def matrix_product_flops(step: Step, *, masked_head: bool) -> dict[str, int]:
     A multiplication and an addition are two. The forward pass is a third of them: for each of its products the backward
     pass has two of the same size, the gradients of both factors.
     """
-    head, tokens = step.head_tokens(masked_head), step.tokens
-    scores = step.layers * 2 * step.sequence * step.d_model
-    flops = {part: 6 * (head if part in _HEAD else tokens) * count for part, count in matrix_weights(step).items()}
-    return {"attention scores and values": 6 * tokens * scores, **flops}
+    head, scores = step.head_tokens(masked_head), step.layers * 2 * step.sequence * step.d_model
+    tokens = dict.fromkeys(_HEAD, head)
+    flops = {part: 6 * tokens.get(part, step.tokens) * count for part, count in matrix_weights(step).items()}
+    one_block = matrix_weights(step)["feed-forward"] // step.layers
+    flops["feed-forward"] = 6 * step.feed_forward_tokens(masked_head) * one_block
+    return {"attention scores and values": 6 * step.tokens * scores, **flops}
 
 
 def stored_activations(step: Step, *, masked_head: bool) -> int:
@@ -87,8 +94,9 @@ def stored_activations(step: Step, *, masked_head: bool) -> int:
     enters the FF, and its hidden values (two of each neuron when gated). In the head: what enters it, and its hidden
     values. The rest follows from these position by position, attention probabilities from queries and keys.
     """
-    layer = 6 * step.d_model + (2 if step.gated else 1) * step.d_ff
-    return step.tokens * step.layers * layer + step.head_tokens(masked_head) * 2 * step.d_model
+    attention = step.tokens * step.layers * 5 * step.d_model
+    feed_forward = step.feed_forward_tokens(masked_head) * (step.d_model + (2 if step.gated else 1) * step.d_ff)
+    return attention + feed_forward + step.head_tokens(masked_head) * 2 * step.d_model
 
 
 def product_bytes(step: Step, *, masked_head: bool, element_size: int = FLOAT32) -> dict[str, int]:

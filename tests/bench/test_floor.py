@@ -198,7 +198,7 @@ def test_the_tables_say_how_many_times_the_full_head_is_the_masked_one():
             for step in floor.STEPS.values()
         ]
         assert [cell.strip() for cell in cells] == ["", f"{ratios[0]:.2f}", "", f"{ratios[1]:.2f}"]
-    assert rows[0][1].strip() == "1.47"  # worked out elsewhere, for BERT Medium
+    assert rows[0][1].strip() == "1.57"  # worked out elsewhere, for BERT Medium
 
 
 @pytest.mark.parametrize(
