@@ -1,5 +1,6 @@
 """What every test shares: no network, no progress bars, one thread, deprecations as errors, models of every family."""
 
+import gc
 import os
 import signal
 
@@ -27,6 +28,23 @@ def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "error::FutureWarning")
     config.addinivalue_line("filterwarnings", "error::DeprecationWarning:transformers.*")
     config.addinivalue_line("filterwarnings", "error::DeprecationWarning:hf_recycle.*")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    # With `--dist loadgroup` one worker does all slow tests of a module, whose launches they share; largest modules go
+    # first, and the quick tests fill what is left.
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.xdist_group(item.location[0]))
+
+
+def pytest_collection_finish():
+    # Every training starts with a collection of garbage, which takes a third of a second to look through what imports
+    # have left: from now on it need not.
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
