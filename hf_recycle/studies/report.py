@@ -17,6 +17,7 @@ import torch
 from hf_recycle.files import package_version, write_bytes
 from hf_recycle.studies.figures import FIGURES
 from hf_recycle.studies.inference import PairedDifference, paired_difference
+from hf_recycle.studies.published import PUBLISHED_LOSS_DIFFERENCES, counts_rows
 from hf_recycle.studies.results import RunResult, StudyResults
 from hf_recycle.studies.statements import check
 
@@ -95,6 +96,10 @@ def write_report(results: StudyResults, folder: Path, command: str, jobs: int) -
         "study": results.study,
         "rows": rows,
         "equal_seconds": equal_seconds(results),
+        "published": [
+            (row, PUBLISHED_LOSS_DIFFERENCES[row.arm]) for row in rows if row.arm in PUBLISHED_LOSS_DIFFERENCES
+        ],
+        "counts": counts_rows(results),
         "statements": [check(name, results) for name in results.study.statements],
         "failures": sorted(results.failures.items()),
         "missing": results.missing(),
@@ -110,7 +115,7 @@ def write_report(results: StudyResults, folder: Path, command: str, jobs: int) -
         undefined=jinja2.StrictUndefined,
         autoescape=lambda name: name is not None and ".html" in name,
     )
-    environment.filters |= {"difference": _difference, "number": _number, "cell": _cell}
+    environment.filters |= {"difference": _difference, "number": _number, "cell": _cell, "shares": _shares}
     markdown, page = folder / "report.md", folder / "report.html"
     linked = [(title, f"figures/{path.name}") for title, path in figures]
     inlined = [(title, _data_uri(path)) for title, path in figures]
@@ -173,6 +178,11 @@ def _difference(found: PairedDifference | None) -> str:
 
 def _number(value: float | None, digits: int = 4, scale: float = 1.0) -> str:
     return "–" if value is None else f"{value / scale:,.{digits}f}"
+
+
+def _shares(shares: dict[int, float] | None) -> str:
+    """Times recycled and how many percent of the neurons were."""
+    return "–" if shares is None else ", ".join(f"{times}: {100 * share:.1f}%" for times, share in shares.items())
 
 
 def _cell(text: object) -> str:

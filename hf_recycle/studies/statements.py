@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from hf_recycle.recorder import QUANTILE_LEVELS
+from hf_recycle.studies.inference import paired_difference
 from hf_recycle.studies.results import RunResult, StudyResults
 from hf_recycle.studies.verdicts import (
     FAILS,
@@ -141,15 +142,21 @@ def one_shot_pruning_order(results: StudyResults) -> Verdict:
     if not curves:
         return needs("baseline")
     # Of nothing and of everything pruned, no criterion can tell.
-    means = [
-        [float(np.mean(curve.losses[name][1:-1])) for name in ("low_magnitude", "random", "high_magnitude")]
-        for curve in curves
-    ]
+    means = np.array(
+        [
+            [np.mean(curve.losses[name][1:-1]) for name in ("low_magnitude", "random", "high_magnitude")]
+            for curve in curves
+        ]
+    )
     measured = "mean loss over partly pruned models, low / random / high magnitude first: "
     measured += "; ".join(" / ".join(f"{loss:.3f}" for loss in seed) for seed in means)
-    steps = np.diff(means, axis=1)
-    holds, fails = bool((steps > LOSS_MARGIN).all()), bool((steps < -LOSS_MARGIN).any(axis=1).all())
-    return Verdict(HOLDS if holds else FAILS if fails else UNCLEAR, measured)
+    if len(means) == 1:  # no spread to hold a step against
+        steps = np.diff(means[0])
+        holds, fails = bool((steps > LOSS_MARGIN).all()), bool((steps < -LOSS_MARGIN).any())
+        return Verdict(HOLDS if holds else FAILS if fails else UNCLEAR, measured)
+    steps = [paired_difference(smaller, larger) for smaller, larger in itertools.pairwise(means.T)]
+    verdicts = [below_zero(step) for step in steps]
+    return Verdict(FAILS if FAILS in verdicts else UNCLEAR if UNCLEAR in verdicts else HOLDS, measured)
 
 
 # ---- Magnitudes ----

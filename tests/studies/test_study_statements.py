@@ -139,9 +139,12 @@ def test_width(made_up, losses, expected):
 @pytest.mark.parametrize(
     ("curves", "expected"),
     [
-        ([(1.0, 1.2, 2.0), (1.0, 1.3, 1.9)], HOLDS),
-        ([(1.0, 1.2, 2.0), (1.0, 1.001, 1.9)], UNCLEAR),  # one seed without a margin
-        ([(1.0, 0.8, 2.0), (1.0, 0.7, 1.9)], FAILS),
+        ([(1.0, 1.2, 2.0), (1.1, 1.33, 2.0), (0.9, 1.12, 1.8)], HOLDS),
+        ([(1.0, 1.2, 2.0), (1.0, 1.001, 1.9), (1.0, 1.3, 2.0)], UNCLEAR),  # of one step the interval holds zero
+        ([(1.0, 0.8, 2.0), (1.1, 0.89, 1.9), (1.0, 0.79, 2.0)], FAILS),
+        ([(1.0, 1.03, 1.06)], HOLDS),
+        ([(1.0, 1.03, 1.04)], UNCLEAR),  # one seed: both steps need a margin
+        ([(1.0, 0.97, 1.5)], FAILS),
     ],
 )
 def test_one_shot_pruning(made_up, monkeypatch, curves, expected):
