@@ -30,14 +30,10 @@ def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "error::DeprecationWarning:hf_recycle.*")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config, items):
-    # With `--dist loadgroup` one worker does all slow tests of a module, whose launches they share; largest modules go
-    # first, and the quick tests fill what is left.
-    if config.pluginmanager.hasplugin("xdist"):
-        for item in items:
-            if item.get_closest_marker("slow"):
-                item.add_marker(pytest.mark.xdist_group(item.location[0]))
+def pytest_collection_modifyitems(items):
+    # With `--dist loadfile` one worker does all tests of a module, whose launches they share: those that take longest
+    # begin.
+    items.sort(key=lambda item: item.path.parent.name != "distributed")
 
 
 def pytest_collection_finish():
