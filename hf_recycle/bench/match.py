@@ -34,7 +34,7 @@ def hold_match(contestants: Sequence[Contestant], rounds: int) -> dict[str, list
         links = {}
         for contestant in contestants:
             link, theirs = context.Pipe()
-            process = context.Process(target=compete, args=(contestant, WARM_UP + rounds, theirs), daemon=True)
+            process = context.Process(target=compete, args=(contestant, WARM_UP + rounds, theirs))
             process.start()
             theirs.close()
             links[contestant.name] = link

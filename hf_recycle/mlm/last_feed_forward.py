@@ -42,7 +42,8 @@ class _Places:
 
     Attributes:
         positions, padding: what `set` asks for.
-        now: positions and padding of the forward pass that is under way, or went before.
+        now: positions and padding of the forward pass that is under way, or went before: what gradient checkpointing
+            computes once more within the backward pass.
         shape: `(batch, sequence)` between the two projections.
     """
 
@@ -55,6 +56,15 @@ class _Places:
     def __reduce__(self) -> tuple:
         return type(self), ()
 
+    @property
+    def idle(self) -> bool:
+        """Whether the block is to be computed whole, by whoever calls it."""
+        return self.now[0] is None or (self.positions is None and not _in_backward())
+
+
+def _in_backward() -> bool:
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
 
 class _Hook:
     def __init__(self, places: _Places) -> None:
@@ -66,8 +76,7 @@ class _Begin(_Hook):
     as a linear one, has a static shape; so it meets `places` here.)"""
 
     def __call__(self, module: nn.Module, args: tuple) -> None:
-        # Gradient checkpointing computes once more within the backward pass: then what the forward pass computed.
-        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+        if not _in_backward():
             self.places.now = self.places.positions, self.places.padding
 
 
@@ -75,10 +84,9 @@ class _Gather(_Hook):
     """Forward pre-hook of an in-projection."""
 
     def __call__(self, module: nn.Module, args: tuple) -> tuple | None:
-        positions, _ = self.places.now
-        if positions is None:
+        if self.places.idle:
             return None
-        (hidden,) = args
+        (hidden,), (positions, _) = args, self.places.now
         self.places.shape = hidden.shape[:-1]
         return (hidden.flatten(0, -2).index_select(0, positions),)
 
@@ -87,9 +95,9 @@ class _Scatter(_Hook):
     """Forward hook of the out-projection."""
 
     def __call__(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-        positions, padding = self.places.now
-        if positions is None:
+        if self.places.idle:
             return None
+        positions, padding = self.places.now
         shape, self.places.shape = self.places.shape, None
         if padding is not None:  # it points to a position that may be among the others: it must add nothing there
             output = output.masked_fill(padding[:, None], 0)

@@ -38,7 +38,7 @@ def test_a_match_tells_losses_apart_and_says_who_failed():
     turns = hold_match(same, rounds=2)
     assert [len(taken) for taken in turns.values()] == [WARM_UP + 2] * 2
     # Another seed, another model and other masks: what the check of the bench has to notice.
-    assert all(abs(a.loss - b.loss) > 1e-3 for a, b in zip(*turns.values(), strict=True))
+    assert max(abs(a.loss - b.loss) for a, b in zip(*turns.values(), strict=True)) > 1e-2
 
     with pytest.raises(UserError, match=r"the training 'broken' failed: .*recycle_fraction=7"):
         hold_match([Contestant("broken", OURS, TINY, {"recycle_steps": 1, "recycle_fraction": 7.0})], rounds=2)

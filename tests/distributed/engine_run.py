@@ -1,6 +1,6 @@
-"""Training runs on one engine, started by torchrun or alone; process 0 writes what came out.
+"""Training runs on one engine, on several processes or one; process 0 writes what came out.
 
-    [torchrun --nproc_per_node N] engine_run.py ENGINE FOLDER METHOD[@PRECISION][:HOW] ...
+    engine_run.py PROCESSES ENGINE FOLDER METHOD[@PRECISION][:HOW] ...
 
 `:resume`: a second trainer resumes from the checkpoint in the middle and must come to the same end. `:accumulate`: the
 global batch is made of two accumulated ones. `:compile`: so too, with a compiled model; `:compile=full`: with its full
@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import overflow
 import precision
 from matrix import ENGINES, GLOBAL_BATCH, METHODS, PRECISIONS, VARIANTS
+from processes import run_in_processes
 
 STEPS, MIDDLE = 10, 5
 
@@ -148,12 +149,12 @@ class _Drift(TrainerCallback):
 
 
 def main() -> None:
-    engine, folder = sys.argv[1], Path(sys.argv[2])
+    engine, folder = sys.argv[2], Path(sys.argv[3])
     torch.set_num_threads(1)
     os.environ |= ENGINES[engine].environment
     if ENGINES[engine].pretend:
         pretend_an_accelerator()
-    for word in sys.argv[3:]:
+    for word in sys.argv[4:]:
         method, _, how = word.partition(":")
         label = method.replace("@", "-")
         method, _, precision_name = method.partition("@")
@@ -185,4 +186,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_in_processes(sys.argv[2], int(sys.argv[1]), main))

@@ -1,6 +1,6 @@
 """Overtrained runs on one engine; process 0 writes what came out, or FOLDER/RUN.error if one is refused.
 
-[torchrun --nproc_per_node N] overtraining_run.py ENGINE FOLDER RUN[:CHECKPOINT] ...
+overtraining_run.py PROCESSES ENGINE FOLDER RUN[:CHECKPOINT] ...
 """
 
 import os
@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from engine_run import pretend_an_accelerator, run
 from matrix import ENGINES
+from processes import run_in_processes
 
 EVERY = {"overtrain_steps": 2, "overtrain_batches": 3, "weight_decay": 0.1}
 RUNS = {
@@ -29,12 +30,12 @@ RUNS = {
 
 
 def main() -> None:
-    engine, folder = sys.argv[1], Path(sys.argv[2])
+    engine, folder = sys.argv[2], Path(sys.argv[3])
     torch.set_num_threads(1)
     os.environ |= ENGINES[engine].environment
     if ENGINES[engine].pretend:
         pretend_an_accelerator()
-    for word in sys.argv[3:]:
+    for word in sys.argv[4:]:
         name, _, checkpoint = word.partition(":")
         resume = Path(checkpoint) if checkpoint else None
         try:
@@ -44,4 +45,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_in_processes(sys.argv[2], int(sys.argv[1]), main))

@@ -25,15 +25,14 @@ def launch(
     """Runs `engine_run.py`; returns the folder, or what the processes said if the run has to fail."""
     if engine.startswith("zero"):
         pytest.importorskip("deepspeed", reason="DeepSpeed is not installed (make test installs it)")
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     result = subprocess.run(
-        [sys.executable, *(torchrun if engine != "single" else []), str(script), engine, str(folder), *words],
+        [sys.executable, str(script), str(processes), engine, str(folder), *words],
         capture_output=True,
         text=True,
         timeout=400,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
-    # The traceback of the process that failed first; torchrun says much more.
+    # The traceback of the process that failed first.
     told = "\n".join([line for line in result.stderr.splitlines() if line.startswith("[rank")][-80:])
     if fails:
         assert result.returncode != 0

@@ -1,6 +1,6 @@
 """Runs on one engine that resume from any checkpoint, of any width, in one launch.
 
-    torchrun --nproc_per_node N variant_run.py ENGINE FOLDER NAME=METHOD[,SETTING=NUMBER ...][:CHECKPOINT] ...
+    variant_run.py PROCESSES ENGINE FOLDER NAME=METHOD[,SETTING=NUMBER ...][:CHECKPOINT] ...
 
 Each run saves every four steps and writes to FOLDER/NAME. If it is refused, FOLDER/NAME.error gets the message of each
 process. The setting `d_ff` is that of the model, `measured` writes FOLDER/NAME/measured.json: what the methods
@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from engine_run import pretend_an_accelerator, run
 from matrix import ENGINES, VARIANTS
+from processes import run_in_processes
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -67,13 +68,13 @@ def measure_callbacks() -> dict[str, dict[str, int]]:
 
 
 def main() -> None:
-    engine, folder = sys.argv[1], Path(sys.argv[2])
+    engine, folder = sys.argv[2], Path(sys.argv[3])
     torch.set_num_threads(1)
     os.environ |= (ENGINES | VARIANTS)[engine].environment
     if (ENGINES | VARIANTS)[engine].pretend:
         pretend_an_accelerator()
     measured = None
-    for word in sys.argv[3:]:
+    for word in sys.argv[4:]:
         name, _, what = word.partition("=")
         what, _, checkpoint = what.partition(":")
         method, *settings = what.split(",")
@@ -95,4 +96,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_in_processes(sys.argv[2], int(sys.argv[1]), main))

@@ -22,6 +22,18 @@ def hub(tmp_path_factory):
         yield server
 
 
+@pytest.fixture(scope="module")
+def figures_not_drawn():
+    """Files in the place of figures, other ones for every history: drawing takes most of the time of a tiny run."""
+
+    def images(history, **_):
+        return {name: f"{name} after {len(history.logs)}".encode() for name in ("loss.png", "recycle_counts.png")}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hf_recycle.report.figures.figure_images", images)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _clean(request):
     if "hub" in request.fixturenames:

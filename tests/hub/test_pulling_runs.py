@@ -15,7 +15,8 @@ from hf_recycle import RecyclingHistory
 from hf_recycle.cli.main import main
 from hf_recycle.errors import UserError
 
-pytestmark = pytest.mark.slow  # whole runs against a Hub in trouble
+# Whole runs against a Hub in trouble.
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("figures_not_drawn")]
 
 
 def same_history(first: Path, second: Path) -> None:

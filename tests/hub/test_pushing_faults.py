@@ -22,7 +22,8 @@ from hf_recycle.hub.repository import Refused, Repository
 from hf_recycle.hub.retry import RetryPolicy
 from hf_recycle.hub.staging import leftovers, stage
 
-pytestmark = pytest.mark.slow  # whole runs against a Hub in trouble
+# Whole runs against a Hub in trouble.
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("figures_not_drawn")]
 
 COMMIT = r"POST /api/models/.*/commit/"
 

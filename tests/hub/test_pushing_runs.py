@@ -22,7 +22,7 @@ from hf_recycle.cli.push import main as push_command
 from hf_recycle.hub.retry import RetryPolicy
 from hf_recycle.hub.staging import FOLDER, leftovers
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("figures_not_drawn")]
 
 COMMIT = r"POST /api/models/.*/commit/"
 

@@ -118,9 +118,13 @@ def test_what_gradient_checkpointing_computes_again_is_the_same(how):
 def test_behind_the_context_a_part_of_the_model_is_as_it_was():
     model = tiny_model("bert").eval()
     ids, _ = batch()
-    before = model.bert(ids).last_hidden_state
+    layer, hidden = model.bert.encoder.layer[-1], torch.randn(2, 5, 16, dtype=torch.float64)
+    before = model.bert(ids).last_hidden_state, layer.output.dense(layer.intermediate(hidden))
     restricted(model, find_masked_head(model))
-    assert torch.equal(model.bert(ids).last_hidden_state, before)
+    # First the block by itself, with no forward pass of the model in between.
+    after = layer.output.dense(layer.intermediate(hidden)), model.bert(ids).last_hidden_state
+    assert torch.equal(after[0], before[1])
+    assert torch.equal(after[1], before[0])
 
 
 def test_blocks_computed_in_chunks_of_the_sequence_are_left_alone():
