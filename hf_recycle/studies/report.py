@@ -22,6 +22,7 @@ from hf_recycle.studies.results import RunResult, StudyResults
 from hf_recycle.studies.statements import check
 
 _DPI = 110
+_STEADY = 1.2  # times as long: what seeds of one arm may differ by before the report warns
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,13 @@ def equal_seconds(results: StudyResults) -> float | None:
     """The mean training time of the quickest arm."""
     times = [_mean([run.seconds for run in results.of(arm.name)]) for arm in results.study.arms]
     return min((time for time in times if time is not None), default=None)
+
+
+def unsteadiness(results: StudyResults) -> float:
+    """How many times as long the slowest run of an arm trained as its quickest, at most: what the machine's other work,
+    and nothing in the arm, has done."""
+    times = [[run.seconds for run in results.of(arm.name) if run.seconds] for arm in results.study.arms]
+    return max((max(seconds) / min(seconds) for seconds in times if seconds), default=1.0)
 
 
 def _row(results: StudyResults, arm: str, about: str, seconds: float | None) -> ArmRow:
@@ -96,6 +104,7 @@ def write_report(results: StudyResults, folder: Path, command: str, jobs: int) -
         "study": results.study,
         "rows": rows,
         "equal_seconds": equal_seconds(results),
+        "unsteady": ratio if (ratio := unsteadiness(results)) > _STEADY else None,
         "published": [
             (row, PUBLISHED_LOSS_DIFFERENCES[row.arm]) for row in rows if row.arm in PUBLISHED_LOSS_DIFFERENCES
         ],

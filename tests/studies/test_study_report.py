@@ -1,4 +1,5 @@
 import io
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import markdown_it
@@ -9,7 +10,7 @@ from matplotlib.image import imread
 from hf_recycle.studies import figures, one_shot
 from hf_recycle.studies.figures import FIGURES
 from hf_recycle.studies.plan import FigurePlan
-from hf_recycle.studies.report import arm_rows, equal_seconds, summary_table, write_report
+from hf_recycle.studies.report import arm_rows, equal_seconds, summary_table, unsteadiness, write_report
 
 ARMS = {"baseline": [2.0, 2.1, 2.05], "plain": [2.02, 2.09, 2.11], "no-ff": [2.5, 2.6, 2.4], "half": [2.2, 2.3, 2.2]}
 HISTORIES = {"baseline": {"phases": 0}, "plain": {"phases": 5}, "half": {"d_ff": 20}}
@@ -105,6 +106,17 @@ def test_unknown_times_are_not_made_up(made_up):
     assert (row.seconds, row.at_equal_time, row.time_difference) == (None, None, None)
     nothing = made_up({"x": [2.0]}, seconds={"x": None})
     assert equal_seconds(nothing) is None
+
+
+def test_times_that_differ_between_seeds_are_warned_of(made_up, tmp_path):
+    results = made_up({"baseline": [2.0, 2.1], "plain": [1.5, 1.6]}, seconds={"plain": 20.0})
+    assert unsteadiness(results) == 1  # one arm may take longer than another
+    for page in write_report(results, tmp_path, "hf-recycle study x", jobs=1):
+        assert "busy" not in page.read_text()
+    results.runs["plain", 2] = replace(results.runs["plain", 2], seconds=26.0)
+    assert unsteadiness(results) == 1.3
+    for page in write_report(results, tmp_path, "hf-recycle study x", jobs=1):
+        assert "up to 1.3 times as long" in page.read_text()
 
 
 class _Page(HTMLParser):
