@@ -122,7 +122,8 @@ def _train(contestant: Contestant, steps: int, link: Connection, folder: str) ->
     trainer = Observed(
         model=shape.model(),
         args=arguments,
-        train_dataset=packed_dataset(shape, sequences=shape.batch * steps),
+        # More than is used: data workers are ended with their data, which is not to be timed.
+        train_dataset=packed_dataset(shape, sequences=shape.batch * (steps + 16)),
         data_collator=DataCollatorForLanguageModeling(tokenizer),
         processing_class=tokenizer,
     )

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from hf_recycle.bench import runner, steps
+from hf_recycle.bench import data_path, runner, steps
 from hf_recycle.bench.contestant import Turn
 from hf_recycle.bench.match import WARM_UP
 from hf_recycle.bench.pairs import estimate
@@ -55,6 +55,14 @@ def test_a_cost_is_spread_over_the_steps_it_is_for(monkeypatch):
     stand_in(monkeypatch, none=turns([1.0] * 4), **match)
     costs = {name: found.value.median for name, found in steps.costs_of_methods(TINY, EFFORT).items()}
     assert costs == pytest.approx({"recycling": 0.005, "smooth": 0.5, "midpoint": 0.5, "magnitudes": 0.005})
+
+
+def test_a_wait_that_comes_rarely_counts_by_its_time(monkeypatch):
+    taken = [Turn(2.0, 1.5 if number == 9 else 0.02, 5.0, None) for number in range(WARM_UP + 10)]
+    monkeypatch.setattr(data_path, "hold_match", lambda contestants, rounds: {"loading": taken})
+    (bench,) = data_path.BENCHES
+    found = bench.run(EFFORT)["data"].value
+    assert (found.low, found.high) == pytest.approx((1 - 1.58 / 10, 1 - 0.1 / 10))
 
 
 def test_what_is_too_large_for_the_machine_is_skipped_by_name(monkeypatch):
