@@ -6,6 +6,7 @@ import multiprocessing
 from collections.abc import Sequence
 from contextlib import ExitStack
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 
 from hf_recycle.bench.contestant import Contestant, Turn, compete
 from hf_recycle.errors import UserError
@@ -14,6 +15,7 @@ WARM_UP = 2
 """Steps of each training that are not measured: the first ones allocate."""
 
 _PATIENCE = 600  # seconds for one message, compilation included
+_PARTING = 30  # seconds to end in
 
 
 def hold_match(contestants: Sequence[Contestant], rounds: int) -> dict[str, list[Turn]]:
@@ -38,13 +40,20 @@ def hold_match(contestants: Sequence[Contestant], rounds: int) -> dict[str, list
             process.start()
             theirs.close()
             links[contestant.name] = link
-            stack.callback(process.join)
-            stack.callback(process.kill)
+            stack.callback(_end, process, link)
         for number in range(WARM_UP + rounds):
             order = list(links) if number % 2 == 0 else list(links)[::-1]
             for name in order:
                 turns[name].append(_take_turn(name, links[name]))
     return turns
+
+
+def _end(process: BaseProcess, link: Connection) -> None:
+    """Lets a training end by itself, so that it tidies up; for a while."""
+    link.close()
+    process.join(_PARTING)
+    process.kill()
+    process.join()
 
 
 def _take_turn(name: str, link: Connection) -> Turn:
