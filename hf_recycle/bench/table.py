@@ -13,6 +13,8 @@ Trainings take their steps in turn (A B C, C B A, ...), each in a process of its
 the step of the other right beside it. Given are medians over these pairs and intervals that hold the median with 95%
 confidence; a target is met or missed where the whole interval says so, and else the machine was too noisy to tell."""
 
+_QUICK = "\n\n**A quick run: small models in the place of those that the rows name. It shows that the bench works.**"
+
 Result = tuple[Row, Measured | NotMeasured]
 
 
@@ -28,7 +30,7 @@ def markdown(results: Sequence[Result], facts: Mapping[str, str], command: str, 
     parts = [
         "# Benchmarks",
         f"```\n{command}\n```",
-        _METHOD,
+        _METHOD + _QUICK * effort.quick,
         "\n".join(f"* {name}: {value}" for name, value in facts.items()),
         "\n".join(
             ["| | target | median | 95% interval | verdict |", "|---|---|---|---|---|", *_lines(results, effort)]

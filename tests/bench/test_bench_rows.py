@@ -92,6 +92,9 @@ def test_a_bench_that_fails_leaves_the_others_alone(monkeypatch):
 
 def test_quick_runs_are_not_judged():
     assert verdict(ROW, Measured(estimate([9.0])), Effort(2, quick=True)) == NOT_JUDGED
+    for quick in (True, False):
+        page = markdown([(ROW, Measured(estimate([9.0])))], {}, "hf-recycle bench", Effort(2, quick))
+        assert ("A quick run" in page) is quick
 
 
 def test_rows_without_a_gpu(monkeypatch):
