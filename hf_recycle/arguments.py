@@ -82,6 +82,14 @@ class RecyclingArguments(TrainingArguments):
         default=True,
         metadata={"help": "Compute the head of a masked language model on masked positions only: same loss, faster."},
     )
+    recompute_activations: bool = field(
+        default=True,
+        metadata={
+            "help": "Compute FF activations again in the backward pass instead of keeping them beside their "
+            "pre-activations: the same numbers, less memory. Not with torch_compile, which decides that itself, "
+            "gradient checkpointing or ZeRO-3."
+        },
+    )
     deterministic_masking: bool | None = field(
         default=None,
         metadata={
@@ -128,7 +136,7 @@ class RecyclingArguments(TrainingArguments):
     def method_arguments(self) -> dict[str, Any]:
         """All settings of all methods, flat: what `recycling_config.json` records."""
         names = [method.prefix + item.name for method in METHODS for item in fields(method)]
-        names += ["masked_head", "deterministic_masking", "ff_pattern"]
+        names += ["masked_head", "recompute_activations", "deterministic_masking", "ff_pattern"]
         return {name: getattr(self, name) for name in names}
 
     @property

@@ -3,7 +3,7 @@
 import os
 from typing import Any
 
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, DynamoBackend
 from torch import nn
 from transformers import Trainer
 
@@ -56,6 +56,20 @@ def check_can_overtrain(trainer: Trainer) -> None:
     for name in ("tp", "cp", "sp"):
         if (size := getattr(trainer, f"get_{name}_size")()) > 1:
             raise ValueError(f"overtrain_steps can't be used with {name}_size={size}: use DDP or FSDP2 alone.")
+
+
+def can_recompute(trainer: Trainer) -> bool:
+    """Whether activations may be computed again, block by block: not where compilation or checkpointing decides what is
+    kept, nor under ZeRO-3, whose gathered weights a hook on saved tensors would keep alive."""
+    state = trainer.accelerator.state
+    checkpointing = (
+        trainer.args.gradient_checkpointing
+        or any(getattr(module, "gradient_checkpointing", False) for module in trainer.model.modules())
+        or getattr(getattr(state, "fsdp_plugin", None), "activation_checkpointing", False)
+    )
+    compiled = state.dynamo_plugin.backend != DynamoBackend.NO
+    zero3 = trainer.is_deepspeed_enabled and state.deepspeed_plugin.zero_stage == 3
+    return not (checkpointing or compiled or zero3)
 
 
 def _asked_for(trainer: Trainer, engine: str) -> bool:

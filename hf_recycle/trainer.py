@@ -1,5 +1,6 @@
 """`RecyclingTrainer`: a Hugging Face Trainer with the methods of this package."""
 
+from contextlib import ExitStack
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,21 @@ from hf_recycle.callbacks import (
 from hf_recycle.callbacks.base import NeuronCallback
 from hf_recycle.callbacks.recycling import check_layers
 from hf_recycle.checkpoints import CheckpointMixin
-from hf_recycle.engines import check_can_overtrain, check_engine, drop_tied_aliases, leave_embeddings_ungrouped
+from hf_recycle.engines import (
+    can_recompute,
+    check_can_overtrain,
+    check_engine,
+    drop_tied_aliases,
+    leave_embeddings_ungrouped,
+)
+from hf_recycle.host_memory import sparse_tied_gradient
 from hf_recycle.hub.resume import local_checkpoint
 from hf_recycle.hub.run_meter import RunMeter
 from hf_recycle.hub.trainer import HubMixin
 from hf_recycle.launch_checks import check_same, shared_arguments
 from hf_recycle.mlm.training import MaskedLanguageModelingMixin
 from hf_recycle.neurons.blocks import full_shape
+from hf_recycle.neurons.recomputation import Recomputation
 from hf_recycle.neurons.table import NeuronTable
 from hf_recycle.recorder import HistoryRecorder
 
@@ -89,6 +98,7 @@ class RecyclingTrainer(HubMixin, CheckpointMixin, MaskedLanguageModelingMixin):
             masked_head=args.masked_head, deterministic_masking=deterministic, seed=seed
         )
         self._last_loss: torch.Tensor | None = None
+        self._savings = ExitStack()
 
     def _wire_callbacks(self) -> list[NeuronCallback]:
         """One callback for each method that is on: the user's own, or one made from the arguments."""
@@ -168,9 +178,19 @@ class RecyclingTrainer(HubMixin, CheckpointMixin, MaskedLanguageModelingMixin):
         if self.recycling is not None:
             for view in self.neuron_table().views:
                 view.learn_distribution()
+        self._save_memory()
         if self.is_fsdp_enabled:
             leave_embeddings_ungrouped(self.accelerator.state.fsdp_plugin, self.model)
         return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+
+    def _save_memory(self) -> None:
+        """Until the end of the training."""
+        self._savings.close()  # of an attempt with a larger batch
+        table = self.neuron_table()
+        if self.args.recompute_activations and table is not None and can_recompute(self):
+            self._savings.callback(Recomputation(table.blocks).remove)
+        if self.can_sum_sparsely():
+            self._savings.enter_context(sparse_tied_gradient(self.model))
 
     def _start(self, max_steps: int, resume_from_checkpoint: str | None) -> dict[str, Any]:
         """All that the processes of a training must have in common when it starts, by name."""
@@ -200,6 +220,7 @@ class RecyclingTrainer(HubMixin, CheckpointMixin, MaskedLanguageModelingMixin):
         try:
             return super().train(local_checkpoint(resume_from_checkpoint, self.args), *args, **kwargs)
         finally:
+            self._savings.close()
             self.meter.stop()
 
     def training_step(self, model, inputs, *args, **kwargs) -> torch.Tensor:

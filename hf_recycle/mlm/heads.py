@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
+from hf_recycle.host_memory import give_back_freed_memory
 from hf_recycle.mlm.last_feed_forward import LastFeedForward, find_last_feed_forward
 
 HEADS: dict[str, str] = {
@@ -60,6 +61,8 @@ class _KeepPositions:
         if self.positions is None:
             return None
         hidden, *rest = args
+        if not torch.compiler.is_compiling():
+            give_back_freed_memory(hidden.device)
         return (hidden.flatten(0, -2).index_select(0, self.positions), *rest)
 
     def __reduce__(self) -> tuple:

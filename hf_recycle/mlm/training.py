@@ -6,7 +6,7 @@ from typing import Any
 
 import datasets
 import torch
-from accelerate.utils import DynamoBackend
+from accelerate.utils import DistributedType, DynamoBackend
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer
@@ -14,6 +14,7 @@ from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from hf_recycle.mlm.capacity import MASKED_TOKENS, CountingCollator, usual_size
+from hf_recycle.mlm.cross_entropy import compact_loss
 from hf_recycle.mlm.heads import find_masked_head, is_masked_language_model
 from hf_recycle.mlm.loss import IGNORED, masked_lm_loss, masked_positions, padded_positions
 from hf_recycle.mlm.passes import PASS_COLUMN
@@ -54,6 +55,12 @@ class MaskedLanguageModelingMixin(Trainer):
         if deterministic_masking:
             self.data_collator = reproducible(self.data_collator, seed)
             self._evaluation_collator = self.data_collator.for_evaluation()
+
+    def can_sum_sparsely(self) -> bool:
+        """Whether `sparse_tied_gradient` holds: every loss goes through the head, and one process on a CPU sums."""
+        own_loss = self._masked_head_wanted and type(self).compute_loss is MaskedLanguageModelingMixin.compute_loss
+        alone = self.accelerator.distributed_type == DistributedType.NO and self.accelerator.device.type == "cpu"
+        return own_loss and alone and not self._compiled
 
     # ---- Data ----
 
@@ -150,7 +157,8 @@ class MaskedLanguageModelingMixin(Trainer):
         logits, targets, outputs = self._predict_masked(model, inputs, masked_head=not return_outputs)
         if num_items_in_batch is None:
             num_items_in_batch = (targets != IGNORED).sum()
-        loss = masked_lm_loss(logits, targets, num_items_in_batch)
+        loss_of_logits = compact_loss if logits.dim() == 2 else masked_lm_loss
+        loss = loss_of_logits(logits, targets, num_items_in_batch)
         if self.args.average_tokens_across_devices:
             # Processes average their gradients; the sum over processes is wanted.
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())

@@ -1,0 +1,122 @@
+"""What keeps the memory of a training low: it must change nothing else, and leave nothing behind."""
+
+import copy
+
+import pytest
+import torch
+from tiny_runs import assert_same_weights, losses, sentences, tiny_bert
+from torch import nn
+from transformers import DataCollatorForLanguageModeling
+
+from hf_recycle import RecyclingTrainer, host_memory
+from hf_recycle.bench.memory import status
+from hf_recycle.host_memory import give_back_freed_memory, sparse_tied_gradient
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def run(arguments, tokenizer):
+    def train(build=tiny_bert, trainer_class=RecyclingTrainer, **settings):
+        trainer = trainer_class(
+            model=build(),
+            args=arguments(max_steps=6, recycle_steps=2, recycle_fraction=0.2, **settings),
+            train_dataset=sentences(),
+            data_collator=DataCollatorForLanguageModeling(tokenizer),
+        )
+        hooks = []
+        out = trainer.neuron_table().blocks[0].out_slice.module
+        out.register_forward_hook(lambda *_: hooks.append(len(out._forward_pre_hooks)))
+        trainer.train()
+        assert not out._forward_pre_hooks
+        assert not trainer.model.get_input_embeddings().sparse
+        return trainer, hooks[0]
+
+    return train
+
+
+def test_recomputed_activations_change_nothing(run):
+    (recomputed, hooks), (kept, none) = run(), run(recompute_activations=False)
+    assert (hooks, none) == (1, 0)
+    assert losses(recomputed) == losses(kept)
+    assert_same_weights(recomputed, kept)
+
+
+@pytest.mark.parametrize("setting", [{"activation_checkpointing": True}, {"torch_compile_backend": "eager"}])
+def test_where_something_else_decides_what_is_kept(setting, run):
+    trainer, hooks = run(**setting)
+    assert hooks == 0
+    assert losses(trainer) == pytest.approx(losses(run()[0]), rel=1e-5)
+
+
+def gradient(model: nn.Module, ids: torch.Tensor, micro_batches: int = 1) -> torch.Tensor:
+    for part in ids.chunk(micro_batches):
+        model(input_ids=part).logits[:, ::3].logsumexp(-1).sum().backward()
+    return model.get_input_embeddings().weight.grad
+
+
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_gradient_of_tied_embeddings(micro_batches):
+    model = tiny_bert(dropout=0.0)
+    twin = copy.deepcopy(model)
+    ids = torch.randint(0, 64, (6, 12), generator=torch.Generator().manual_seed(1))  # the padding token among them
+    expected = gradient(model, ids, micro_batches)
+    with sparse_tied_gradient(twin):
+        found = gradient(twin, ids, micro_batches)
+    assert not found.is_sparse
+    torch.testing.assert_close(found, expected)
+    assert not twin.get_input_embeddings().sparse
+
+
+def test_embeddings_that_are_not_tied_keep_a_dense_gradient():
+    model = tiny_bert(dropout=0.0)
+    model.cls.predictions.decoder.weight = nn.Parameter(model.cls.predictions.decoder.weight.detach().clone())
+    with sparse_tied_gradient(model):
+        assert not model.get_input_embeddings().sparse
+        assert not gradient(model, torch.arange(12).view(1, 12)).is_sparse
+
+
+def test_a_loss_that_may_leave_the_head_out_keeps_a_dense_gradient(run):
+    class Own(RecyclingTrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            assert not model.get_input_embeddings().sparse
+            return model.bert(input_ids=inputs["input_ids"]).last_hidden_state.square().mean()
+
+    run(trainer_class=Own)
+
+
+def test_embeddings_get_sparse_gradients_in_training(run):
+    class Watched(RecyclingTrainer):
+        def training_step(self, model, *args, **kwargs):
+            seen.append(model.get_input_embeddings().sparse)
+            return super().training_step(model, *args, **kwargs)
+
+    seen = []
+    run(trainer_class=Watched)
+    assert seen == [True] * 6
+
+
+def holes(pieces: int, size: int) -> list[torch.Tensor]:
+    """Makes the heap hold as many free pieces as pieces in use, in turn."""
+    everything = [torch.ones(size, dtype=torch.uint8) for _ in range(2 * pieces)]
+    return everything[::2]
+
+
+@pytest.mark.skipif(host_memory._glibc() is None, reason="needs glibc 2.33")
+@pytest.mark.parametrize("worth_it", [True, False])
+def test_holes_in_the_heap_are_given_back(worth_it, monkeypatch):
+    give_back_freed_memory(CPU)
+    pieces = holes(1600, 100_000)  # below what glibc maps by itself
+    if not worth_it:
+        monkeypatch.setattr(host_memory, "_WORTH_IT", 2**40)
+    before = status("VmRSS")
+    give_back_freed_memory(CPU)
+    given_back = before - status("VmRSS")
+    assert (given_back > 100e6) == worth_it
+    assert all(bool(piece.all()) for piece in pieces)
+
+
+def test_without_glibc_nothing_happens(monkeypatch):
+    monkeypatch.setattr(host_memory, "_glibc", lambda: None)
+    give_back_freed_memory(CPU)
+    give_back_freed_memory(torch.device("meta"))
