@@ -61,7 +61,7 @@ class _KeepPositions:
         if self.positions is None:
             return None
         hidden, *rest = args
-        if not torch.compiler.is_compiling():
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             give_back_freed_memory(hidden.device)
         return (hidden.flatten(0, -2).index_select(0, self.positions), *rest)
 
