@@ -5,6 +5,7 @@ To add a criterion, write a function here and decorate it; see CONTRIBUTING.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -18,11 +19,16 @@ class Signals:
 
     Attributes:
         magnitudes: float32 `(d_ff,)` on the CPU.
-        generator: the random generator of this phase and block; the only source of randomness.
+        make_generator: gives `generator`; called at its first use, because most criteria draw nothing.
     """
 
     magnitudes: Tensor
-    generator: torch.Generator
+    make_generator: Callable[[], torch.Generator]
+
+    @cached_property
+    def generator(self) -> torch.Generator:
+        """The random generator of this phase and block; the only source of randomness."""
+        return self.make_generator()
 
 
 CRITERIA: Registry[Callable[[Signals], Tensor]] = Registry("selection criterion")
@@ -57,8 +63,14 @@ def select(scores: Tensor, eligible: Tensor, k: int) -> Tensor:
         Ascending int64 indices.
     """
     candidates = eligible.nonzero().flatten()
-    order = torch.sort(scores[candidates], stable=True).indices
-    return candidates[order[: max(k, 0)]].sort().values
+    k = min(max(k, 0), len(candidates))
+    if k == 0:
+        return candidates[:0]
+    scores = scores.index_select(0, candidates)
+    lowest = (~(scores > scores.topk(k, largest=False).values[-1])).nonzero().flatten()
+    if len(lowest) > k:  # ties with the k-th score; only these are worth a stable sort
+        lowest = lowest[torch.sort(scores[lowest], stable=True).indices[:k]].sort().values
+    return candidates.index_select(0, lowest)
 
 
 def select_globally(scores: Sequence[Tensor], eligible: Sequence[Tensor], k: int) -> list[Tensor]:
