@@ -11,7 +11,7 @@ from hf_recycle.methods.immunity import is_immune
 from hf_recycle.methods.reinit import REINITIALIZATIONS, Options
 from hf_recycle.methods.schedule import PhaseSchedule
 from hf_recycle.methods.seeds import generator_for
-from hf_recycle.methods.selection import CRITERIA, Signals, select, select_globally
+from hf_recycle.methods.selection import CRITERIA, Signals, select_globally, select_in_each
 from hf_recycle.neurons.blocks import magnitudes_of
 from hf_recycle.neurons.magnitudes import on_cpu
 from hf_recycle.neurons.optimizer import reset_state
@@ -99,7 +99,7 @@ def run_phase(
         note = f"{found} of {quotas[0]} requested over all blocks: too few eligible neurons" if shortfall else ""
         requested, notes = [len(index) for index in chosen], [note] * len(chosen)
     else:
-        chosen = [select(*arguments) for arguments in zip(scores, eligible, quotas, strict=True)]
+        chosen = select_in_each(scores, eligible, quotas)
         requested = quotas
         notes = ["too few eligible neurons" if len(c) < q else "" for c, q in zip(chosen, quotas, strict=True)]
 

@@ -62,15 +62,30 @@ def select(scores: Tensor, eligible: Tensor, k: int) -> Tensor:
     Returns:
         Ascending int64 indices.
     """
-    candidates = eligible.nonzero().flatten()
-    k = min(max(k, 0), len(candidates))
-    if k == 0:
-        return candidates[:0]
-    scores = scores.index_select(0, candidates)
-    lowest = (~(scores > scores.topk(k, largest=False).values[-1])).nonzero().flatten()
-    if len(lowest) > k:  # ties with the k-th score; only these are worth a stable sort
+    k = min(max(k, 0), len(scores))
+    lowest = _lowest(scores, eligible, k).nonzero().flatten()
+    if len(lowest) > k:  # ties; only these are worth a stable sort
         lowest = lowest[torch.sort(scores[lowest], stable=True).indices[:k]].sort().values
-    return candidates.index_select(0, lowest)
+    return lowest
+
+
+def select_in_each(scores: Sequence[Tensor], eligible: Sequence[Tensor], ks: Sequence[int]) -> list[Tensor]:
+    """As `select`, in each of several blocks; in all at once if they are alike. Returns indices for each block."""
+    k, alike = ks[0], len({(len(block), k) for block, k in zip(scores, ks, strict=True)}) == 1
+    if alike and 0 < k <= len(scores[0]):
+        lowest = _lowest(torch.stack(list(scores)), torch.stack(list(eligible)), k)
+        if (lowest.sum(1) == k).all():
+            return list(lowest.nonzero()[:, 1].split(k))
+    return [select(*arguments) for arguments in zip(scores, eligible, ks, strict=True)]
+
+
+def _lowest(scores: Tensor, eligible: Tensor, k: int) -> Tensor:
+    """The eligible neurons whose score is not above the k-th lowest, bool `(..., d_ff)`: `k` of them, more for ties, or
+    fewer if fewer are eligible."""
+    if k == 0:
+        return torch.zeros_like(eligible)
+    limit = torch.where(eligible, scores, torch.inf).topk(k, largest=False).values[..., -1:]
+    return eligible & ~(scores > limit)
 
 
 def select_globally(scores: Sequence[Tensor], eligible: Sequence[Tensor], k: int) -> list[Tensor]:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_recycle.methods.registry import Registry
-from hf_recycle.methods.selection import CRITERIA, Signals, select, select_globally
+from hf_recycle.methods.selection import CRITERIA, Signals, select, select_globally, select_in_each
 
 # Few distinct values, so that ties are the rule.
 VALUES = st.sampled_from([0.0, 0.5, 0.5, 1.0, 2.0, 1e-30, 1e30, float("inf"), float("-inf"), float("nan")])
@@ -55,6 +55,24 @@ def test_global_selection_by_brute_force(blocks, k):
     assert [index.tolist() for index in chosen] == expected
 
 
+@st.composite
+def blocks_alike(draw):
+    """Of one size, with one quota; few scores, so that some have ties, or few eligible neurons, and some do not."""
+    size, count = draw(st.integers(1, 4)), draw(st.integers(1, 3))
+    neuron = st.tuples(st.integers(0, 9).map(float), st.sampled_from([True, True, True, False]))
+    block = st.lists(neuron, min_size=size, max_size=size).map(lambda neurons: [*zip(*neurons, strict=True)])
+    return [draw(block) for _ in range(count)], [draw(st.integers(0, size + 1))] * count
+
+
+@given(blocks_alike() | st.tuples(layers(count=3), st.lists(st.integers(0, 8), min_size=3, max_size=3)))
+def test_selection_in_each_block(given_blocks):
+    blocks, quotas = given_blocks
+    scores, eligible = ([torch.tensor(side) for side in sides] for sides in zip(*blocks, strict=True))
+    found = select_in_each(scores, eligible, quotas)
+    expected = [reference(*block, k) for block, k in zip(blocks, quotas, strict=True)]
+    assert [index.tolist() for index in found] == expected
+
+
 def test_small_cases():
     scores = torch.tensor([3.0, 1.0, 2.0, 1.0])
     everyone = torch.ones(4, dtype=torch.bool)
@@ -63,6 +81,9 @@ def test_small_cases():
     assert select(scores, everyone, 1).tolist() == [1]
     assert select(scores, everyone, 9).tolist() == [0, 1, 2, 3]
     assert select(scores, ~everyone, 2).tolist() == []
+    counted = scores.long()  # a criterion may count
+    assert select(counted, counted != 1, 1).tolist() == [2]
+    assert [index.tolist() for index in select_in_each([counted, -counted], [everyone, everyone], [1, 1])] == [[1], [0]]
 
 
 def signals(magnitudes, seed=0):
