@@ -1,6 +1,7 @@
 """One selection phase: choose neurons, give them new weights, note what was done."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,11 +11,11 @@ from hf_recycle.methods.immunity import is_immune
 from hf_recycle.methods.reinit import REINITIALIZATIONS, Options
 from hf_recycle.methods.schedule import PhaseSchedule
 from hf_recycle.methods.seeds import generator_for
-from hf_recycle.methods.selection import CRITERIA, Signals, select, select_globally
+from hf_recycle.methods.selection import CRITERIA, Signals, select_globally, select_in_each
 from hf_recycle.neurons.blocks import magnitudes_of
 from hf_recycle.neurons.magnitudes import on_cpu
 from hf_recycle.neurons.optimizer import reset_state
-from hf_recycle.neurons.table import NeuronTable
+from hf_recycle.neurons.table import BlockState, NeuronTable
 from hf_recycle.settings import RecyclingSettings
 from hf_recycle.transitions import begin
 
@@ -73,8 +74,9 @@ def run_phase(
     if settings.scope == "global":
         quotas = [schedule.quota(taken, sum(len(values) for values in magnitudes))]
     else:
-        quotas = [schedule.quota(taken, len(values)) for values in magnitudes]
-    eligible = [_eligible(table, position, phase, settings.immunity) for position in positions]
+        by_size = {size: schedule.quota(taken, size) for size in {len(values) for values in magnitudes}}
+        quotas = [by_size[len(values)] for values in magnitudes]
+    eligible = _eligible([table.states[position] for position in positions], phase, settings.immunity)
 
     reason = _reason_to_skip(magnitudes, loss_is_finite)
     if reason:
@@ -87,7 +89,7 @@ def run_phase(
         ]
 
     scores = [
-        CRITERIA[settings.selection](Signals(values, generator_for(settings.seed, taken, position, "select")))
+        CRITERIA[settings.selection](Signals(values, partial(generator_for, settings.seed, taken, position, "select")))
         for position, values in zip(positions, magnitudes, strict=True)
     ]
     if settings.scope == "global":
@@ -97,16 +99,19 @@ def run_phase(
         note = f"{found} of {quotas[0]} requested over all blocks: too few eligible neurons" if shortfall else ""
         requested, notes = [len(index) for index in chosen], [note] * len(chosen)
     else:
-        chosen = [select(*arguments) for arguments in zip(scores, eligible, quotas, strict=True)]
+        chosen = select_in_each(scores, eligible, quotas)
         requested = quotas
         notes = ["too few eligible neurons" if len(c) < q else "" for c, q in zip(chosen, quotas, strict=True)]
 
     table.phases = phase
     agreement = Agreement()
     agreement.note(chosen)
+    generators = [generator_for(settings.seed, taken, position, "reinit") for position in positions]
     # One block at a time: every process draws the new weights of all recycled neurons, whatever its share of the model.
+    for position, index, generator in zip(positions, chosen, generators, strict=True):
+        agreement.note(_recycle(table, position, index, settings, generator, smooth_steps, optimizer))
     for position, index in zip(positions, chosen, strict=True):
-        agreement.note(_recycle(table, position, index, settings, step, phase, smooth_steps, optimizer))
+        table.states[position].note(index, phase, step)
     agreement.check(f"the neurons recycled at step {step}", table.blocks[positions[0]].out_slice.device)
     return [
         PhaseRecord(step, phase, table.blocks[position].name, request, int(mask.sum()), index.tolist(), note)
@@ -114,15 +119,18 @@ def run_phase(
     ]
 
 
-def _eligible(table: NeuronTable, position: int, phase: int, immunity: int) -> Tensor:
-    state = table.states[position]
-    return ~is_immune(state.last_phase, phase, immunity) & ~state.in_transition() & ~state.pruned
+def _eligible(states: list[BlockState], phase: int, immunity: int) -> list[Tensor]:
+    """Which neurons may be chosen, bool `(d_ff,)` for each block."""
+    immune = is_immune(torch.cat([state.last_phase for state in states]), phase, immunity)
+    pruned = torch.cat([state.pruned for state in states])
+    in_transition = torch.cat([state.in_transition() for state in states])
+    return list((~(immune | pruned | in_transition)).split([state.num_neurons for state in states]))
 
 
 def _reason_to_skip(magnitudes: list[Tensor], loss_is_finite: bool) -> str:
     if not loss_is_finite:
         return "skipped: the loss is not finite"
-    if not all(values.isfinite().all() for values in magnitudes):
+    if not torch.cat(magnitudes).isfinite().all():
         return "skipped: some magnitudes are not finite"
     return ""
 
@@ -132,17 +140,14 @@ def _recycle(
     position: int,
     index: Tensor,
     settings: RecyclingSettings,
-    step: int,
-    phase: int,
+    generator: torch.Generator,
     smooth_steps: int,
     optimizer,
 ) -> list[Tensor]:
-    """Gives neurons `index` of one block new weights, at once or as a transition, notes it in the table, and returns
-    the new weights."""
+    """Gives neurons `index` of one block new weights, at once or as a transition, and returns those."""
     if not len(index):
         return []
     block, state = table.blocks[position], table.states[position]
-    generator = generator_for(settings.seed, table.optimizer_steps(step), position, "reinit")
     options = Options(noise_scale=settings.noise_scale)
     values = REINITIALIZATIONS[settings.reinit](table.views[position], index, generator, options)
     if optimizer is not None:
@@ -151,7 +156,4 @@ def _recycle(
         begin(block, state, index, values)
     else:
         block.write(index, values)
-    state.counts[index] += 1
-    state.last_phase[index] = phase
-    state.last_step[index] = step
     return list(values.values())

@@ -1,6 +1,7 @@
 """Prunes neurons: chooses them, sets them to zero for good, notes what was done."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -56,7 +57,7 @@ def prune(table: NeuronTable, settings: PruningSettings, schedule: PruningSchedu
         if not magnitudes[block.name].isfinite().all():
             records.append(PruningRecord(**vars(record) | {"note": "put off: some magnitudes are not finite"}))
             continue
-        signals = Signals(magnitudes[block.name], generator_for(settings.seed, step, position, "prune"))
+        signals = Signals(magnitudes[block.name], partial(generator_for, settings.seed, step, position, "prune"))
         index = select(CRITERIA[settings.selection](signals), eligible, requested)
         state.pruned[index] = True
         if state.transition is not None:

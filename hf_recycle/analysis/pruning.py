@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -109,7 +110,7 @@ def measure_curve(
 
 def neuron_scores(block: FeedForward, number: int, criterion: str, seed: int) -> Tensor:
     """What a criterion says of the neurons of the block `number`, `(d_ff,)`: the lowest go first."""
-    return CRITERIA[criterion](Signals(block.magnitudes().cpu(), generator_for(seed, 0, number, "select")))
+    return CRITERIA[criterion](Signals(block.magnitudes().cpu(), partial(generator_for, seed, 0, number, "select")))
 
 
 def least_important(scores: Tensor, k: int) -> Tensor:

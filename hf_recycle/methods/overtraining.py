@@ -38,7 +38,7 @@ def choose(
     criterion = SUBSETS[subset]
     if criterion is None:
         return available.nonzero().flatten()
-    scores = CRITERIA[criterion](Signals(magnitudes, generator))
+    scores = CRITERIA[criterion](Signals(magnitudes, lambda: generator))
     return select(scores, available, subset_size(fraction, len(magnitudes)))
 
 

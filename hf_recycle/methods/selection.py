@@ -5,6 +5,7 @@ To add a criterion, write a function here and decorate it; see CONTRIBUTING.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -18,11 +19,16 @@ class Signals:
 
     Attributes:
         magnitudes: float32 `(d_ff,)` on the CPU.
-        generator: the random generator of this phase and block; the only source of randomness.
+        make_generator: gives `generator`; called at its first use, because most criteria draw nothing.
     """
 
     magnitudes: Tensor
-    generator: torch.Generator
+    make_generator: Callable[[], torch.Generator]
+
+    @cached_property
+    def generator(self) -> torch.Generator:
+        """The random generator of this phase and block; the only source of randomness."""
+        return self.make_generator()
 
 
 CRITERIA: Registry[Callable[[Signals], Tensor]] = Registry("selection criterion")
@@ -56,9 +62,30 @@ def select(scores: Tensor, eligible: Tensor, k: int) -> Tensor:
     Returns:
         Ascending int64 indices.
     """
-    candidates = eligible.nonzero().flatten()
-    order = torch.sort(scores[candidates], stable=True).indices
-    return candidates[order[: max(k, 0)]].sort().values
+    k = min(max(k, 0), len(scores))
+    lowest = _lowest(scores, eligible, k).nonzero().flatten()
+    if len(lowest) > k:  # ties; only these are worth a stable sort
+        lowest = lowest[torch.sort(scores[lowest], stable=True).indices[:k]].sort().values
+    return lowest
+
+
+def select_in_each(scores: Sequence[Tensor], eligible: Sequence[Tensor], ks: Sequence[int]) -> list[Tensor]:
+    """As `select`, in each of several blocks; in all at once if they are alike. Returns indices for each block."""
+    k, alike = ks[0], len({(len(block), k) for block, k in zip(scores, ks, strict=True)}) == 1
+    if alike and 0 < k <= len(scores[0]):
+        lowest = _lowest(torch.stack(list(scores)), torch.stack(list(eligible)), k)
+        if (lowest.sum(1) == k).all():
+            return list(lowest.nonzero()[:, 1].split(k))
+    return [select(*arguments) for arguments in zip(scores, eligible, ks, strict=True)]
+
+
+def _lowest(scores: Tensor, eligible: Tensor, k: int) -> Tensor:
+    """The eligible neurons whose score is not above the k-th lowest, bool `(..., d_ff)`: `k` of them, more for ties, or
+    fewer if fewer are eligible."""
+    if k == 0:
+        return torch.zeros_like(eligible)
+    limit = torch.where(eligible, scores, torch.inf).topk(k, largest=False).values[..., -1:]
+    return eligible & ~(scores > limit)
 
 
 def select_globally(scores: Sequence[Tensor], eligible: Sequence[Tensor], k: int) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -73,17 +74,17 @@ class FeedForward:
     gated: bool
     slices: tuple[NeuronSlice, ...]
 
-    @property
+    @cached_property
     def in_slices(self) -> tuple[NeuronSlice, ...]:
         """The rows of the in-projection, without biases: one slice, or two for a gated block."""
         return tuple(piece for piece in self.slices if not piece.is_bias and piece.role != "out")
 
-    @property
+    @cached_property
     def out_slice(self) -> NeuronSlice:
         """The columns of the out-projection."""
         return self.slices[-1]
 
-    @property
+    @cached_property
     def weight_slices(self) -> tuple[NeuronSlice, ...]:
         """All but the biases."""
         return (*self.in_slices, self.out_slice)

@@ -39,9 +39,19 @@ class BlockState:
         zeros = torch.zeros(num_neurons, dtype=torch.int32)
         return cls(zeros, zeros.clone(), zeros.to(torch.int64), zeros.bool())
 
+    @property
+    def num_neurons(self) -> int:
+        return self.counts.shape[0]
+
+    def note(self, index: Tensor, phase: int, step: int) -> None:
+        """Neurons `index` `(n,)` were recycled in phase number `phase`, after step `step` of the Trainer."""
+        self.counts[index] += 1
+        self.last_phase.index_fill_(0, index, phase)
+        self.last_step.index_fill_(0, index, step)
+
     def in_transition(self) -> Tensor:
         """bool `(d_ff,)`."""
-        mask = torch.zeros(len(self.counts), dtype=torch.bool)
+        mask = torch.zeros(self.num_neurons, dtype=torch.bool)
         if self.transition is not None:
             mask[self.transition.index] = True
         return mask

@@ -218,6 +218,15 @@ def test_neurons_in_transition_are_not_eligible(plain_net):
     assert run.table.in_transition == 20
 
 
+def test_pruned_neurons_are_not_eligible(plain_net):
+    """Each block has its own."""
+    run = Run(plain_net(), fraction=1.0)
+    for state, off in zip(run.table.states, (3, 5), strict=True):
+        state.pruned[off:] = True
+    records = run.phase()
+    assert [(record.eligible, record.recycled) for record in records] == [(3, [0, 1, 2]), (5, [0, 1, 2, 3, 4])]
+
+
 def test_a_phase_without_quota_is_a_phase(plain_net):
     """0.02 of 20 is 0.4: phases 3, 5, 8, 10 take one; the others take none and still age immunity."""
     run = Run(plain_net(d_ff=20, layers=1), fraction=0.02)

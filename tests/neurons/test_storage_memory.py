@@ -1,10 +1,14 @@
 """Tiles and how they lie in memory: in chunks, along it or across it, with numbers that drown others."""
 
+import math
+
 import pytest
 import torch
 from cut_parameters import slice_of
+from hypothesis import given
+from hypothesis import strategies as st
 
-from hf_recycle.neurons.storage import base
+from hf_recycle.neurons.storage import reductions
 from hf_recycle.neurons.storage.plain import PlainStorage
 from hf_recycle.neurons.storage.tiles import Tile
 
@@ -12,7 +16,7 @@ from hf_recycle.neurons.storage.tiles import Tile
 @pytest.mark.parametrize("shape", [(5, 7), (1, 40), (40, 1), (3, 0)])
 def test_norms_in_chunks(monkeypatch, shape):
     """Chunks are of whole lines, however long those are; the last is smaller; the result is that of one piece."""
-    monkeypatch.setattr(base, "_ENTRIES_AT_ONCE", 16)
+    monkeypatch.setattr(reductions, "_ENTRIES_AT_ONCE", 16)
     chunks = []
     vector_norm = torch.linalg.vector_norm
 
@@ -22,26 +26,48 @@ def test_norms_in_chunks(monkeypatch, shape):
 
     monkeypatch.setattr(torch.linalg, "vector_norm", spy)
     values = torch.randn(shape).bfloat16()
-    found = base._norms(Tile(values, 0, 0), torch.float32)
+    found = reductions.norms(Tile(values, 0, 0), torch.float32)
     assert max(chunks) <= max(16, shape[1])
     assert sum(chunks) == values.numel()
     assert torch.equal(found, vector_norm(values.float(), dim=1))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rows", [slice(None), slice(2, 9)])
+@given(st.data())
+def test_statistics_along_the_memory(data):
+    """Norms and sums of a tile that lies in memory this way or that, whole or a part of its parameter, in chunks of a
+    few of its lines, against loops over its neurons. What is not finite stays with its neuron."""
+    dtype = data.draw(st.sampled_from([torch.float64, torch.float32, torch.bfloat16]))
+    shape = data.draw(st.tuples(st.integers(1, 9), st.integers(1, 9)))
+    transposed = data.draw(st.booleans()) and min(shape) > 1
+    memory = torch.randn(shape[::-1] if transposed else shape, dtype=torch.float64).to(dtype)
+    first, feature = data.draw(st.integers(0, shape[0] - 1)), data.draw(st.integers(0, shape[1] - 1))
+    values = (memory.T if transposed else memory)[first:, feature:]
+    broken = data.draw(st.integers(0, len(values) - 1))
+    values[broken, 0] = data.draw(st.sampled_from([1.0, 1e30, float("inf"), float("nan")]))
+    tile, wide = Tile(values, 0, 0), torch.promote_types(dtype, torch.float32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reductions, "_ENTRIES_AT_ONCE", data.draw(st.integers(1, 90)))
+        patch.setattr(reductions, "_NUMBERS_IN_A_ROW", data.draw(st.integers(1, 10)))
+        norms, sums = reductions.norms(tile, torch.float64), reductions.sums(tile)
+    assert norms.dtype == torch.float64
+    assert sums.dtype == wide
+    for neuron, line in enumerate(values.double().tolist()):
+        norm = torch.tensor(math.sqrt(math.fsum(weight * weight for weight in line)), dtype=torch.float64)
+        torch.testing.assert_close(norms[neuron], norm, rtol=1e-12, atol=0, equal_nan=True)
+        total = torch.tensor(sum(line), dtype=torch.float64)
+        torch.testing.assert_close(sums[neuron].double(), total, rtol=1e-5, atol=2e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("shape", [(2, 1 << 17), (3, 1000), (4096, 64)])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_statistics_along_the_memory(monkeypatch, dtype, rows, transposed):
-    """Norms, sums and moments of a tile, whichever way it lies in memory, in chunks of a few of its lines."""
-    monkeypatch.setattr(base, "_ENTRIES_AT_ONCE", 30)
-    memory = torch.randn((11, 13)[:: -1 if transposed else 1], dtype=torch.float64).to(dtype)
-    tile = Tile((memory.T if transposed else memory)[rows], 0, 0)
+def test_long_sums_keep_the_digits_of_float32(shape, transposed):
+    """Also where all the numbers have one sign, which is where one sum after the other would lose digits."""
+    values = torch.rand(shape) + 0.5
+    values = values.T.contiguous().T if transposed else values
+    tile, exact = Tile(values, 0, 0), values.double()
     assert tile.is_transposed is transposed
-    exact, wide = tile.values.double(), torch.promote_types(dtype, torch.float32)
-    norms, sums = base._norms(tile, wide), base._sums(tile)
-    assert norms.dtype == sums.dtype == wide
-    torch.testing.assert_close(norms.double(), (exact**2).sum(1).sqrt(), rtol=1e-6, atol=0)
-    torch.testing.assert_close(sums.double(), exact.sum(1), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(reductions.norms(tile, torch.float32).double(), exact.norm(dim=1), rtol=3e-6, atol=0)
+    torch.testing.assert_close(reductions.sums(tile).double(), exact.sum(1), rtol=3e-6, atol=0)
 
 
 @pytest.mark.parametrize("transposed", [False, True])

@@ -3,6 +3,8 @@
 The processes are objects in one Python process. Each has the part that ZeRO, FSDP2 or tensor parallelism would give it.
 """
 
+import dataclasses
+
 import pytest
 import torch
 from cut_parameters import (
@@ -47,6 +49,7 @@ def test_every_weight_of_the_slice_is_in_one_tile(cut):
     for part in parts:
         for tile in part.tiles(piece, numbers[part.entries]):
             assert tile.values.numel()
+            assert tile.has_all_neurons is (len(tile.values) == piece.length)
             assert torch.equal(tile.values, expected[tile.neurons, tile.features])
             covered[tile.neurons, tile.features] += 1
     assert torch.equal(covered, torch.ones_like(covered))
@@ -75,6 +78,11 @@ def test_rows_of_a_tile(data):
     holds = range(tile.neuron, tile.neuron + len(tile.values))
     assert torch.arange(5)[held].tolist() == [i for i, neuron in enumerate(index) if neuron in holds]
     assert rows.tolist() == [neuron - tile.neuron for neuron in index if neuron in holds]
+    whole = Tile(torch.zeros(9, 2), 0, 1)
+    for tile in (whole, dataclasses.replace(whole, has_all_neurons=True)):
+        held, rows = tile.rows(torch.tensor(index))
+        assert torch.arange(5)[held].tolist() == list(range(5))
+        assert rows.tolist() == index
 
 
 def test_a_range_that_begins_and_ends_in_mid_row():

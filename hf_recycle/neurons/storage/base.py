@@ -6,15 +6,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from hf_recycle.neurons.storage import reductions
 from hf_recycle.neurons.storage.tiles import Tile, to_device
 
 if TYPE_CHECKING:
     from hf_recycle.neurons.blocks import NeuronSlice
-
-# Entries that are worked on at a time where an intermediate result is as large as they are: few enough that it stays in
-# a CPU core's cache, and enough that an accelerator is not kept busy with starting kernels.
-_ENTRIES_AT_ONCE = 1 << 17
-_ENTRIES_AT_ONCE_ELSEWHERE = 1 << 22
 
 Fragments = list[Tensor]
 """What this process holds of some lines: for each of its tiles, the rows of those lines that lie in it."""
@@ -82,17 +78,18 @@ class Storage:
         """L2 norm of every line of some slices of equal length on the same `processes`, computed in `dtype`: `(d_ff,)`
         each. One sum over processes for all of them."""
         if not self.sharded:
-            return [_norms(tile, dtype) for piece in pieces for tile in self.tiles(piece)]
+            tiles = [tile for piece in pieces for tile in self.tiles(piece)]
+            return [reductions.norms(tile, dtype) for tile in tiles]
         squares = torch.zeros(len(pieces), pieces[0].length, dtype=dtype, device=pieces[0].device)
         for row, piece in zip(squares, pieces, strict=True):
             for tile in self.tiles(piece):
-                row[tile.neurons] += _norms(tile, dtype).square()
+                row[tile.neurons] += reductions.norms(tile, dtype).square()
         return list(self.sum_over_processes(pieces[0], squares).sqrt())
 
     def mean_std(self, piece: "NeuronSlice") -> tuple[Tensor, Tensor]:
         """Mean and standard deviation over all the lines, as scalars in float64."""
         count = piece.length * piece.width
-        chunks = [chunk for tile in self.tiles(piece) for chunk in _chunks(tile)]
+        chunks = [chunk for tile in self.tiles(piece) for chunk in reductions.bands(tile)]
         mean = self._sum(piece, (chunk.double().sum() for chunk in chunks)) / count
         # Deviations in the weights' own precision or float32; only their sum needs more.
         wide = torch.promote_types(piece.dtype, torch.float32)
@@ -117,12 +114,14 @@ class Storage:
 
     def cut(self, piece: "NeuronSlice", index: Tensor, lines: Tensor) -> Fragments:
         """The fragments of whole lines `(n, width)`."""
-        lines = lines.reshape(len(index), piece.width)
-        fragments = []
-        for tile in self.tiles(piece):
-            here = to_device(lines, tile.values.device)
-            fragments.append(here[tile.rows(index)[0], tile.features].to(tile.values.dtype, copy=True))
-        return fragments
+        parts = ((tile, self._part(piece, tile, index, lines)[1]) for tile in self.tiles(piece))
+        return [part.to(tile.values.dtype, copy=True) for tile, part in parts]
+
+    def _part(self, piece: "NeuronSlice", tile: Tile, index: Tensor, lines: Tensor) -> tuple[Tensor, Tensor]:
+        """Which rows of a tile lines `index` `(n,)` are, and what of `lines` `(n, width)` (a bias: `(n,)`) belongs in
+        them; a view if that is all."""
+        held, rows = tile.rows(index)
+        return rows, to_device(lines, tile.values.device).reshape(index.shape[0], piece.width)[held, tile.features]
 
     def join(self, piece: "NeuronSlice", index: Tensor, fragments: Fragments) -> Tensor:
         """The whole lines `(n, width)` (a bias: `(n,)`) of fragments, on every process."""
@@ -140,7 +139,9 @@ class Storage:
 
     def write_full(self, piece: "NeuronSlice", index: Tensor, lines: Tensor) -> None:
         """Overwrites lines `index` `(n,)`, master and forward copy, with `lines` `(n, width)` (a bias: `(n,)`)."""
-        self.write(piece, index, self.cut(piece, index, lines))
+        for tile in self.tiles(piece):
+            rows, part = self._part(piece, tile, index, lines)
+            tile.write(rows, part)
         self.publish(piece, index)
 
     def clear(self, piece: "NeuronSlice", index: Tensor) -> None:
@@ -164,49 +165,16 @@ class Storage:
             tile.fill(tile.rows(index)[1], value if isinstance(value, float) else value.to(tile.values))
 
     def mean_of_others(self, piece: "NeuronSlice", tiles: list[Tile], index: Tensor, width: int) -> Tensor:
-        """Mean over the entries (`width` for each neuron) of the neurons not in `index` `(n,)`; over all entries if
-        there are no others."""
-        others = torch.ones(piece.length, dtype=torch.bool)
-        others[index] = False
-        if not others.any():
-            others[:] = True
+        """Mean over the entries (`width` for each neuron) of the neurons not in `index` `(n,)`, all different; over all
+        entries if there are no others."""
+        if index.shape[0] == piece.length:
+            index = index[:0]
         # Summed by neuron first: subtracting those of `index` from the sum of all would lose the others behind them.
-        sums = (
-            torch.where(to_device(others[tile.neurons], tile.values.device), _sums(tile), 0).double().sum()
-            for tile in tiles
-        )
-        return self._sum(piece, sums) / (int(others.sum()) * width)
+        sums = (reductions.sums(tile).index_fill_(0, tile.rows(index)[1], 0).double().sum() for tile in tiles)
+        return self._sum(piece, sums) / ((piece.length - index.shape[0]) * width)
 
 
 def scaled(lines: Tensor, factors: Tensor) -> Tensor:
     """`lines` `(n, width)` times `factors` `(n,)`, rounded to their dtype once."""
     wide = torch.promote_types(lines.dtype, torch.float32)
     return (lines.to(wide) * factors.to(lines.device, wide).unsqueeze(1)).to(lines.dtype)
-
-
-def _norms(tile: Tile, dtype: torch.dtype) -> Tensor:
-    values = tile.values
-    if not tile.is_transposed:
-        # vector_norm upcasts the whole of its argument first.
-        chunks = [values] if values.dtype == dtype else _chunks(tile)
-        return torch.cat([torch.linalg.vector_norm(chunk, dim=1, dtype=dtype) for chunk in chunks])
-    if values.dtype == dtype and not values.is_cpu:
-        return torch.linalg.vector_norm(values, dim=1)
-    # On a CPU, vector_norm across the order in memory takes twenty times as long as reading.
-    return sum(chunk.to(dtype).square().sum(1) for chunk in _chunks(tile)).sqrt()
-
-
-def _sums(tile: Tile) -> Tensor:
-    """Sum over the features of each neuron, `(n,)`, in the tile's dtype or float32."""
-    wide = torch.promote_types(tile.values.dtype, torch.float32)
-    if tile.values.dtype == wide:
-        return tile.values.sum(1)
-    parts = [chunk.to(wide).sum(1) for chunk in _chunks(tile)]
-    return sum(parts) if tile.is_transposed else torch.cat(parts)
-
-
-def _chunks(tile: Tile) -> tuple[Tensor, ...]:
-    """The values of a tile in bands that follow each other in memory: of neurons, or of features if transposed."""
-    dim = int(tile.is_transposed)
-    entries = _ENTRIES_AT_ONCE if tile.values.is_cpu else _ENTRIES_AT_ONCE_ELSEWHERE
-    return tile.values.split(max(1, entries // max(tile.values.shape[1 - dim], 1)), dim)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hf_recycle.neurons.storage.base import Storage
-from hf_recycle.neurons.storage.tiles import Tile, columns_of, tiles_of_rectangle
+from hf_recycle.neurons.storage.tiles import Tile, columns_of, tiles_of_rectangle, to_device
 
 if TYPE_CHECKING:
     from hf_recycle.neurons.blocks import NeuronSlice
@@ -31,6 +31,12 @@ class PlainStorage(Storage):
             key: whole(piece, value) if isinstance(value, Tensor) and value.shape == alike else value
             for key, value in state.items()
         }
+
+    def write_full(self, piece: "NeuronSlice", index: Tensor, lines: Tensor) -> None:
+        # As the general way does, in fewer operations.
+        memory = piece.parameter.detach().narrow(piece.dim, piece.offset, piece.length)
+        lines = to_device(lines.to(memory.dtype), memory.device)
+        memory.index_copy_(piece.dim, to_device(index, memory.device), lines.T.contiguous() if piece.dim else lines)
 
     def sum_over_processes(self, piece: "NeuronSlice", values: Tensor) -> Tensor:
         return values

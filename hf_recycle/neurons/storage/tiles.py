@@ -26,11 +26,13 @@ class Tile:
         values: `(neurons, features)`, a view: writing to it writes to the parameter.
         neuron: the number of the first neuron.
         feature: the number of the first feature.
+        has_all_neurons: whether it certainly has a row of each line of the slice.
     """
 
     values: Tensor
     neuron: int
     feature: int
+    has_all_neurons: bool = False
 
     @property
     def neurons(self) -> slice:
@@ -47,6 +49,8 @@ class Tile:
         Remembered as long as `index` lives, which must not be edited: the neurons in transition are looked up at every
         step.
         """
+        if self.has_all_neurons and self.values.is_cpu:
+            return slice(None), index
         places = _places.setdefault(index, {})
         key = self.neuron, len(self.values), self.values.device
         if key not in places:
@@ -102,7 +106,7 @@ def tiles_of_rectangle(piece: "NeuronSlice", values: Tensor, row: int, column: i
     # A fused matrix holds two slices one behind the other.
     first, last = max(row, piece.offset), min(row + values.shape[0], piece.offset + piece.length)
     if first < last and values.shape[1]:
-        yield Tile(values[first - row : last - row], first - piece.offset, column)
+        yield Tile(values[first - row : last - row], first - piece.offset, column, last - first == piece.length)
 
 
 def tiles_of_range(piece: "NeuronSlice", flat: Tensor, start: int, columns: int) -> Iterator[Tile]:
