@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from hf_recycle.bench.contestant import OURS, STOCK, Contestant, Turn
 from hf_recycle.bench.machine import matrix_product_rates, memory_rates, product_sizes
@@ -23,14 +24,15 @@ EVERYTHING = {
 }
 """All methods that go together."""
 
-_METHODS = {
-    # At every step what is meant for every hundredth, so that pairs of steps can tell what it costs.
-    "recycling": {"recycle_steps": 1, "recycle_start": 1, "recycle_fraction": 0.1},
+_AT_EVERY_STEP = {
     "smooth": _IN_TRANSITION,
     "midpoint": {"midpoint_weight": 1e-3},
+}
+_AT_EVERY_HUNDREDTH = {
+    # Here at every step, so that pairs of steps can tell what it costs.
+    "recycling": {"recycle_steps": 1, "recycle_start": 1, "recycle_fraction": 0.1},
     "magnitudes": {"magnitude_steps": 1},
 }
-_USUAL_STEPS = {"recycling": 100, "smooth": 1, "midpoint": 1, "magnitudes": 100}
 
 _SAME_LOSS = 1e-4  # relative; float32 sums in another order
 
@@ -85,19 +87,28 @@ def _reach(shape: Shape, seconds: Mapping[str, Sequence[float]]) -> str:
 
 
 def costs_of_methods(shape: Shape, effort: Effort) -> dict[str, Measured]:
-    """What each method adds to a step of ours with none, as a share of it."""
+    """What each method adds to a step of ours with none, as a share of it.
+
+    A share to be divided by a hundred needs fewer rounds than one that is judged as it is.
+    """
+    costs = _costs(shape, _AT_EVERY_STEP, 1, 2 * effort.rounds)
+    return costs | _costs(shape, _AT_EVERY_HUNDREDTH, 100, max(effort.rounds // 2, 2))
+
+
+def _costs(
+    shape: Shape, methods: Mapping[str, Mapping[str, Any]], usual_steps: int, rounds: int
+) -> dict[str, Measured]:
     contestants = [Contestant("none", OURS, shape)]
-    contestants += [Contestant(name, OURS, shape, arguments) for name, arguments in _METHODS.items()]
-    turns = hold_match(contestants, effort.rounds)
+    contestants += [Contestant(name, OURS, shape, arguments) for name, arguments in methods.items()]
+    turns = hold_match(contestants, rounds)
     seconds = {name: _seconds(taken) for name, taken in turns.items()}
     none = seconds.pop("none")
+    note = f"on a step of {_milliseconds(none)} ms; quartiles of that {100 * spread(none):.1f}% apart"
+    if usual_steps > 1:
+        note += f"; measured at every step, and its cost spread over {usual_steps}"
     measured = {}
     for name, taken in seconds.items():
-        every = _USUAL_STEPS[name]
-        added = [(with_it - without) / without / every for with_it, without in zip(taken, none, strict=True)]
-        note = f"on a step of {_milliseconds(none)} ms; quartiles of that {100 * spread(none):.1f}% apart"
-        if every > 1:
-            note += f"; measured at every step, and its cost spread over {every}"
+        added = [(with_it - without) / without / usual_steps for with_it, without in zip(taken, none, strict=True)]
         measured[name] = Measured(estimate(added), note, {"seconds": {"none": none, name: taken}})
     return measured
 
