@@ -16,7 +16,7 @@ usage: hf-recycle bench [ROW ...] [--quick] [--argument VALUE ...]
 Measure training with this package against the stock Trainer of transformers, and what each method adds to a step. What
 is compared takes turns on the same machine, so that only ratios count. Close other programs first.
 
-  hf-recycle bench                        all rows of the table (about a quarter of an hour on two cores)
+  hf-recycle bench                        all rows of the table (about twenty minutes on two cores)
   hf-recycle bench step memory            some of them
   hf-recycle bench --quick                small models, a minute: to see that it works, not how fast it is
 
