@@ -43,18 +43,19 @@ class Watched(TrainerCallback):
         self._trainer, self.differences, self.dtypes, self.margins = trainer, [], set(), []
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self._original = phase.select
+        self._original = phase.select_in_each
 
-        def select(scores, eligible, k):
-            ranked = scores[eligible].sort().values
-            if 0 < k < len(ranked):
-                self.margins.append(float(ranked[k] / ranked[k - 1] - 1))
-            return self._original(scores, eligible, k)
+        def select_in_each(all_scores, all_eligible, ks):
+            for scores, eligible, k in zip(all_scores, all_eligible, ks, strict=True):
+                ranked = scores[eligible].sort().values
+                if 0 < k < len(ranked):
+                    self.margins.append(float(ranked[k] / ranked[k - 1] - 1))
+            return self._original(all_scores, all_eligible, ks)
 
-        phase.select = select
+        phase.select_in_each = select_in_each
 
     def on_train_end(self, args, state, control, **kwargs):
-        phase.select = self._original
+        phase.select_in_each = self._original
 
     @torch.no_grad()
     def on_step_end(self, args, state, control, **kwargs):
