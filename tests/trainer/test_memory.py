@@ -11,6 +11,7 @@ from transformers import DataCollatorForLanguageModeling
 from hf_recycle import RecyclingTrainer, host_memory
 from hf_recycle.bench.memory import status
 from hf_recycle.host_memory import give_back_freed_memory, sparse_tied_gradient
+from hf_recycle.mlm import heads
 
 CPU = torch.device("cpu")
 
@@ -94,6 +95,27 @@ def test_embeddings_get_sparse_gradients_in_training(run):
     seen = []
     run(trainer_class=Watched)
     assert seen == [True] * 6
+
+
+def test_memory_is_given_back_before_the_logits_of_each_training_batch_and_of_no_other(run, monkeypatch):
+    class Watched(RecyclingTrainer):
+        def compute_loss(self, model, *args, **kwargs):
+            events.append("forward")
+            return super().compute_loss(model, *args, **kwargs)
+
+    def build():
+        model = tiny_bert()
+        model.cls.predictions.decoder.register_forward_hook(lambda *_: events.append("logits"))
+        return model
+
+    events = []
+    monkeypatch.setattr(heads, "give_back_freed_memory", lambda device: events.append("given back"))
+    trainer, _ = run(build, Watched, per_device_train_batch_size=8, gradient_accumulation_steps=2)
+    assert events == ["forward", "given back", "logits"] * 12
+    events.clear()
+    trainer.evaluate(sentences(seed=1))
+    assert "given back" not in events
+    assert "logits" in events
 
 
 def holes(pieces: int, size: int) -> list[torch.Tensor]:
