@@ -90,6 +90,14 @@ class RecyclingArguments(TrainingArguments):
             "gradient checkpointing or ZeRO-3."
         },
     )
+    onednn_linear: bool | None = field(
+        default=None,
+        metadata={
+            "help": "On a CPU, compute float32 linear layers by oneDNN, not by PyTorch's usual library: sums come in "
+            "another order, so last digits differ. None: where that is known to be faster (AMD's processors from Zen 5 "
+            "on, about twice), unless every method and masked_head are off. Not with torch_compile or DeepSpeed."
+        },
+    )
     deterministic_masking: bool | None = field(
         default=None,
         metadata={
@@ -136,7 +144,7 @@ class RecyclingArguments(TrainingArguments):
     def method_arguments(self) -> dict[str, Any]:
         """All settings of all methods, flat: what `recycling_config.json` records."""
         names = [method.prefix + item.name for method in METHODS for item in fields(method)]
-        names += ["masked_head", "recompute_activations", "deterministic_masking", "ff_pattern"]
+        names += ["masked_head", "recompute_activations", "onednn_linear", "deterministic_masking", "ff_pattern"]
         return {name: getattr(self, name) for name in names}
 
     @property

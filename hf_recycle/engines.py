@@ -67,9 +67,17 @@ def can_recompute(trainer: Trainer) -> bool:
         or any(getattr(module, "gradient_checkpointing", False) for module in trainer.model.modules())
         or getattr(getattr(state, "fsdp_plugin", None), "activation_checkpointing", False)
     )
-    compiled = state.dynamo_plugin.backend != DynamoBackend.NO
     zero3 = trainer.is_deepspeed_enabled and state.deepspeed_plugin.zero_stage == 3
-    return not (checkpointing or compiled or zero3)
+    return not (checkpointing or _is_compiled(trainer) or zero3)
+
+
+def can_use_onednn(trainer: Trainer) -> bool:
+    """Whether linear layers may compute by oneDNN: on a CPU, where neither a compiler nor DeepSpeed replaces them."""
+    return trainer.args.device.type == "cpu" and not (_is_compiled(trainer) or trainer.is_deepspeed_enabled)
+
+
+def _is_compiled(trainer: Trainer) -> bool:
+    return trainer.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
 
 
 def _asked_for(trainer: Trainer, engine: str) -> bool:

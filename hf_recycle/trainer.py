@@ -21,6 +21,7 @@ from hf_recycle.callbacks.recycling import check_layers
 from hf_recycle.checkpoints import CheckpointMixin
 from hf_recycle.engines import (
     can_recompute,
+    can_use_onednn,
     check_can_overtrain,
     check_engine,
     drop_tied_aliases,
@@ -35,6 +36,7 @@ from hf_recycle.mlm.training import MaskedLanguageModelingMixin
 from hf_recycle.neurons.blocks import full_shape
 from hf_recycle.neurons.recomputation import Recomputation
 from hf_recycle.neurons.table import NeuronTable
+from hf_recycle.onednn import is_available, is_faster, onednn_linear
 from hf_recycle.recorder import HistoryRecorder
 
 logger = logging.get_logger(__name__)
@@ -91,9 +93,16 @@ class RecyclingTrainer(HubMixin, CheckpointMixin, MaskedLanguageModelingMixin):
         if self.recycling is not None:
             check_layers(self.recycling.settings, len(table.blocks))
         seed = args.seed if args.data_seed is None else args.data_seed
-        deterministic = args.deterministic_masking
+        deterministic, self._onednn = args.deterministic_masking, args.onednn_linear
+        as_stock = not (args.masked_head or self.neuron_callbacks)
         if deterministic is None:
-            deterministic = args.masked_head or bool(self.neuron_callbacks)
+            deterministic = not as_stock
+        if self._onednn is None:
+            self._onednn = not as_stock and is_faster()
+        if self._onednn and not is_available():
+            raise ValueError(
+                "onednn_linear=True, but this PyTorch is without oneDNN or it is switched off: leave it out."
+            )
         self.set_up_masked_language_modeling(
             masked_head=args.masked_head, deterministic_masking=deterministic, seed=seed
         )
@@ -178,17 +187,19 @@ class RecyclingTrainer(HubMixin, CheckpointMixin, MaskedLanguageModelingMixin):
         if self.recycling is not None:
             for view in self.neuron_table().views:
                 view.learn_distribution()
-        self._save_memory()
+        self._economize()
         if self.is_fsdp_enabled:
             leave_embeddings_ungrouped(self.accelerator.state.fsdp_plugin, self.model)
         return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
 
-    def _save_memory(self) -> None:
-        """Until the end of the training."""
+    def _economize(self) -> None:
+        """Saves memory and time until the end of the training."""
         self._savings.close()  # of an attempt with a larger batch
         table = self.neuron_table()
         if self.args.recompute_activations and table is not None and can_recompute(self):
             self._savings.callback(Recomputation(table.blocks).remove)
+        if self._onednn and can_use_onednn(self):
+            self._savings.enter_context(onednn_linear(self.model))
         if self.can_sum_sparsely():
             self._savings.enter_context(sparse_tied_gradient(self.model))
 

@@ -6,13 +6,14 @@
 global batch is made of two accumulated ones. `:compile`: so too, with a compiled model; `:compile=full`: with its full
 head. `:disagree`: process 1 gets other settings than process 0. `:drift`: the weights of process 1 change silently.
 `:skip`: at some steps gradients are infinite and the loss scaler skips them. `:without`: the batches of these steps are
-left out. `:checkpointing`: activations are computed again in the backward pass. Several runs in one launch, because
-starting the processes takes longer than the runs.
+left out. `:economical`: activations are computed again in the backward pass, linear layers by oneDNN. Several runs in
+one launch, because starting the processes takes longer than the runs.
 """
 
 import os
 import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch._dynamo.utils import counters
@@ -25,6 +26,8 @@ import overflow
 import precision
 from matrix import ENGINES, GLOBAL_BATCH, METHODS, PRECISIONS, VARIANTS
 from processes import run_in_processes
+
+from hf_recycle import onednn
 
 STEPS, MIDDLE = 10, 5
 
@@ -106,7 +109,8 @@ def run(
     if drift:
         trainer.add_callback(_Drift(trainer))
     watched = precision.prepare(trainer, skip=how == "skip")
-    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    with mock.patch.object(onednn, "_multiply", side_effect=onednn._multiply) as multiply:
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     assert trainer.accelerator.num_processes == processes
     result = {
         "losses": [row["loss"] for row in trainer.state.log_history if "loss" in row],
@@ -115,6 +119,7 @@ def run(
         "state": trainer.neuron_table().state_dict(),
         "history": [row for row in trainer.recorder.to_table().to_pylist() if row["kind"] == "phase"],
         "engine": trainer.accelerator.distributed_type.value,
+        "products by oneDNN": multiply.call_count,
         "graphs": counters["stats"]["unique_graphs"],
         "graph_breaks": sum(counters["graph_break"].values()),
         "skipped": trainer.neuron_table().skipped_steps,
@@ -162,8 +167,10 @@ def main() -> None:
         if how == "accumulate":
             trainer = run(engine, method, folder / f"{method}-accumulated", accumulation=2)
             continue
-        if how == "checkpointing":
-            trainer = run(engine, method, folder / f"{method}-checkpointing", activation_checkpointing=True)
+        if how == "economical":
+            settings = {"activation_checkpointing": True, "onednn_linear": onednn.is_available()}
+            with mock.patch.object(onednn, "_LEAST_WORK", 0):
+                trainer = run(engine, method, folder / f"{method}-economical", **settings)
             continue
         if how.startswith("compile"):
             torch.compiler.reset()

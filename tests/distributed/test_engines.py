@@ -12,11 +12,12 @@ from matrix import ENGINES, METHODS
 from safetensors.torch import load_file
 
 from hf_recycle.files import read_config
+from hf_recycle.onednn import is_available
 
 SCRIPT = Path(__file__).with_name("engine_run.py")
 DISTRIBUTED = [name for name in ENGINES if name != "single"]
 # Resumed in mid-transition: the hardest case.
-RUNS = [name if name != "smooth" else "smooth:resume" for name in METHODS] + ["off:accumulate", "smooth:checkpointing"]
+RUNS = [name if name != "smooth" else "smooth:resume" for name in METHODS] + ["off:accumulate", "smooth:economical"]
 
 
 def launch(
@@ -111,8 +112,11 @@ def test_accumulation_is_part_of_the_batch(engine, runs):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", list(ENGINES))
-def test_gradient_checkpointing(engine, runs):
-    assert_same_outcome(outcome(runs("single"), "smooth"), outcome(runs(engine), "smooth-checkpointing"))
+def test_gradient_checkpointing_and_onednn(engine, runs):
+    found = outcome(runs(engine), "smooth-economical")
+    assert_same_outcome(outcome(runs("single"), "smooth"), found)
+    by_onednn = found[0]["products by oneDNN"] > 0
+    assert by_onednn == (is_available() and not engine.startswith("zero"))
 
 
 @pytest.mark.slow
