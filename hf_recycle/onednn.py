@@ -105,18 +105,18 @@ class _Linear(torch.autograd.Function):
 def _product(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`rows` `(m, k)` @ `weight` `(n, k)`.T + `bias` `(n,)`: `(m, n)`."""
     count = len(rows)
-    return _multiply(_padded(rows), weight, bias)[:count]
+    return multiply(_padded(rows), weight, bias)[:count]
 
 
 def _outer(rows: Tensor, lines: Tensor) -> Tensor:
     """`rows` `(m, n)`.T @ `lines` `(m, k)`: `(n, k)`."""
     rows, lines = _padded(rows), _padded(lines).contiguous()
     if rows.shape[1] <= _COLUMNS_AT_ONCE:
-        return _multiply(rows.T, lines.T)
+        return multiply(rows.T, lines.T)
     product = rows.new_empty(rows.shape[1], lines.shape[1])
     for part, columns in zip(product.split(_COLUMNS_AT_ONCE), rows.split(_COLUMNS_AT_ONCE, dim=1), strict=True):
         # Copied first, because PyTorch transposes contiguous matrices several times as fast.
-        part.copy_(_multiply(columns.contiguous().T, lines.T))
+        part.copy_(multiply(columns.contiguous().T, lines.T))
     return product
 
 
@@ -128,7 +128,9 @@ def _known_outer(rows: Tensor, lines: Tensor) -> Tensor:
     return rows.T @ lines
 
 
-def _multiply(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def multiply(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`rows` `(m, k)` @ `weight` `(n, k)`.T + `bias` `(n,)`: float32 `(m, n)`, by oneDNN; copies `rows` unless they are
+    contiguous. Nothing that autograd could go back through."""
     # The operation that torch.compile makes linear layers of on a CPU.
     return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
 

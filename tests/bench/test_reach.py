@@ -16,11 +16,18 @@ FLOPS, BYTES = 1e6, 1e5
 
 
 class KnownMachine(TorchFunctionMode):
-    """Every call advances the clock by what it costs at `FLOPS` and `BYTES` per second, times the next of `factors`."""
+    """Every call advances the clock by what it costs at `FLOPS` and `BYTES` per second, times the next of `factors`.
 
-    def __init__(self, factors=(1.0,)) -> None:
+    Attributes:
+        onednn: how many times faster the products of oneDNN are.
+    """
+
+    def __init__(self, factors=(1.0,), onednn=0.5) -> None:
         super().__init__()
-        self.now, self.calls, self.factors = 0.0, 0, cycle(factors)
+        self.now, self.calls, self.factors, self.onednn = 0.0, 0, cycle(factors), onednn
+
+    def multiply(self, rows, weight):
+        self.now += 2 * rows.shape[0] * rows.shape[1] * weight.shape[0] / FLOPS / self.onednn
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         seconds = {
@@ -37,9 +44,11 @@ class KnownMachine(TorchFunctionMode):
 
 @pytest.fixture
 def known_machine(monkeypatch):
-    def start(*factors) -> KnownMachine:
-        known = KnownMachine(factors or (1.0,))
+    def start(*factors, **speeds) -> KnownMachine:
+        known = KnownMachine(factors or (1.0,), **speeds)
         monkeypatch.setattr(machine.time, "perf_counter", lambda: known.now)
+        monkeypatch.setattr(machine, "is_available", lambda: True)
+        monkeypatch.setattr(machine, "multiply", known.multiply)
         return known
 
     return start
@@ -58,9 +67,18 @@ def test_rates_are_those_of_the_machine(known_machine):
             assert astuple(rate) == pytest.approx([expected] * 3)
 
 
+@pytest.mark.parametrize(("onednn", "best"), [(0.5, 1), (2, 2)])
+def test_the_faster_library_counts(onednn, best, known_machine):
+    with known_machine(onednn=onednn):
+        rates = machine.matrix_product_rates([(30, 30, 30)], repeats=2)
+        double = machine.matrix_product_rates([(30, 30, 30)], dtype=torch.float64, repeats=2)
+    assert rates[30, 30, 30].median == pytest.approx(best * FLOPS)
+    assert double[30, 30, 30].median == pytest.approx(FLOPS)  # oneDNN is for float32 here
+
+
 def test_an_unsteady_machine_shows_in_the_quartiles(known_machine):
     # Long enough that a measurement is one call: the first two warm up and settle that.
-    with known_machine(1, 1, 1, 2, 4, 1, 2, 4, 1) as known:
+    with known_machine(1, 1, 1, 2, 4, 1, 2, 4, 1, onednn=0.1) as known:
         rate = machine.matrix_product_rates([(300, 300, 300)], repeats=7)[300, 300, 300]
         assert known.calls == 9
     assert (rate.low, rate.median, rate.high) == pytest.approx((FLOPS / 4, FLOPS / 2, FLOPS))

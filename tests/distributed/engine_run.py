@@ -109,7 +109,7 @@ def run(
     if drift:
         trainer.add_callback(_Drift(trainer))
     watched = precision.prepare(trainer, skip=how == "skip")
-    with mock.patch.object(onednn, "_multiply", side_effect=onednn._multiply) as multiply:
+    with mock.patch.object(onednn, "multiply", side_effect=onednn.multiply) as multiply:
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     assert trainer.accelerator.num_processes == processes
     result = {
