@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from hf_recycle.cli.leaving import leave
 from hf_recycle.errors import UserError
 
 
@@ -79,4 +80,4 @@ def _complain(error: Exception) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())
