@@ -12,6 +12,7 @@ from hf_recycle import RecyclingTrainer, host_memory
 from hf_recycle.bench.memory import status
 from hf_recycle.host_memory import give_back_freed_memory, sparse_tied_gradient
 from hf_recycle.mlm import heads
+from hf_recycle.mlm.cross_entropy import compact_loss
 
 CPU = torch.device("cpu")
 
@@ -48,6 +49,22 @@ def test_where_something_else_decides_what_is_kept(setting, run):
     trainer, hooks = run(**setting)
     assert hooks == 0
     assert losses(trainer) == pytest.approx(losses(run()[0]), rel=1e-5)
+
+
+def test_the_loss_of_the_restricted_head_makes_its_gradient_in_place(run, monkeypatch):
+    shapes = []
+
+    def watched(logits, *args, **kwargs):
+        shapes.append(logits.shape)
+        return compact_loss(logits, *args, **kwargs)
+
+    monkeypatch.setattr("hf_recycle.mlm.training.compact_loss", watched)
+    run()
+    assert len(shapes) == 6
+    assert all(len(shape) == 2 for shape in shapes)
+    shapes.clear()
+    run(masked_head=False)
+    assert shapes == []
 
 
 def gradient(model: nn.Module, ids: torch.Tensor, micro_batches: int = 1) -> torch.Tensor:
