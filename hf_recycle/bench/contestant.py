@@ -9,9 +9,12 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hf_recycle.bench.shapes import Shape, bench_tokenizer, packed_dataset
+
+if TYPE_CHECKING:
+    from transformers import Trainer
 
 STOCK, OURS = "Trainer", "RecyclingTrainer"
 
@@ -68,31 +71,12 @@ def compete(contestant: Contestant, steps: int, link: Connection) -> None:
 def _train(contestant: Contestant, steps: int, link: Connection, folder: str) -> None:
     # Late: the parent process needs none of this.
     import torch
-    from transformers import DataCollatorForLanguageModeling, Trainer, TrainerCallback, TrainingArguments, set_seed
+    from transformers import TrainerCallback
 
-    from hf_recycle import RecyclingArguments, RecyclingTrainer
     from hf_recycle.bench.memory import Memory
 
     memory = Memory()
-    base, settings = (
-        (Trainer, TrainingArguments) if contestant.trainer == STOCK else (RecyclingTrainer, RecyclingArguments)
-    )
-
-    class Observed(base):
-        """Notes what a callback can't see: the wait for a batch, and the loss of a step."""
-
-        waiting, loss = 0.0, None
-
-        def get_batch_samples(self, *args, **kwargs):
-            start = time.perf_counter()
-            try:
-                return super().get_batch_samples(*args, **kwargs)
-            finally:
-                self.waiting = time.perf_counter() - start
-
-        def training_step(self, *args, **kwargs):
-            self.loss = super().training_step(*args, **kwargs)
-            return self.loss
+    trainer = make_trainer(contestant, steps, folder)
 
     class Turns(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
@@ -107,6 +91,36 @@ def _train(contestant: Contestant, steps: int, link: Connection, folder: str) ->
             link.recv()
             self.start = time.perf_counter()
 
+    trainer.add_callback(Turns())  # the last one, so that a step is over when it acts
+    link.recv()
+    trainer.train()
+
+
+def make_trainer(contestant: Contestant, steps: int, folder: str) -> Trainer:
+    """The contestant's trainer, for `steps` steps. It notes what a callback can't see: `waiting`, the seconds that the
+    last batch took to come, and `loss`, that of the last step."""
+    from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments, set_seed
+
+    from hf_recycle import RecyclingArguments, RecyclingTrainer
+
+    base, settings = (
+        (Trainer, TrainingArguments) if contestant.trainer == STOCK else (RecyclingTrainer, RecyclingArguments)
+    )
+
+    class Observed(base):
+        waiting, loss = 0.0, None
+
+        def get_batch_samples(self, *args, **kwargs):
+            start = time.perf_counter()
+            try:
+                return super().get_batch_samples(*args, **kwargs)
+            finally:
+                self.waiting = time.perf_counter() - start
+
+        def training_step(self, *args, **kwargs):
+            self.loss = super().training_step(*args, **kwargs)
+            return self.loss
+
     shape = contestant.shape
     arguments = settings(
         output_dir=folder,
@@ -119,7 +133,7 @@ def _train(contestant: Contestant, steps: int, link: Connection, folder: str) ->
     )
     set_seed(arguments.seed)
     tokenizer = bench_tokenizer(shape.vocabulary)
-    trainer = Observed(
+    return Observed(
         model=shape.model(),
         args=arguments,
         # More than is used: data workers are ended with their data, which is not to be timed.
@@ -127,6 +141,3 @@ def _train(contestant: Contestant, steps: int, link: Connection, folder: str) ->
         data_collator=DataCollatorForLanguageModeling(tokenizer),
         processing_class=tokenizer,
     )
-    trainer.add_callback(Turns())  # the last one, so that a step is over when it acts
-    link.recv()
-    trainer.train()
