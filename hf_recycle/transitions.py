@@ -12,7 +12,6 @@ from torch import Tensor
 from hf_recycle.methods.smooth import interpolation, mix
 from hf_recycle.neurons.blocks import FeedForward, NeuronSlice
 from hf_recycle.neurons.storage import Fragments
-from hf_recycle.neurons.storage.base import scaled
 from hf_recycle.neurons.storage.plain import whole
 from hf_recycle.neurons.table import BlockState, NeuronTable
 from hf_recycle.neurons.transition import Transition
@@ -82,8 +81,7 @@ class _ScaledGradient:
         alpha = interpolation(transition.age, self._smooth_steps)
         for piece in self._pieces:
             for tile in whole(piece, gradient):
-                rows = tile.rows(transition.index)[1]
-                tile.write(rows, scaled(tile.read(rows), alpha))
+                tile.scale(tile.rows(transition.index)[1], alpha)
         return gradient
 
 
