@@ -105,7 +105,8 @@ def show_effective_weights(table: NeuronTable, smooth_steps: int, *, advance: bo
     for block, state in _in_transition(table):
         transition = state.transition
         for piece in block.slices:
-            transition.new[piece.role] = piece.storage.read(piece, transition.index)
+            new = transition.new[piece.role]
+            transition.new[piece.role] = piece.storage.read(piece, transition.index, into=new)
         transition.age += int(advance)
         alpha = _show(block, transition, smooth_steps)
         if (alpha == 1).any():
@@ -116,10 +117,8 @@ def _show(block: FeedForward, transition: Transition, smooth_steps: int) -> Tens
     """Writes the effective weights where the model reads them; returns α `(n,)`."""
     alpha = interpolation(transition.age, smooth_steps)
     for piece in block.slices:
-        new, old = transition.new[piece.role], transition.old[piece.role]
-        mixed: Fragments = [
-            mix(*pair) for pair in zip(new, old, transition.held(block, piece.role, alpha), strict=True)
-        ]
+        sides = transition.new[piece.role], transition.old[piece.role], transition.held(piece, alpha)
+        mixed: Fragments = [mix(*side) for side in zip(*sides, strict=True)]
         piece.storage.write_forward(piece, transition.index, mixed)
     return alpha
 

@@ -103,9 +103,12 @@ class Storage:
             total += part
         return self.sum_over_processes(piece, total)
 
-    def read(self, piece: "NeuronSlice", index: Tensor) -> Fragments:
-        """Copies of what this process holds of lines `index` `(n,)`."""
-        return [tile.read(tile.rows(index)[1]) for tile in self.tiles(piece)]
+    def read(self, piece: "NeuronSlice", index: Tensor, into: Fragments | None = None) -> Fragments:
+        """Copies of what this process holds of lines `index` `(n,)`; where possible in the memory of `into`, fragments
+        of the same lines that are no longer needed."""
+        tiles = self.tiles(piece)
+        pairs = zip(tiles, [None] * len(tiles) if into is None else into, strict=True)
+        return [tile.read(tile.rows(index)[1], spent) for tile, spent in pairs]
 
     def write(self, piece: "NeuronSlice", index: Tensor, fragments: Fragments) -> None:
         """Overwrites what this process holds of lines `index` `(n,)`, cast to the parameter's dtype."""

@@ -60,13 +60,20 @@ class Tile:
             places[key] = (slice(None) if len(held) == len(index) else to_device(held, key[2])), rows
         return places[key]
 
-    def read(self, rows: Tensor) -> Tensor:
-        """Copies of some rows, int64 `(k,)`, laid out in memory as the tile is: `(k, features)`."""
+    def read(self, rows: Tensor, into: Tensor | None = None) -> Tensor:
+        """Copies of some rows, int64 `(k,)`, laid out in memory as the tile is: `(k, features)`.
+
+        Args:
+            into: `(k, features)` of the tile's dtype, no longer needed: is overwritten and returned if it is laid out
+                so, which saves asking the system for memory at every step.
+        """
         if self.is_transposed:
             # As index_select does, but on several threads.
             memory = self.values.T
-            return memory.gather(1, rows.expand(len(memory), len(rows))).T
-        return self.values.index_select(0, rows)
+            out = into.T if into is not None and into.T.is_contiguous() else None
+            return torch.gather(memory, 1, rows.expand(len(memory), len(rows)), out=out).T
+        out = into if into is not None and into.is_contiguous() else None
+        return torch.index_select(self.values, 0, rows, out=out)
 
     def write(self, rows: Tensor, lines: Tensor) -> None:
         """Overwrites some rows, int64 `(k,)`, with `lines` `(k, features)`, cast to the tile's dtype."""
