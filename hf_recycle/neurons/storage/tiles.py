@@ -92,7 +92,7 @@ class Tile:
             factors = factors.new_ones(len(self.values)).index_copy_(0, rows, factors)
             self.values.mul_(factors.unsqueeze(1))
         else:
-            self.write(rows, self.read(rows).to(wide).mul_(factors.unsqueeze(1)))
+            self.write(rows, self.read(rows).mul_(factors.unsqueeze(1)))
 
     def fill(self, rows: Tensor, value: Tensor | float) -> None:
         """Sets some rows, int64 `(k,)`, to one number."""
