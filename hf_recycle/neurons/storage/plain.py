@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hf_recycle.neurons.storage.base import Storage
-from hf_recycle.neurons.storage.tiles import Tile, to_device
+from hf_recycle.neurons.storage.tiles import Tile, columns_of, tiles_of_rectangle, to_device
 
 if TYPE_CHECKING:
     from hf_recycle.neurons.blocks import NeuronSlice
@@ -44,5 +44,5 @@ class PlainStorage(Storage):
 
 def whole(piece: "NeuronSlice", tensor: torch.Tensor) -> list[Tile]:
     """The one tile of a tensor laid out like the slice's parameter."""
-    lines = tensor.detach().narrow(piece.dim, piece.offset, piece.length)
-    return [Tile(lines.T if piece.dim else lines.view(piece.length, -1), 0, 0, has_all_neurons=True)]
+    tensor = tensor.detach()
+    return list(tiles_of_rectangle(piece, tensor.view(-1, columns_of(tensor.shape)), 0, 0))
