@@ -12,7 +12,6 @@ from torch import Tensor
 from hf_recycle.methods.smooth import interpolation, mix
 from hf_recycle.neurons.blocks import FeedForward, NeuronSlice
 from hf_recycle.neurons.storage import Fragments
-from hf_recycle.neurons.storage.base import scaled
 from hf_recycle.neurons.storage.plain import whole
 from hf_recycle.neurons.table import BlockState, NeuronTable
 from hf_recycle.neurons.transition import Transition
@@ -82,8 +81,7 @@ class _ScaledGradient:
         alpha = interpolation(transition.age, self._smooth_steps)
         for piece in self._pieces:
             for tile in whole(piece, gradient):
-                rows = tile.rows(transition.index)[1]
-                tile.write(rows, scaled(tile.read(rows), alpha))
+                tile.scale(tile.rows(transition.index)[1], alpha)
         return gradient
 
 
@@ -107,7 +105,8 @@ def show_effective_weights(table: NeuronTable, smooth_steps: int, *, advance: bo
     for block, state in _in_transition(table):
         transition = state.transition
         for piece in block.slices:
-            transition.new[piece.role] = piece.storage.read(piece, transition.index)
+            new = transition.new[piece.role]
+            transition.new[piece.role] = piece.storage.read(piece, transition.index, into=new)
         transition.age += int(advance)
         alpha = _show(block, transition, smooth_steps)
         if (alpha == 1).any():
@@ -118,10 +117,8 @@ def _show(block: FeedForward, transition: Transition, smooth_steps: int) -> Tens
     """Writes the effective weights where the model reads them; returns α `(n,)`."""
     alpha = interpolation(transition.age, smooth_steps)
     for piece in block.slices:
-        new, old = transition.new[piece.role], transition.old[piece.role]
-        mixed: Fragments = [
-            mix(*pair) for pair in zip(new, old, transition.held(block, piece.role, alpha), strict=True)
-        ]
+        sides = transition.new[piece.role], transition.old[piece.role], transition.held(piece, alpha)
+        mixed: Fragments = [mix(*side) for side in zip(*sides, strict=True)]
         piece.storage.write_forward(piece, transition.index, mixed)
     return alpha
 

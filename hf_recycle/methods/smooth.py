@@ -19,4 +19,4 @@ def mix(new: Tensor, old: Tensor, alpha: Tensor) -> Tensor:
     exactly `old` where α is 0. Computed in float32 at least, returned in the dtype of `new`."""
     dtype = torch.promote_types(new.dtype, torch.float32)
     alpha = alpha.to(device=new.device, dtype=dtype).reshape(-1, *[1] * (new.dim() - 1))
-    return (alpha * new.to(dtype) + (1 - alpha) * old.to(dtype)).to(new.dtype)
+    return (alpha * new.to(dtype)).add_((1 - alpha) * old.to(dtype)).to(new.dtype)

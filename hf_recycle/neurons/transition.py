@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_recycle.neurons.blocks import FeedForward
+from hf_recycle.neurons.blocks import FeedForward, NeuronSlice
 from hf_recycle.neurons.storage import Fragments
 from hf_recycle.neurons.storage.tiles import to_device
 
@@ -52,15 +52,16 @@ class Transition:
 
         def pick(sides: dict[str, Fragments]) -> dict[str, Fragments]:
             return {
-                role: [values[rows] for values, rows in zip(fragments, self.held(block, role, keep), strict=True)]
+                role: [values[rows] for values, rows in zip(fragments, self.held(block[role], keep), strict=True)]
                 for role, fragments in sides.items()
             }
 
         return Transition(self.index[keep], self.age[keep], pick(self.old), pick(self.new))
 
-    def held(self, block: FeedForward, role: str, values: Tensor) -> Fragments:
+    def held(self, piece: NeuronSlice, values: Tensor) -> Fragments:
         """What belongs to the rows of each fragment out of `values` `(n,)`, one for each neuron."""
-        piece = block[role]
+        if not piece.storage.sharded:
+            return [to_device(values, piece.device)]
         tiles = piece.storage.tiles(piece)
         return [to_device(values, tile.values.device)[tile.rows(self.index)[0]] for tile in tiles]
 

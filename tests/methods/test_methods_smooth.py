@@ -221,6 +221,16 @@ def test_mix_is_exact_at_both_ends(dtype):
     assert mix(new[:, 0], old[:, 0], torch.tensor([0.0, 1.0, 0.5])).shape == (3,)
 
 
+def test_mix_rounds_each_product_once():
+    """To the bit, so that a run can go on with another version of the package."""
+    generator = torch.Generator().manual_seed(0)
+    new, old, alpha = (torch.randn(size, generator=generator) for size in [(40, 7), (40, 7), (40,)])
+    expected = [[float(a) * x for x in row] for a, row in zip(alpha, new.double().tolist(), strict=True)]
+    rest = [[float(1 - a) * x for x in row] for a, row in zip(alpha, old.double().tolist(), strict=True)]
+    expected = torch.tensor(expected, dtype=torch.float64).float() + torch.tensor(rest, dtype=torch.float64).float()
+    assert torch.equal(mix(new, old, alpha.double()), expected)
+
+
 def test_interpolation():
     assert interpolation(torch.tensor([0, 1, 3, 4, 9]), 4).tolist() == [0, 0.25, 0.75, 1, 1]
     # α of the last step is 1 for every number of steps, never 0.999….

@@ -89,6 +89,45 @@ def test_rows_are_read_and_written_as_the_tile_lies_in_memory(transposed):
         assert torch.equal(values, before)
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_rows_are_read_into_memory_that_is_no_longer_needed(transposed):
+    """If it is laid out as the tile is; else new memory is taken."""
+    values = torch.arange(20.0).view(4, 5).T if transposed else torch.arange(20.0).view(5, 4)
+    tile, rows = Tile(values, 0, 0), torch.tensor([4, 0, 3])
+    spent = tile.read(rows)
+    values += 100
+    lines = tile.read(rows, into=spent)
+    assert lines.data_ptr() == spent.data_ptr()
+    assert torch.equal(lines, values[[4, 0, 3]])
+    otherwise = torch.zeros(3, 4) if transposed else torch.zeros(4, 3).T
+    lines = tile.read(rows, into=otherwise)
+    assert torch.equal(lines, values[[4, 0, 3]])
+    assert lines.stride() == spent.stride()
+    assert not otherwise.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("count", [1, 3, 4, 70, 200])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_scaling_rows_changes_no_bit_of_the_others(transposed, count, dtype):
+    """Few rows or many, of 200; also where the others are no numbers, infinite, denormal or a negative zero."""
+    values = torch.randn(200, 6, generator=torch.Generator().manual_seed(count)).to(dtype)
+    odd = torch.tensor([torch.nan, torch.inf, -torch.inf, -0.0, torch.finfo(dtype).smallest_normal / 8])
+    values[:, :5] = torch.where(torch.arange(200).unsqueeze(1) % 2 == 0, odd.to(dtype), values[:, :5])
+    values = values.T.contiguous().T if transposed else values
+    rows = torch.randperm(200, generator=torch.Generator().manual_seed(0))[:count]
+    factors = torch.rand(count, dtype=torch.float64)
+    expected = values.clone()
+    for row, factor in zip(rows, factors, strict=True):
+        wide = torch.promote_types(dtype, torch.float32)
+        expected[row] = (values[row].to(wide) * factor.to(wide)).to(dtype)
+    Tile(values, 0, 0).scale(rows, factors)
+    as_bits = {8: torch.int64, 4: torch.int32, 2: torch.int16}[dtype.itemsize]
+    others = torch.ones(200, dtype=torch.bool).index_fill_(0, rows, False)
+    assert torch.equal(values[others].view(as_bits), expected[others].view(as_bits))
+    torch.testing.assert_close(values, expected, rtol=0, atol=0, equal_nan=True)
+
+
 def test_a_reborn_neuron_does_not_blur_the_mean_of_the_others():
     """Its second moment may be larger than theirs by orders of magnitude, or not finite."""
     piece, index = slice_of((6, 4), 0, 0, 6, torch.float32), torch.tensor([1, 4])

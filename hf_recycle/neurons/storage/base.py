@@ -103,9 +103,12 @@ class Storage:
             total += part
         return self.sum_over_processes(piece, total)
 
-    def read(self, piece: "NeuronSlice", index: Tensor) -> Fragments:
-        """Copies of what this process holds of lines `index` `(n,)`."""
-        return [tile.read(tile.rows(index)[1]) for tile in self.tiles(piece)]
+    def read(self, piece: "NeuronSlice", index: Tensor, into: Fragments | None = None) -> Fragments:
+        """Copies of what this process holds of lines `index` `(n,)`; where possible in the memory of `into`, fragments
+        of the same lines that are no longer needed."""
+        tiles = self.tiles(piece)
+        pairs = zip(tiles, [None] * len(tiles) if into is None else into, strict=True)
+        return [tile.read(tile.rows(index)[1], spent) for tile, spent in pairs]
 
     def write(self, piece: "NeuronSlice", index: Tensor, fragments: Fragments) -> None:
         """Overwrites what this process holds of lines `index` `(n,)`, cast to the parameter's dtype."""
@@ -157,7 +160,7 @@ class Storage:
         """Multiplies the gradient of lines `index` `(n,)`, if there is one, by `factors` `(n,)`, in place."""
         for tile in self.gradient_tiles(piece):
             held, rows = tile.rows(index)
-            tile.write(rows, scaled(tile.read(rows), to_device(factors, tile.values.device)[held]))
+            tile.scale(rows, to_device(factors, tile.values.device)[held])
 
     def fill(self, tiles: list[Tile], index: Tensor, value: Tensor | float) -> None:
         """Sets lines `index` `(n,)` of some tiles to one number."""
@@ -172,9 +175,3 @@ class Storage:
         # Summed by neuron first: subtracting those of `index` from the sum of all would lose the others behind them.
         sums = (reductions.sums(tile).index_fill_(0, tile.rows(index)[1], 0).double().sum() for tile in tiles)
         return self._sum(piece, sums) / ((piece.length - index.shape[0]) * width)
-
-
-def scaled(lines: Tensor, factors: Tensor) -> Tensor:
-    """`lines` `(n, width)` times `factors` `(n,)`, rounded to their dtype once."""
-    wide = torch.promote_types(lines.dtype, torch.float32)
-    return (lines.to(wide) * factors.to(lines.device, wide).unsqueeze(1)).to(lines.dtype)
