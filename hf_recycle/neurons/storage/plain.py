@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hf_recycle.neurons.storage.base import Storage
-from hf_recycle.neurons.storage.tiles import Tile, columns_of, tiles_of_rectangle, to_device
+from hf_recycle.neurons.storage.tiles import Tile, to_device
 
 if TYPE_CHECKING:
     from hf_recycle.neurons.blocks import NeuronSlice
@@ -33,10 +33,9 @@ class PlainStorage(Storage):
         }
 
     def write_full(self, piece: "NeuronSlice", index: Tensor, lines: Tensor) -> None:
-        # As the general way does, in fewer operations.
-        memory = piece.parameter.detach().narrow(piece.dim, piece.offset, piece.length)
-        lines = to_device(lines.to(memory.dtype), memory.device)
-        memory.index_copy_(piece.dim, to_device(index, memory.device), lines.T.contiguous() if piece.dim else lines)
+        # As the general way does, in fewer operations: the one tile holds all of each line.
+        [tile] = self.tiles(piece)
+        tile.write(to_device(index, tile.values.device), lines.unsqueeze(1) if piece.is_bias else lines)
 
     def sum_over_processes(self, piece: "NeuronSlice", values: Tensor) -> Tensor:
         return values
@@ -45,4 +44,8 @@ class PlainStorage(Storage):
 def whole(piece: "NeuronSlice", tensor: torch.Tensor) -> list[Tile]:
     """The one tile of a tensor laid out like the slice's parameter."""
     tensor = tensor.detach()
-    return list(tiles_of_rectangle(piece, tensor.view(-1, columns_of(tensor.shape)), 0, 0))
+    matrix = tensor.unsqueeze(1) if piece.is_bias else tensor
+    lines = matrix.T if piece.dim else matrix
+    if piece.length < lines.shape[0]:
+        lines = lines[piece.offset : piece.offset + piece.length]
+    return [Tile(lines, 0, 0, True)]
