@@ -1,6 +1,7 @@
 """Norms and sums of the lines of a tile, read once and in the order in which they lie in memory."""
 
-from functools import reduce
+from collections.abc import Sequence
+from functools import lru_cache, reduce
 
 import torch
 from torch import Tensor
@@ -15,26 +16,34 @@ _ENTRIES_AT_ONCE_ELSEWHERE = 1 << 22
 _NUMBERS_IN_A_ROW = 1 << 10
 
 
-def norms(tile: Tile, dtype: torch.dtype) -> Tensor:
-    """L2 norm of each neuron, `(n,)`, computed in `dtype`."""
+def norms(tiles: Sequence[Tile], dtype: torch.dtype) -> list[Tensor]:
+    """L2 norm of each neuron of some tiles, `(n,)` each, computed in `dtype`.
+
+    Reading a tile drives everything else out of a CPU's caches, programs too. So nothing is done between two tiles but
+    what has to be, and the same to one after the other.
+    """
+    goes_down = [tile.is_transposed and tile.values.is_cpu for tile in tiles]
+    across = iter([_norms_across(tile, dtype) for tile, down in zip(tiles, goes_down, strict=True) if not down])
+    squares = _summed_down([tile for tile, down in zip(tiles, goes_down, strict=True) if down], dtype, squares=True)
+    downward = iter([square.sqrt() for square in squares])
+    return [next(downward if down else across) for down in goes_down]
+
+
+def _norms_across(tile: Tile, dtype: torch.dtype) -> Tensor:
     values = tile.values
-    if not tile.is_transposed:
-        if values.dtype == dtype:
-            return torch.linalg.vector_norm(values, dim=1)
-        # vector_norm upcasts the whole of its argument first.
-        return torch.cat([torch.linalg.vector_norm(chunk, dim=1, dtype=dtype) for chunk in bands(tile)])
-    if values.is_cpu:
-        return _summed_down(tile, dtype, squares=True).sqrt()
     if values.dtype == dtype:
         return torch.linalg.vector_norm(values, dim=1)
-    return sum(chunk.to(dtype).square().sum(1) for chunk in bands(tile)).sqrt()
+    if tile.is_transposed:
+        return sum(chunk.to(dtype).square().sum(1) for chunk in bands(tile)).sqrt()
+    # vector_norm upcasts the whole of its argument first.
+    return torch.cat([torch.linalg.vector_norm(chunk, dim=1, dtype=dtype) for chunk in bands(tile)])
 
 
 def sums(tile: Tile) -> Tensor:
     """Sum over the features of each neuron, `(n,)`, in the tile's dtype or float32."""
     values, wide = tile.values, torch.promote_types(tile.values.dtype, torch.float32)
     if tile.is_transposed and values.is_cpu:
-        return _summed_down(tile, wide, squares=False)
+        return _summed_down([tile], wide, squares=False)[0]
     if values.dtype == wide:
         return values.sum(1)
     parts = [chunk.to(wide).sum(1) for chunk in bands(tile)]
@@ -48,10 +57,12 @@ def bands(tile: Tile) -> tuple[Tensor, ...]:
     return tile.values.split(max(1, entries // max(tile.values.shape[1 - dim], 1)), dim)
 
 
-def _summed_down(tile: Tile, dtype: torch.dtype, *, squares: bool) -> Tensor:
-    """Sum of the entries of each neuron, or of their squares, `(n,)`, of a transposed tile on a CPU."""
-    chunks = tile.values.split(_NUMBERS_IN_A_ROW, 1) if tile.values.dtype == dtype else bands(tile)
-    return reduce(torch.add, (_sum_down(chunk.T.to(dtype), squares) for chunk in chunks))
+def _summed_down(tiles: Sequence[Tile], dtype: torch.dtype, *, squares: bool) -> list[Tensor]:
+    """Sum of the entries of each neuron, or of their squares, `(n,)`, of some transposed tiles on a CPU."""
+    cut = [tile.values.split(_NUMBERS_IN_A_ROW, 1) if tile.values.dtype == dtype else bands(tile) for tile in tiles]
+    rows = [[chunk.T for chunk in chunks] for chunks in cut]
+    parts = [[_sum_down(chunk.to(dtype), squares) for chunk in chunks] for chunks in rows]
+    return [reduce(torch.add, sums) for sums in parts]
 
 
 def _sum_down(rows: Tensor, squares: bool) -> Tensor:
@@ -61,7 +72,13 @@ def _sum_down(rows: Tensor, squares: bool) -> Tensor:
     as long as reading. The gradients of a layer normalisation, Σ dy · (x − mean) / std for its scale and Σ dy for its
     shift, are such sums too, and their kernel goes along the rows.
     """
-    count, width = rows.shape
-    mean, one, like = rows.new_zeros(count, 1), rows.new_ones(count, 1), rows.new_empty(width)
+    mean, one, like = _no_normalisation(*rows.shape, rows.dtype)
     wanted = [False, squares, not squares]
-    return torch.ops.aten.native_layer_norm_backward(rows, rows, [width], mean, one, like, like, wanted)[1 + wanted[2]]
+    sums = torch.ops.aten.native_layer_norm_backward(rows, rows, like.shape, mean, one, like, like, wanted)
+    return sums[1 if squares else 2]
+
+
+@lru_cache(maxsize=4)
+def _no_normalisation(count: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and 1 / std, `(count, 1)`, that change nothing, and a scale `(width,)` of which only the shape matters."""
+    return torch.zeros(count, 1, dtype=dtype), torch.ones(count, 1, dtype=dtype), torch.empty(width, dtype=dtype)
