@@ -33,9 +33,13 @@ class PlainStorage(Storage):
         }
 
     def write_full(self, piece: "NeuronSlice", index: Tensor, lines: Tensor) -> None:
-        # As the general way does, in fewer operations: the one tile holds all of each line.
-        [tile] = self.tiles(piece)
-        tile.write(to_device(index, tile.values.device), lines.unsqueeze(1) if piece.is_bias else lines)
+        # As the general way does, in fewer operations: a phase does this for every slice.
+        memory = _part(piece, piece.parameter)
+        index, lines = to_device(index, memory.device), to_device(lines.to(memory.dtype), memory.device)
+        if piece.dim:
+            memory.scatter_(1, index.expand(memory.shape[0], -1), lines.T.contiguous())
+        else:
+            memory.index_copy_(0, index, lines)
 
     def sum_over_processes(self, piece: "NeuronSlice", values: Tensor) -> Tensor:
         return values
@@ -43,9 +47,14 @@ class PlainStorage(Storage):
 
 def whole(piece: "NeuronSlice", tensor: torch.Tensor) -> list[Tile]:
     """The one tile of a tensor laid out like the slice's parameter."""
+    part = _part(piece, tensor)
+    if piece.is_bias:
+        part = part.unsqueeze(1)
+    return [Tile(part.T if piece.dim else part, 0, 0, has_all_neurons=True)]
+
+
+def _part(piece: "NeuronSlice", tensor: torch.Tensor) -> torch.Tensor:
+    """What belongs to the slice, of a tensor laid out like its parameter; a view."""
     tensor = tensor.detach()
-    matrix = tensor.unsqueeze(1) if piece.is_bias else tensor
-    lines = matrix.T if piece.dim else matrix
-    if piece.length < lines.shape[0]:
-        lines = lines[piece.offset : piece.offset + piece.length]
-    return [Tile(lines, 0, 0, True)]
+    is_all = tensor.shape[piece.dim] == piece.length
+    return tensor if is_all else tensor.narrow(piece.dim, piece.offset, piece.length)
