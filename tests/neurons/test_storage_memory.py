@@ -26,7 +26,7 @@ def test_norms_in_chunks(monkeypatch, shape):
 
     monkeypatch.setattr(torch.linalg, "vector_norm", spy)
     values = torch.randn(shape).bfloat16()
-    found = reductions.norms(Tile(values, 0, 0), torch.float32)
+    found = reductions.norms([Tile(values, 0, 0)], torch.float32)[0]
     assert max(chunks) <= max(16, shape[1])
     assert sum(chunks) == values.numel()
     assert torch.equal(found, vector_norm(values.float(), dim=1))
@@ -48,7 +48,7 @@ def test_statistics_along_the_memory(data):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reductions, "_ENTRIES_AT_ONCE", data.draw(st.integers(1, 90)))
         patch.setattr(reductions, "_NUMBERS_IN_A_ROW", data.draw(st.integers(1, 10)))
-        norms, sums = reductions.norms(tile, torch.float64), reductions.sums(tile)
+        [norms], sums = reductions.norms([tile], torch.float64), reductions.sums(tile)
     assert norms.dtype == torch.float64
     assert sums.dtype == wide
     for neuron, line in enumerate(values.double().tolist()):
@@ -66,7 +66,7 @@ def test_long_sums_keep_the_digits_of_float32(shape, transposed):
     values = values.T.contiguous().T if transposed else values
     tile, exact = Tile(values, 0, 0), values.double()
     assert tile.is_transposed is transposed
-    torch.testing.assert_close(reductions.norms(tile, torch.float32).double(), exact.norm(dim=1), rtol=3e-6, atol=0)
+    torch.testing.assert_close(reductions.norms([tile], torch.float32)[0].double(), exact.norm(dim=1), rtol=3e-6, atol=0)
     torch.testing.assert_close(reductions.sums(tile).double(), exact.sum(1), rtol=3e-6, atol=0)
 
 
