@@ -60,12 +60,15 @@ def _norms_of_lines(tile: Tile, dtype: torch.dtype) -> Tensor:
 def _norms_by_dot_product(tiles: Sequence[Tile], dtype: torch.dtype) -> list[Tensor]:
     """On one thread BLAS is faster and more exact than `vector_norm`; NumPy's `vecdot` has no more than one."""
     lines = [tile.values.numpy() for tile in tiles]
-    squares = [np.vecdot(each, each) for each in lines]
-    return [torch.from_numpy(np.sqrt(square)) for square in squares]
+    return _roots([torch.from_numpy(squares) for squares in [np.vecdot(each, each) for each in lines]])
 
 
 def _norms_down(tiles: Sequence[Tile], dtype: torch.dtype) -> list[Tensor]:
-    return [square.sqrt() for square in _summed_down(tiles, dtype, squares=True)]
+    return _roots(_summed_down(tiles, dtype, squares=True))
+
+
+def _roots(squares: list[Tensor]) -> list[Tensor]:
+    return list(torch.cat(squares).sqrt_().split([len(each) for each in squares]))
 
 
 def sums(tile: Tile) -> Tensor:
