@@ -84,7 +84,7 @@ def run_phase(
         if settings.scope == "global":
             requested, reason = [0] * len(positions), f"{reason} ({quotas[0]} requested over all blocks)"
         return [
-            PhaseRecord(step, phase, table.blocks[position].name, request, int(mask.sum()), [], reason)
+            PhaseRecord(step, phase, table.blocks[position].name, request, int(mask.count_nonzero()), [], reason)
             for position, request, mask in zip(positions, requested, eligible, strict=True)
         ]
 
@@ -108,13 +108,14 @@ def run_phase(
     agreement.note(chosen)
     generators = [generator_for(settings.seed, taken, position, "reinit") for position in positions]
     # One block at a time: every process draws the new weights of all recycled neurons, whatever its share of the model.
-    for position, index, generator in zip(positions, chosen, generators, strict=True):
+    # The last one first, because it was read last and may still be in a cache.
+    for position, index, generator in reversed(list(zip(positions, chosen, generators, strict=True))):
         agreement.note(_recycle(table, position, index, settings, generator, smooth_steps, optimizer))
     for position, index in zip(positions, chosen, strict=True):
         table.states[position].note(index, phase, step)
     agreement.check(f"the neurons recycled at step {step}", table.blocks[positions[0]].out_slice.device)
     return [
-        PhaseRecord(step, phase, table.blocks[position].name, request, int(mask.sum()), index.tolist(), note)
+        PhaseRecord(step, phase, table.blocks[position].name, request, int(mask.count_nonzero()), index.tolist(), note)
         for position, request, mask, index, note in zip(positions, requested, eligible, chosen, notes, strict=True)
     ]
 
@@ -123,14 +124,18 @@ def _eligible(states: list[BlockState], phase: int, immunity: int) -> list[Tenso
     """Which neurons may be chosen, bool `(d_ff,)` for each block."""
     immune = is_immune(torch.cat([state.last_phase for state in states]), phase, immunity)
     pruned = torch.cat([state.pruned for state in states])
-    in_transition = torch.cat([state.in_transition() for state in states])
-    return list((~(immune | pruned | in_transition)).split([state.num_neurons for state in states]))
+    eligible = list((~(immune | pruned)).split([state.num_neurons for state in states]))
+    for mask, state in zip(eligible, states, strict=True):
+        if state.transition is not None:
+            mask[state.transition.index] = False
+    return eligible
 
 
 def _reason_to_skip(magnitudes: list[Tensor], loss_is_finite: bool) -> str:
     if not loss_is_finite:
         return "skipped: the loss is not finite"
-    if not torch.cat(magnitudes).isfinite().all():
+    # The largest is NaN if any is; none is negative.
+    if not torch.cat(magnitudes).amax().isfinite():
         return "skipped: some magnitudes are not finite"
     return ""
 
@@ -150,7 +155,7 @@ def _recycle(
     block, state = table.blocks[position], table.states[position]
     options = Options(noise_scale=settings.noise_scale)
     values = REINITIALIZATIONS[settings.reinit](table.views[position], index, generator, options)
-    if optimizer is not None:
+    if optimizer is not None and settings.optimizer_state != "keep":
         reset_state(optimizer, block, index, settings.optimizer_state)
     if smooth_steps:
         begin(block, state, index, values)

@@ -15,4 +15,4 @@ def is_immune(last_phase: Tensor, phase: int, immunity: int) -> Tensor:
     Returns:
         bool `(d_ff,)`.
     """
-    return (last_phase > 0) & (phase - last_phase <= immunity)
+    return last_phase >= max(phase - immunity, 1)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -63,7 +64,7 @@ def select(scores: Tensor, eligible: Tensor, k: int) -> Tensor:
         Ascending int64 indices.
     """
     k = min(max(k, 0), len(scores))
-    lowest = _lowest(scores, eligible, k).nonzero().flatten()
+    lowest = torch.from_numpy(np.flatnonzero(_lowest(scores, eligible, k)))
     if len(lowest) > k:  # ties; only these are worth a stable sort
         lowest = lowest[torch.sort(scores[lowest], stable=True).indices[:k]].sort().values
     return lowest
@@ -75,17 +76,19 @@ def select_in_each(scores: Sequence[Tensor], eligible: Sequence[Tensor], ks: Seq
     if alike and 0 < k <= len(scores[0]):
         lowest = _lowest(torch.stack(list(scores)), torch.stack(list(eligible)), k)
         if (lowest.sum(1) == k).all():
-            return list(lowest.nonzero()[:, 1].split(k))
+            return list(torch.from_numpy(np.flatnonzero(lowest) % lowest.shape[1]).split(k))
     return [select(*arguments) for arguments in zip(scores, eligible, ks, strict=True)]
 
 
-def _lowest(scores: Tensor, eligible: Tensor, k: int) -> Tensor:
+def _lowest(scores: Tensor, eligible: Tensor, k: int) -> np.ndarray:
     """The eligible neurons whose score is not above the k-th lowest, bool `(..., d_ff)`: `k` of them, more for ties, or
-    fewer if fewer are eligible."""
+    fewer if fewer are eligible. In NumPy, which has these operations in half the time on a CPU."""
+    values, mask = scores.to(torch.promote_types(scores.dtype, torch.float32)).numpy(), eligible.numpy()
     if k == 0:
-        return torch.zeros_like(eligible)
-    limit = torch.where(eligible, scores, torch.inf).topk(k, largest=False).values[..., -1:]
-    return eligible & ~(scores > limit)
+        return np.zeros_like(mask)
+    candidates = values if mask.all() else np.where(mask, values, np.inf)
+    limit = np.partition(candidates, k - 1)[..., k - 1 : k]
+    return mask & ~(values > limit)
 
 
 def select_globally(scores: Sequence[Tensor], eligible: Sequence[Tensor], k: int) -> list[Tensor]:

@@ -131,8 +131,9 @@ def norms_of(blocks: Sequence[FeedForward]) -> list[tuple[Tensor, Tensor]]:
     for block in blocks:
         dtype = torch.promote_types(block.out_slice.dtype, torch.float32)
         for piece in block.weight_slices:
-            storage = piece.storage
-            key = storage, dtype, storage.processes(piece), piece.length, piece.device
+            parameter = piece.parameter
+            storage = storage_of(parameter)
+            key = storage, dtype, storage.processes(piece), piece.length, parameter.device
             alike.setdefault(key, []).append(piece)
     norms = {}
     for (storage, dtype, *_), pieces in alike.items():

@@ -23,7 +23,8 @@ from hf_recycle.neurons.blocks import FeedForward, full_shape
 from hf_recycle.neurons.storage.plain import whole
 
 _aten = torch.ops.aten
-_DRAWS = {_aten.normal_.default, _aten.uniform_.default}
+# With the method that does the same and is called faster.
+_DRAWS = {_aten.normal_.default: Tensor.normal_, _aten.uniform_.default: Tensor.uniform_}
 _FILLS = {_aten.zero_.default, _aten.fill_.Scalar}
 _ADJUSTMENTS = {
     _aten.mul_.Tensor,
@@ -41,8 +42,11 @@ class _Operation:
     arguments: tuple
 
     def replay(self, values: Tensor, generator: torch.Generator) -> None:
-        random = {"generator": generator} if self.function in _DRAWS else {}
-        self.function(values, *self.arguments, **random)
+        draw = _DRAWS.get(self.function)
+        if draw is not None:
+            draw(values, *self.arguments, generator=generator)
+        else:
+            self.function(values, *self.arguments)
 
 
 class InitialDistribution:
@@ -131,7 +135,7 @@ class _Recorder(TorchDispatchMode):
         plain = not any(isinstance(argument, Tensor) for argument in arguments)
         plain &= not {name for name, value in kwargs.items() if value is not None} - {"generator"}
         operation = _Operation(function, arguments)
-        if whole and plain and function in _DRAWS | _FILLS:
+        if whole and plain and function in {*_DRAWS, *_FILLS}:
             self._operations[key] = [operation]
         elif whole and plain and function in _ADJUSTMENTS and self._operations.get(key):
             self._operations[key].append(operation)

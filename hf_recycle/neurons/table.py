@@ -45,7 +45,7 @@ class BlockState:
 
     def note(self, index: Tensor, phase: int, step: int) -> None:
         """Neurons `index` `(n,)` were recycled in phase number `phase`, after step `step` of the Trainer."""
-        self.counts[index] += 1
+        self.counts.index_add_(0, index, torch.ones_like(index, dtype=self.counts.dtype))
         self.last_phase.index_fill_(0, index, phase)
         self.last_step.index_fill_(0, index, step)
 

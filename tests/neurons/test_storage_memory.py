@@ -26,7 +26,7 @@ def test_norms_in_chunks(monkeypatch, shape):
 
     monkeypatch.setattr(torch.linalg, "vector_norm", spy)
     values = torch.randn(shape).bfloat16()
-    found = reductions.norms(Tile(values, 0, 0), torch.float32)
+    found = reductions.norms([Tile(values, 0, 0)], torch.float32)[0]
     assert max(chunks) <= max(16, shape[1])
     assert sum(chunks) == values.numel()
     assert torch.equal(found, vector_norm(values.float(), dim=1))
@@ -48,7 +48,7 @@ def test_statistics_along_the_memory(data):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reductions, "_ENTRIES_AT_ONCE", data.draw(st.integers(1, 90)))
         patch.setattr(reductions, "_NUMBERS_IN_A_ROW", data.draw(st.integers(1, 10)))
-        norms, sums = reductions.norms(tile, torch.float64), reductions.sums(tile)
+        [norms], sums = reductions.norms([tile], torch.float64), reductions.sums(tile)
     assert norms.dtype == torch.float64
     assert sums.dtype == wide
     for neuron, line in enumerate(values.double().tolist()):
@@ -58,15 +58,34 @@ def test_statistics_along_the_memory(data):
         torch.testing.assert_close(sums[neuron].double(), total, rtol=1e-5, atol=2e-6, equal_nan=True)
 
 
+@pytest.fixture(params=[1, 2])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def test_norms_of_tiles_that_lie_in_memory_in_different_ways(threads):
+    """Each kernel takes those of its kind, and all come back in the order in which they were asked for."""
+    shapes = [(5, 7), (3, 0), (1, 40), (6, 1), (4, 3000)]
+    values = [torch.randn(shape, dtype=dtype) for shape in shapes for dtype in (torch.float32, torch.bfloat16)]
+    values = [each for matrix in values for each in (matrix, matrix.T.contiguous().T)]
+    found = reductions.norms([Tile(each, 0, 0) for each in values], torch.float32)
+    for norms, each in zip(found, values, strict=True):
+        torch.testing.assert_close(norms.double(), each.double().norm(dim=1), rtol=3e-6, atol=0)
+
+
 @pytest.mark.parametrize("shape", [(2, 1 << 17), (3, 1000), (4096, 64)])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_long_sums_keep_the_digits_of_float32(shape, transposed):
+def test_long_sums_keep_the_digits_of_float32(shape, transposed, threads):
     """Also where all the numbers have one sign, which is where one sum after the other would lose digits."""
     values = torch.rand(shape) + 0.5
     values = values.T.contiguous().T if transposed else values
     tile, exact = Tile(values, 0, 0), values.double()
     assert tile.is_transposed is transposed
-    torch.testing.assert_close(reductions.norms(tile, torch.float32).double(), exact.norm(dim=1), rtol=3e-6, atol=0)
+    [norms] = reductions.norms([tile], torch.float32)
+    torch.testing.assert_close(norms.double(), exact.norm(dim=1), rtol=3e-6, atol=0)
     torch.testing.assert_close(reductions.sums(tile).double(), exact.sum(1), rtol=3e-6, atol=0)
 
 

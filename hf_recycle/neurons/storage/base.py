@@ -79,11 +79,11 @@ class Storage:
         each. One sum over processes for all of them."""
         if not self.sharded:
             tiles = [tile for piece in pieces for tile in self.tiles(piece)]
-            return [reductions.norms(tile, dtype) for tile in tiles]
+            return reductions.norms(tiles, dtype)
         squares = torch.zeros(len(pieces), pieces[0].length, dtype=dtype, device=pieces[0].device)
-        for row, piece in zip(squares, pieces, strict=True):
-            for tile in self.tiles(piece):
-                row[tile.neurons] += reductions.norms(tile, dtype).square()
+        held = [(row, tile) for row, piece in zip(squares, pieces, strict=True) for tile in self.tiles(piece)]
+        for (row, tile), norms in zip(held, reductions.norms([tile for _, tile in held], dtype), strict=True):
+            row[tile.neurons] += norms.square()
         return list(self.sum_over_processes(pieces[0], squares).sqrt())
 
     def mean_std(self, piece: "NeuronSlice") -> tuple[Tensor, Tensor]:

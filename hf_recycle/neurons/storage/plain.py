@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hf_recycle.neurons.storage.base import Storage
-from hf_recycle.neurons.storage.tiles import Tile, columns_of, tiles_of_rectangle, to_device
+from hf_recycle.neurons.storage.tiles import Tile, to_device
 
 if TYPE_CHECKING:
     from hf_recycle.neurons.blocks import NeuronSlice
@@ -33,10 +33,13 @@ class PlainStorage(Storage):
         }
 
     def write_full(self, piece: "NeuronSlice", index: Tensor, lines: Tensor) -> None:
-        # As the general way does, in fewer operations.
-        memory = piece.parameter.detach().narrow(piece.dim, piece.offset, piece.length)
-        lines = to_device(lines.to(memory.dtype), memory.device)
-        memory.index_copy_(piece.dim, to_device(index, memory.device), lines.T.contiguous() if piece.dim else lines)
+        # As the general way does, in fewer operations: a phase does this for every slice.
+        memory = _part(piece, piece.parameter)
+        index, lines = to_device(index, memory.device), to_device(lines.to(memory.dtype), memory.device)
+        if piece.dim:
+            memory.scatter_(1, index.expand(memory.shape[0], -1), lines.T.contiguous())
+        else:
+            memory.index_copy_(0, index, lines)
 
     def sum_over_processes(self, piece: "NeuronSlice", values: Tensor) -> Tensor:
         return values
@@ -44,5 +47,14 @@ class PlainStorage(Storage):
 
 def whole(piece: "NeuronSlice", tensor: torch.Tensor) -> list[Tile]:
     """The one tile of a tensor laid out like the slice's parameter."""
+    part = _part(piece, tensor)
+    if piece.is_bias:
+        part = part.unsqueeze(1)
+    return [Tile(part.T if piece.dim else part, 0, 0, has_all_neurons=True)]
+
+
+def _part(piece: "NeuronSlice", tensor: torch.Tensor) -> torch.Tensor:
+    """What belongs to the slice, of a tensor laid out like its parameter; a view."""
     tensor = tensor.detach()
-    return list(tiles_of_rectangle(piece, tensor.view(-1, columns_of(tensor.shape)), 0, 0))
+    is_all = tensor.shape[piece.dim] == piece.length
+    return tensor if is_all else tensor.narrow(piece.dim, piece.offset, piece.length)
