@@ -87,7 +87,7 @@ class Tile:
         """Multiplies some rows, int64 `(k,)`, by `factors` `(k,)`, rounded to the tile's dtype once."""
         wide = torch.promote_types(self.values.dtype, torch.float32)
         factors = to_device(factors, self.values.device).to(wide)
-        if self.is_transposed and self.values.dtype == wide and len(rows) * _MANY > len(self.values):
+        if self.is_transposed and self.values.dtype == wide and len(rows) * MANY > len(self.values):
             # Times one changes no bit of the others.
             factors = factors.new_ones(len(self.values)).index_copy_(0, rows, factors)
             self.values.mul_(factors.unsqueeze(1))
@@ -110,7 +110,7 @@ _places = WeakTensorKeyDictionary()
 
 # From one column in so many on, working on all of them is faster than reading these and writing them back, because
 # memory comes in lines of 16 numbers.
-_MANY = 64
+MANY = 64
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:
