@@ -157,3 +157,17 @@ def test_a_reborn_neuron_does_not_blur_the_mean_of_the_others():
             piece.parameter[index] = value
         mean = storage.mean_of_others(piece, storage.tiles(piece), index, piece.width)
         torch.testing.assert_close(mean, piece.parameter[0, 0].detach().double(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("offset", "columns"), [(0, 200), (70, 270)])  # the whole parameter, and a part of one
+@pytest.mark.parametrize("count", [1, 3, 40])
+def test_columns_are_written_by_number(count, offset, columns, dtype, threads):
+    piece = slice_of((7, columns), 1, offset, 200, dtype)
+    expected, index = piece.parameter.detach().clone(), torch.arange(2, 200, 4)[:count]
+    lines = torch.randn(count, 7, dtype=torch.float64)
+    PlainStorage().write_full(piece, index, lines)
+    for number, line in zip(index.tolist(), lines, strict=True):
+        for feature, weight in enumerate(line):
+            expected[feature, offset + number] = weight
+    assert torch.equal(piece.parameter, expected)
