@@ -96,21 +96,28 @@ def _reach(shape: Shape, seconds: Mapping[str, Sequence[float]]) -> str:
 def costs_of_methods(shape: Shape, effort: Effort) -> dict[str, Measured]:
     """What each method adds to a step of ours with none, as a share of it.
 
-    A share to be divided by a hundred needs fewer rounds than one that is judged as it is.
+    A share to be divided by a hundred needs fewer rounds than one that is judged as it is. Two processes with the same
+    training may differ by a percent for as long as they live, by where their memory came to lie; so that one is
+    measured in several matches, of new processes each.
     """
-    costs = _costs(shape, _AT_EVERY_STEP, 1, 2 * effort.rounds)
-    return costs | _costs(shape, _AT_EVERY_HUNDREDTH, 100, max(effort.rounds // 2, 2))
+    half = max(effort.rounds // 2, 2)
+    return _costs(shape, _AT_EVERY_STEP, 1, [half] * 4) | _costs(shape, _AT_EVERY_HUNDREDTH, 100, [half])
 
 
 def _costs(
-    shape: Shape, methods: Mapping[str, Mapping[str, Any]], usual_steps: int, rounds: int
+    shape: Shape, methods: Mapping[str, Mapping[str, Any]], usual_steps: int, matches: Sequence[int]
 ) -> dict[str, Measured]:
+    """What `methods` add to a step, in matches of so many rounds each; spread over `usual_steps`."""
     contestants = [Contestant("none", OURS, shape)]
     contestants += [Contestant(name, OURS, shape, arguments) for name, arguments in methods.items()]
-    turns = hold_match(contestants, rounds)
-    seconds = {name: _seconds(taken) for name, taken in turns.items()}
+    seconds: dict[str, list[float]] = {contestant.name: [] for contestant in contestants}
+    for rounds in matches:
+        for name, taken in hold_match(contestants, rounds).items():
+            seconds[name] += _seconds(taken)
     none = seconds.pop("none")
     note = f"on a step of {_milliseconds(none)} ms; quartiles of that {100 * spread(none):.1f}% apart"
+    if len(matches) > 1:
+        note += f"; {len(matches)} matches"
     if usual_steps > 1:
         note += f"; measured at every step, and its cost spread over {usual_steps}"
     measured = {}
