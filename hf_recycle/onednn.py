@@ -53,7 +53,7 @@ def _amd_family() -> int:
 @contextmanager
 def onednn_linear(model: nn.Module) -> Iterator[None]:
     """Within the context, the `nn.Linear` layers of `model` (subclasses left out) compute by oneDNN, forward and
-    backward, what is float32 on a CPU and outside of autocast."""
+    backward, what is float32 on a CPU, outside of autocast and of compiled code."""
     layers = [module for module in model.modules() if type(module) is nn.Linear]
     for layer in layers:
         # The class, not the instance's `forward`: copies and pickles of the model stay right.
@@ -78,8 +78,8 @@ class OneDNNLinear(nn.Linear):
 def _applies(values: Tensor, weight: Tensor) -> bool:
     plain = type(values) is Tensor and type(weight) in (Tensor, nn.Parameter) and values.dim() > 1  # no DTensor
     alike = values.dtype == weight.dtype == torch.float32 and values.device == weight.device == torch.device("cpu")
-    work = values.numel() * weight.shape[0]
-    return plain and alike and work >= _LEAST_WORK and not torch.is_autocast_enabled("cpu")
+    own = torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
+    return plain and alike and not own and values.numel() * weight.shape[0] >= _LEAST_WORK
 
 
 class _Linear(torch.autograd.Function):

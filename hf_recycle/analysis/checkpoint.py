@@ -19,7 +19,7 @@ from hf_recycle.neurons.blocks import FeedForward, NeuronSlice
 from hf_recycle.neurons.find import find_feed_forwards
 from hf_recycle.neurons.storage.tiles import Tile, tiles_of_rectangle
 
-_BYTES_AT_ONCE = 1 << 20  # of float32 weights in memory at a time, unless a single row is longer
+_BYTES_AT_ONCE = 1 << 19  # of float32 weights in memory at a time, unless a single row is longer
 
 
 @dataclass
@@ -82,7 +82,7 @@ class Checkpoint:
             raise UserError(f"{self.source.name}: {error}") from error
 
     def tiles(self, piece: NeuronSlice) -> Iterator[Tile]:
-        """The weights of a slice, a megabyte at a time: float32 (float64 if stored so), each entry once.
+        """The weights of a slice, half a megabyte at a time: float32 (float64 if stored so), each entry once.
 
         Raises:
             UserError: the checkpoint lacks the tensor, or it has another shape than the model, or it can't be read.

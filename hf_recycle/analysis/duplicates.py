@@ -14,7 +14,7 @@ from hf_recycle.analysis.scan import Scan, Tiles
 from hf_recycle.neurons.blocks import FeedForward
 
 _NEIGHBOURS = 8  # nearest earlier neurons in the sketch that are compared exactly
-_ROWS = 128  # neurons compared with all others at a time
+_ROWS = 64  # neurons compared with all others at a time
 _ENTRIES = 1 << 20  # weights of each side of the pairs that are compared exactly at a time
 _ROUNDING = 1e-6  # of the cosine of two equal float32 neurons
 # A pair at the threshold looks more than 2 times as far in the sketch once in exp(64 (1 - ln 2)) = 3 · 10^8 draws.
@@ -25,7 +25,7 @@ def duplicates(block: FeedForward, tiles: Tiles, scanned: Scan, threshold: float
     """Indices of the duplicates of a block, int64, ascending.
 
     Candidates are looked for in the sketch, then compared exactly in a second pass over the weights, which is spared if
-    there are none. Memory: O(128 · d_ff).
+    there are none. Memory: O(64 · d_ff).
     """
     pairs = _candidates(scanned, threshold)
     if not len(pairs):

@@ -47,7 +47,7 @@ class ModelAnalysis:
 
 
 def analyze(source: Source, pattern: str | None = None, thresholds: Thresholds | None = None) -> ModelAnalysis:
-    """Measures every feed-forward neuron of a checkpoint; its weights pass through memory a megabyte at a time.
+    """Measures every feed-forward neuron of a checkpoint; its weights pass through memory half a megabyte at a time.
 
     Args:
         source: the checkpoint.

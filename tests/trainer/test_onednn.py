@@ -135,6 +135,17 @@ def test_what_stays_with_torch(case, products, monkeypatch):
 
 
 @needs_onednn
+def test_compiled_code_is_the_compilers(products):
+    layer, values = nn.Linear(8, 4), torch.randn(3, 8)
+    expected = layer(values)
+    with onednn_linear(layer):
+        compiled = torch.compile(layer, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(values), expected)
+    torch.compiler.reset()
+    assert products == []
+
+
+@needs_onednn
 def test_a_model_within_the_context_and_after(products):
     class Own(nn.Linear):
         pass
