@@ -112,7 +112,7 @@ def test_accumulation_is_part_of_the_batch(engine, runs):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", list(ENGINES))
-def test_gradient_checkpointing_and_onednn(engine, runs):
+def test_gradient_checkpointing(engine, runs):
     found = outcome(runs(engine), "smooth-economical")
     assert_same_outcome(outcome(runs("single"), "smooth"), found)
     by_onednn = found[0]["products by oneDNN"] > 0
