@@ -122,9 +122,10 @@ def run_phase(
 
 def _eligible(states: list[BlockState], phase: int, immunity: int) -> list[Tensor]:
     """Which neurons may be chosen, bool `(d_ff,)` for each block."""
-    immune = is_immune(torch.cat([state.last_phase for state in states]), phase, immunity)
-    pruned = torch.cat([state.pruned for state in states])
-    eligible = list((~(immune | pruned)).split([state.num_neurons for state in states]))
+    excluded = torch.cat([state.pruned for state in states])
+    if immunity:
+        excluded |= is_immune(torch.cat([state.last_phase for state in states]), phase, immunity)
+    eligible = list((~excluded).split([state.num_neurons for state in states]))
     for mask, state in zip(eligible, states, strict=True):
         if state.transition is not None:
             mask[state.transition.index] = False

@@ -27,12 +27,15 @@ class Contestant:
         trainer: STOCK, which stands in for `run_mlm.py`: its Trainer, collator and columns, the head on all positions;
             or OURS.
         arguments: of its training arguments, those that differ from the defaults.
+        switched: a method that is on at some steps and off at the others, see `hf_recycle.bench.switch`; None: all
+            steps are alike.
     """
 
     name: str
     trainer: str
     shape: Shape
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    switched: str | None = None
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,7 @@ def _train(contestant: Contestant, steps: int, link: Connection, folder: str) ->
     from transformers import TrainerCallback
 
     from hf_recycle.bench.memory import Memory
+    from hf_recycle.bench.switch import SWITCHES, is_on
 
     memory = Memory()
     trainer = make_trainer(contestant, steps, folder)
@@ -89,9 +93,12 @@ def _train(contestant: Contestant, steps: int, link: Connection, folder: str) ->
             if state.global_step >= steps:
                 control.should_training_stop = True
             link.recv()
+            if switch is not None:
+                switch(is_on(state.global_step + 1))
             self.start = time.perf_counter()
 
     trainer.add_callback(Turns())  # the last one, so that a step is over when it acts
+    switch = None if contestant.switched is None else SWITCHES[contestant.switched](trainer)
     link.recv()
     trainer.train()
 

@@ -7,11 +7,18 @@ from collections.abc import Callable, Iterator, Sequence
 import psutil
 import torch
 
-from hf_recycle.bench import analyzing, data_path, gpu, phases, steps
+from hf_recycle.bench import analyzing, costs, data_path, gpu, phases, steps
 from hf_recycle.bench.row import FAILED, Bench, Effort, Measured, NotMeasured, Row
 from hf_recycle.errors import UserError
 
-BENCHES: tuple[Bench, ...] = (*steps.BENCHES, *phases.BENCHES, *analyzing.BENCHES, *data_path.BENCHES, *gpu.BENCHES)
+BENCHES: tuple[Bench, ...] = (
+    *steps.BENCHES,
+    *costs.BENCHES,
+    *phases.BENCHES,
+    *analyzing.BENCHES,
+    *data_path.BENCHES,
+    *gpu.BENCHES,
+)
 
 
 def all_rows() -> list[Row]:

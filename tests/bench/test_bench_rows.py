@@ -4,12 +4,13 @@ import json
 
 import pytest
 
-from hf_recycle.bench import data_path, runner, steps
+from hf_recycle.bench import costs, data_path, runner, steps
 from hf_recycle.bench.contestant import Turn
 from hf_recycle.bench.match import WARM_UP
 from hf_recycle.bench.pairs import estimate
 from hf_recycle.bench.row import FAILED, NOT_JUDGED, SKIPPED, Bench, Effort, Measured, NotMeasured, Row, Target
 from hf_recycle.bench.shapes import TINY
+from hf_recycle.bench.switch import is_on
 from hf_recycle.bench.table import as_json, markdown, verdict
 from hf_recycle.cli.main import main
 from hf_recycle.errors import UserError
@@ -59,11 +60,16 @@ def test_other_losses_are_refused(monkeypatch):
         steps.against_stock(TINY, EFFORT)
 
 
-def test_a_cost_is_spread_over_the_steps_it_is_for(monkeypatch):
-    match = {name: turns([1.5] * 4) for name in ("recycling", "smooth", "midpoint", "magnitudes")}
-    stand_in(monkeypatch, none=turns([1.0] * 4), **match)
-    costs = {name: found.value.median for name, found in steps.costs_of_methods(TINY, EFFORT).items()}
-    assert costs == pytest.approx({"recycling": 0.005, "smooth": 0.5, "midpoint": 0.5, "magnitudes": 0.005})
+def test_a_cost_compares_steps_with_and_without_and_is_spread_over_the_steps_it_is_for(monkeypatch):
+    # The machine grows slower from step to step; each pair is of a step with the method and one without.
+    taken = [(1.5 if is_on(WARM_UP + 1 + number) else 1.0) * 1.01 ** (number // 2) for number in range(24)]
+    monkeypatch.setattr(costs, "hold_match", lambda contestants, rounds: {contestants[0].name: turns(taken[:rounds])})
+    found = costs.costs_of_methods(TINY, EFFORT)
+    medians = {name: each.value.median for name, each in found.items()}
+    assert medians == pytest.approx({"recycling": 0.005, "smooth": 0.5, "midpoint": 0.5, "magnitudes": 0.005})
+    assert {name: each.value.pairs for name, each in found.items()} == {
+        "recycling": 2, "smooth": 12, "midpoint": 12, "magnitudes": 2
+    }  # fmt: skip
 
 
 def test_a_wait_that_comes_rarely_counts_by_its_time(monkeypatch):

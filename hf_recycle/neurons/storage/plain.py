@@ -38,6 +38,8 @@ class PlainStorage(Storage):
         index, lines = to_device(index, memory.device), to_device(lines.to(memory.dtype), memory.device)
         if piece.dim:
             _write_columns(memory, index, lines.T.contiguous())
+        elif _is_for_numpy(memory, index, memory.shape[0]):
+            memory.numpy()[index.numpy()] = lines.numpy()
         else:
             memory.index_copy_(0, index, lines)
 
@@ -46,13 +48,17 @@ class PlainStorage(Storage):
 
 
 def _write_columns(memory: Tensor, index: Tensor, columns: Tensor) -> None:
-    few = index.shape[0] * MANY < memory.shape[1]
-    if few and memory.is_cpu and memory.is_contiguous() and memory.element_size() >= 4 and torch.get_num_threads() == 1:
-        # What takes time are the caches that miss, one for each number; NumPy's loop gets through them faster.
+    if _is_for_numpy(memory, index, memory.shape[1]) and torch.get_num_threads() == 1:
         starts = torch.arange(0, memory.numel(), memory.shape[1]).unsqueeze(1)
         memory.view(-1).numpy()[(starts + index).numpy()] = columns.numpy()
     else:
         memory.scatter_(1, index.expand(memory.shape[0], -1), columns)
+
+
+def _is_for_numpy(memory: Tensor, index: Tensor, count: int) -> bool:
+    """Whether lines `index` `(n,)` of `count` are few, which NumPy writes faster: what takes time are the caches that
+    miss, and its loops get through them on one thread."""
+    return index.shape[0] * MANY < count and memory.is_cpu and memory.is_contiguous() and memory.element_size() >= 4
 
 
 def whole(piece: "NeuronSlice", tensor: torch.Tensor) -> list[Tile]:
