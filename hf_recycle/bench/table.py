@@ -10,7 +10,7 @@ from hf_recycle.bench.row import NOT_JUDGED, Effort, Measured, NotMeasured, Row
 
 _METHOD = """\
 Trainings take their steps in turn (A B C, C B A, ...), each in a process of its own; the step of one is compared with
-the step of the other right beside it. What a method costs is told by one training, in which it is on at one step and off
+the step of the other right beside it. What a method costs is told by one training in which it is on at one step and off
 at the next: the same training in two processes may differ by a percent for as long as they live. Given are medians over
 these pairs and intervals that hold the median with 95% confidence; a target is met or missed where the whole interval
 says so, and else the machine was too noisy to tell."""
