@@ -1,5 +1,6 @@
 """`torch_compile=True`: one graph for the whole training, whatever recycling does, and the same weights."""
 
+import shutil
 from pathlib import Path
 
 import datasets
@@ -76,6 +77,16 @@ def test_one_graph_and_the_same_weights(method, train):
     assert compiled.evaluate()["eval_loss"] == pytest.approx(eager.evaluate()["eval_loss"], rel=1e-5)
     if "recycle_steps" in settings:
         assert compiled.neuron_table().counts["bert.encoder.layer.0"].sum() > 0
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler on a CPU")
+def test_the_code_that_inductor_makes_gives_the_same_weights(train):
+    settings = {**SMOOTH, "midpoint_weight": 0.05, "adam_epsilon": 1e-3}
+    eager = train("eager", model=tiny_bert(0.0), **settings)
+    compiled = train("compiled", model=tiny_bert(0.0), **settings, torch_compile=True)
+    assert graphs() == (1, 0)
+    assert losses(compiled) == pytest.approx(losses(eager), abs=1e-5)
+    assert_close_weights(eager, compiled)
 
 
 @pytest.mark.parametrize("share", [None, 0.4, 0.01, 7.0])
