@@ -160,14 +160,16 @@ def test_a_reborn_neuron_does_not_blur_the_mean_of_the_others():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("offset", "columns"), [(0, 200), (70, 270)])  # the whole parameter, and a part of one
+@pytest.mark.parametrize(("offset", "length"), [(0, 200), (70, 270)])  # the whole parameter, and a part of one
 @pytest.mark.parametrize("count", [1, 3, 40])
-def test_columns_are_written_by_number(count, offset, columns, dtype, threads):
-    piece = slice_of((7, columns), 1, offset, 200, dtype)
+@pytest.mark.parametrize("dim", [0, 1, None])  # rows, columns, a bias
+def test_lines_are_written_by_number(dim, count, offset, length, dtype, threads):
+    """Few lines and many, which are written in different ways."""
+    shape = (length,) if dim is None else (length, 7) if dim == 0 else (7, length)
+    piece = slice_of(shape, dim or 0, offset, 200, dtype)
     expected, index = piece.parameter.detach().clone(), torch.arange(2, 200, 4)[:count]
-    lines = torch.randn(count, 7, dtype=torch.float64)
+    lines = torch.randn((count,) if dim is None else (count, 7), dtype=torch.float64)
     PlainStorage().write_full(piece, index, lines)
     for number, line in zip(index.tolist(), lines, strict=True):
-        for feature, weight in enumerate(line):
-            expected[feature, offset + number] = weight
+        expected.select(dim or 0, offset + number).copy_(line)
     assert torch.equal(piece.parameter, expected)
