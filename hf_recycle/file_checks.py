@@ -48,7 +48,7 @@ def check_version(path: Path, version: Any, written_by: Any) -> None:
         fail(
             path,
             f"it has format {version} and this hf_recycle reads formats up to {FORMAT_VERSION}",
-            f"{needed} is needed to read it (pip install --upgrade hf-recycle)",
+            f"{needed} is needed to read it (update this package)",
         )
 
 

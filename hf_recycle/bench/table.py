@@ -12,8 +12,8 @@ _METHOD = """\
 Trainings take their steps in turn (A B C, C B A, ...), each in a process of its own; the step of one is compared with
 the step of the other right beside it. What a method costs is told by one training in which it is on at one step and off
 at the next: the same training in two processes may differ by a percent for as long as they live. Given are medians over
-these pairs and intervals that hold the median with 95% confidence; a target is met or missed where the whole interval
-says so, and else the machine was too noisy to tell."""
+these pairs and intervals that hold the median with 95% confidence (of fewer than six values, their range); a target is
+met or missed where the whole interval says so, and else the machine was too noisy to tell."""
 
 _QUICK = "\n\n**A quick run: small models in the place of those that the rows name. It shows that the bench works.**"
 
@@ -60,7 +60,8 @@ def _lines(results: Sequence[Result], effort: Effort) -> list[str]:
             cells += ["", ""]
         else:
             write, value = row.target.write, found.value
-            cells += [write(value.median), f"{write(value.low)} to {write(value.high)}, {value.pairs} pairs"]
+            interval = f"{write(value.low)} to {write(value.high)}, {value.pairs} pairs" if value.pairs > 1 else "measured once"
+            cells += [write(value.median), interval]
         lines.append("| " + " | ".join([*cells, verdict(row, found, effort)]) + " |")
     return lines
 

@@ -25,7 +25,7 @@ def folders(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
-def test_same_as_one_process(engine, name, folders):
+def test_overtraining_is_the_same_as_on_one_process(engine, name, folders):
     expected, found = outcome(folders("single"), name), outcome(folders(engine), name)
     assert found[0]["engine"] == {"ddp": "MULTI_CPU", "fsdp2": "FSDP"}[engine]
     assert ("DTensor" in found[0]["shards"]) == (engine == "fsdp2")
