@@ -245,7 +245,11 @@ class CheckpointMixin(EngineCheckpointMixin):
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
+        # The time and the tokens that the run has taken, and not those of its best checkpoint; and no part of a logging
+        # interval is left over for a training that may follow.
+        running, self.meter = self.meter, RunMeter()
         self.load_recycling_files(self.state.best_model_checkpoint)
+        self.meter, self._resumed_loss = running, None
 
 
 def _check_same_blocks(folder, saved: Iterable[dict[str, Any]], table: NeuronTable) -> None:

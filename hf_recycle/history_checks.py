@@ -25,6 +25,7 @@ from hf_recycle.recorder import (
     metric_values,
     overtraining_totals,
     rows_of_kind,
+    were_skipped,
 )
 
 MAX_ROWS = 5_000_000
@@ -87,9 +88,12 @@ def _check_phases(path: Path, rows: pa.Table, sizes: Mapping[str, int] | None) -
     if len(np.unique(owners * 2**32 + recycled)) < len(recycled):
         fail(path, "a phase recycled one neuron twice")
     codes = names.dictionary_encode().indices.to_numpy(zero_copy_only=False).astype(np.int64)
-    if len(np.unique(phases * 2**32 + codes)) < len(phases):
+    if len(np.unique(steps * 2**32 + codes)) < len(steps):
         fail(path, "a block has two rows for one phase")
-    pairs = np.unique(np.stack([phases, steps], axis=1), axis=0)
+    done = ~were_skipped(rows)
+    if (lengths[~done] > 0).any():
+        fail(path, "a phase that was skipped recycled neurons")
+    pairs = np.unique(np.stack([phases, steps], axis=1)[done], axis=0)
     if (np.diff(pairs[:, 0]) == 0).any() or (np.diff(pairs[:, 1]) <= 0).any():
         fail(path, "the phases are not in the order of their steps")
 
@@ -201,7 +205,7 @@ def check_agreement(
     latest = max((int(tensors[f"{block['name']}/last_step"].max()) for block in config["blocks"]), default=0)
     if stats["step"] < latest:
         fail(folder, f"the summary was made at step {stats['step']}, before the last recycling at {latest}")
-    if stats["phases"] != len(pc.unique(rows["phase"])):
+    if stats["phases"] != len(pc.unique(rows["phase"].filter(~were_skipped(rows)))):
         fail(folder, f"the summary counts {stats['phases']} phases and the history holds others")
     names = [block["name"] for block in config["blocks"]]
     if [block["name"] for block in stats["blocks"]] != names:

@@ -16,6 +16,7 @@ from hf_recycle.neurons.blocks import magnitudes_of
 from hf_recycle.neurons.magnitudes import on_cpu
 from hf_recycle.neurons.optimizer import reset_state
 from hf_recycle.neurons.table import BlockState, NeuronTable
+from hf_recycle.recorder import SKIPPED
 from hf_recycle.settings import RecyclingSettings
 from hf_recycle.transitions import begin
 
@@ -134,10 +135,10 @@ def _eligible(states: list[BlockState], phase: int, immunity: int) -> list[Tenso
 
 def _reason_to_skip(magnitudes: list[Tensor], loss_is_finite: bool) -> str:
     if not loss_is_finite:
-        return "skipped: the loss is not finite"
+        return f"{SKIPPED}the loss is not finite"
     # The largest is NaN if any is; none is negative.
     if not torch.cat(magnitudes).amax().isfinite():
-        return "skipped: some magnitudes are not finite"
+        return f"{SKIPPED}some magnitudes are not finite"
     return ""
 
 

@@ -17,6 +17,9 @@ QUANTILE_LEVELS = (0.0, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1.0)
 
 HISTOGRAM_BINS = 64
 
+SKIPPED = "skipped: "
+"""How the note of a phase begins in which nothing was done, because a loss or a magnitude was not finite."""
+
 KINDS = ("phase", "pruning", "overtraining", "magnitude", "log")
 """The kinds of rows of a history."""
 
@@ -192,6 +195,12 @@ class HistoryRecorder:
 def rows_of_kind(table: pa.Table, kind: str) -> pa.Table:
     """The rows of a history that record one of `KINDS`."""
     return table.filter(pc.equal(table["kind"], kind))
+
+
+def were_skipped(phases: pa.Table) -> np.ndarray:
+    """Which rows of kind "phase" are of phases that were skipped, bool `(n,)`. Those count for nothing: the phase that
+    comes next has the number that they would have had."""
+    return pc.starts_with(phases["note"], SKIPPED).fill_null(False).to_numpy()
 
 
 def metric_values(table: pa.Table, kind: str = "log") -> dict[str, tuple[np.ndarray, np.ndarray]]:

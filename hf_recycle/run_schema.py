@@ -77,7 +77,12 @@ def run_problem(run: Any) -> str | None:
     """What is wrong with the facts of a run, for an error message; None if they are fine."""
     if not isinstance(run, dict):
         return f"run is a {type(run).__name__} where an object is expected"
-    if len(json.dumps(run)) > _MAX_BYTES:
+    try:
+        # As it is written: infinity is no JSON, and half a character no text.
+        size = len(json.dumps(run, allow_nan=False, ensure_ascii=False).encode("utf-8"))
+    except (TypeError, ValueError) as error:
+        return f"run is not JSON ({error})"
+    if size > _MAX_BYTES:
         return f"run takes more than {_MAX_BYTES:,} bytes"
     for key, check in RUN_SCHEMA.items():
         if key in run and not check(run[key]):

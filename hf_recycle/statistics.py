@@ -16,6 +16,7 @@ from hf_recycle.recorder import (
     metric_values,
     overtraining_totals,
     rows_of_kind,
+    were_skipped,
 )
 
 
@@ -47,10 +48,10 @@ def summarize(
     total = sum(block["neurons"] for block in blocks)
     ever = sum(block["ever_recycled"] for block in blocks)
     table = recorder.to_table()
-    logged = metric_values(table)
+    logged, phases = metric_values(table), rows_of_kind(table, "phase")
     summary = {
         "step": int(step),
-        "phases": len(pc.unique(rows_of_kind(table, "phase")["phase"])),
+        "phases": len(pc.unique(phases["phase"].filter(~were_skipped(phases)))),
         "neurons": {
             "total": total,
             "ever_recycled": ever,

@@ -87,7 +87,8 @@ class RecyclingTrainer(HubMixin, CheckpointMixin, MaskedLanguageModelingMixin):
         # What the caller knows of the run and the trainer can't, for its card: keys of `run_schema.RUN_SCHEMA`.
         self.run_context: dict[str, Any] = {}
         super().__init__(model, args, *positional, **kwargs)
-        self.neuron_callbacks = self._wire_callbacks()
+        self._add_callbacks()
+        self._wire_callbacks()
         check_engine(self)
         table = self.neuron_table()  # a model without blocks is refused here
         if self.recycling is not None:
@@ -109,12 +110,11 @@ class RecyclingTrainer(HubMixin, CheckpointMixin, MaskedLanguageModelingMixin):
         self._last_loss: torch.Tensor | None = None
         self._savings = ExitStack()
 
-    def _wire_callbacks(self) -> list[NeuronCallback]:
-        """One callback for each method that is on: the user's own, or one made from the arguments."""
-        wired = []
+    def _add_callbacks(self) -> None:
+        """Adds a callback for each method that the arguments ask for."""
         for cls in CALLBACKS:
             settings = self.args.method_settings(cls.settings_class)
-            own = [callback for callback in self.callback_handler.callbacks if type(callback) is cls]
+            own = [callback for callback in self.callback_handler.callbacks if isinstance(callback, cls)]
             if own and (settings.enabled or len(own) > 1):
                 raise ValueError(
                     f"{cls.__name__} is passed in callbacks and {settings.prefix}* arguments ask for it too: use one."
@@ -123,17 +123,27 @@ class RecyclingTrainer(HubMixin, CheckpointMixin, MaskedLanguageModelingMixin):
                 )
             if settings.enabled:
                 values = {item.name: getattr(settings, item.name) for item in fields(settings)}
-                own = [cls(ff_pattern=self.args.ff_pattern, **values)]
-                self.add_callback(own[0])
-            wired += own
+                self.add_callback(cls(ff_pattern=self.args.ff_pattern, **values))
+
+    def _wire_callbacks(self) -> None:
+        """Wires the callbacks of methods that the trainer has now, its own and the user's."""
+        callbacks = self.callback_handler.callbacks
+        places = [place for place, callback in enumerate(callbacks) if isinstance(callback, CALLBACKS)]
+        # In the places that they have between them, in the order in which methods act.
+        wired = [callbacks[place] for cls in CALLBACKS for place in places if isinstance(callbacks[place], cls)]
+        for place, callback in zip(places, wired, strict=True):
+            callbacks[place] = callback
         for callback in wired:
+            if getattr(callback.settings, "seed", 0) is None:
+                # Now, because a checkpoint that is resumed is compared before training begins.
+                callback.settings.seed = self.args.seed
             if isinstance(callback, RecyclingCallback):
                 callback.loss_is_finite = self._loss_is_finite
             if isinstance(callback, OvertrainingCallback) and callback.settings.enabled:
                 check_can_overtrain(self)
                 callback.loss_of, callback.second_pass = self.loss_of, self.second_pass
+        self.neuron_callbacks = wired
         self._share_recorder(wired)
-        return wired
 
     # ---- Neurons ----
 
@@ -149,8 +159,9 @@ class RecyclingTrainer(HubMixin, CheckpointMixin, MaskedLanguageModelingMixin):
             ValueError: if a method is on and the model has no feed-forward block.
         """
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        patterns = [self.args.ff_pattern, *(callback.ff_pattern for callback in self.neuron_callbacks)]
         try:
-            return NeuronTable.of(model, self.args.ff_pattern)
+            return NeuronTable.of(model, next(filter(None, patterns), None))
         except ValueError:
             if self.neuron_callbacks or self.args.ff_pattern:
                 raise
@@ -173,7 +184,8 @@ class RecyclingTrainer(HubMixin, CheckpointMixin, MaskedLanguageModelingMixin):
             arguments |= {
                 prefix + item.name: getattr(callback.settings, item.name) for item in fields(callback.settings)
             }
-        return arguments
+        # As in the JSON of a checkpoint, which knows no tuples.
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in arguments.items()}
 
     def immune_neurons(self) -> int:
         """Neurons that the next selection phase may not take because of their immunity."""
@@ -228,6 +240,7 @@ class RecyclingTrainer(HubMixin, CheckpointMixin, MaskedLanguageModelingMixin):
             UserError: if the checkpoint can't be had from the Hub, or is not to be trusted.
         """
         self.check_labels()
+        self._wire_callbacks()  # with those that were added since
         try:
             return super().train(local_checkpoint(resume_from_checkpoint, self.args), *args, **kwargs)
         finally:

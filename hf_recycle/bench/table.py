@@ -60,8 +60,8 @@ def _lines(results: Sequence[Result], effort: Effort) -> list[str]:
             cells += ["", ""]
         else:
             write, value = row.target.write, found.value
-            interval = f"{write(value.low)} to {write(value.high)}, {value.pairs} pairs" if value.pairs > 1 else "measured once"
-            cells += [write(value.median), interval]
+            interval = f"{write(value.low)} to {write(value.high)}, {value.pairs} pairs"
+            cells += [write(value.median), interval if value.pairs > 1 else "measured once"]
         lines.append("| " + " | ".join([*cells, verdict(row, found, effort)]) + " |")
     return lines
 

@@ -57,7 +57,7 @@ class RecyclingCallback(NeuronCallback):
         if settings.seed is None:
             settings.seed = args.seed
         self.schedule = make_schedule(settings, state.max_steps)
-        self.smooth_steps = resolve_steps(settings.smooth_steps, state.max_steps) if self.schedule else 0
+        self.smooth_steps = (resolve_steps(settings.smooth_steps, state.max_steps) or 0) if self.schedule else 0
         if self.schedule is None:
             return
         check_optimizer(optimizer, "recycle_steps", settings.steps)
@@ -68,6 +68,7 @@ class RecyclingCallback(NeuronCallback):
             self._hooks = hook_gradients(self.table, self.smooth_steps)
             settle(self.table, self.smooth_steps)
         check_layers(settings, len(self.table.blocks))
+        self._check_weights()
         self._check_initial_distribution()
         self._say_what_is_odd()
         if state.global_step > 0 and self.table.phases == 0 and len(self.schedule.phases_until(state.global_step)):
@@ -75,6 +76,23 @@ class RecyclingCallback(NeuronCallback):
                 f"Recycling starts at step {state.global_step} of a resumed run without recycling state: "
                 "every neuron counts as never recycled."
             )
+
+    def _check_weights(self) -> None:
+        for position in self.settings.layers or range(len(self.table.blocks)):
+            block = self.table.blocks[position]
+            if not all(piece.parameter.requires_grad for piece in block.weight_slices):
+                raise ValueError(
+                    f"recycle_steps={self.settings.steps} would overwrite the frozen weights of block {block.name!r}, "
+                    "which could never learn anew: leave it out by recycle_layers, or train it."
+                )
+            # What such a reinitialization looks at would be the weights that are still fading in.
+            overlap = self.smooth_steps > self.schedule.every and self.settings.reinit != "initial"
+            if overlap and block.out_slice.storage.separate_masters:
+                raise ValueError(
+                    f"recycle_reinit={self.settings.reinit!r} can't be used under DeepSpeed with recycle_smooth_steps="
+                    f"{self.smooth_steps}, longer than the {self.schedule.every} steps between phases: shorten it, or "
+                    "use recycle_reinit='initial'."
+                )
 
     def _check_initial_distribution(self) -> None:
         # What can't be drawn is said now rather than at the first phase.

@@ -22,8 +22,8 @@ is compared takes turns on the same machine, so that only ratios count. Close ot
 
   --list          the rows
   --quick         small models and few rounds; nothing is judged
-  --rounds INT    pairs of steps that are compared; methods take 3 times or half as many, phases 4 times (default: 30; with
-                  quick 5)
+  --rounds INT    pairs of steps that are compared (default: 30; with quick 5); methods take 3 times or half as many,
+                  phases 4 times
   --json FILE     all numbers
   --output FILE   the page that is printed, as Markdown
 """

@@ -3,6 +3,7 @@
 import os
 import shlex
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -54,6 +55,7 @@ class Run:
         check_process_count(args.world_size)
         check_same(asdict(arguments.model) | asdict(arguments.data) | shared_arguments(args))
         checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+        _check_writable(args.output_dir)
         if checkpoint is None and args.resume_from_checkpoint and args.should_log:
             print(f"no checkpoint in {args.output_dir} yet: starting from scratch")
         # Now, so that what the Hub refuses is said before the data is prepared.
@@ -145,6 +147,18 @@ def make_collator(arguments: RunArguments, tokenizer: PreTrainedTokenizerBase) -
 def last_checkpoint(folder: str) -> str | None:
     """The last checkpoint in an output folder, or None."""
     return get_last_checkpoint(folder) if Path(folder).is_dir() else None
+
+
+def _check_writable(folder: str) -> None:
+    """Raises a UserError if nothing can be written to `folder`, which is made if it is not there."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"output_dir={folder!r} can't be written to ({error.strerror or error}); name another folder"
+        ) from None
 
 
 # What the Trainer, or DeepSpeed, keeps only beside an optimizer.

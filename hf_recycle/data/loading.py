@@ -1,5 +1,6 @@
 """From arguments to packed sequences of token ids, tokenised once and kept between runs."""
 
+import contextlib
 import hashlib
 import os
 from dataclasses import dataclass
@@ -107,7 +108,8 @@ def _sequences(
     shaped_key = _key(key, length)
     path = cache_folder("sequences") / f"{shaped_key}.arrow"
     if path.exists():
-        os.utime(path)  # lets a user see which files are still in use
+        with contextlib.suppress(OSError):  # a shared cache may be another user's
+            os.utime(path)  # lets a user see which files are still in use
         return Dataset.from_file(str(path))
     # Two passes, so that packing does not depend on how many processes tokenised, and so that another length
     # need not tokenise again.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import os
 import platform
 import re
@@ -84,6 +85,8 @@ def _plain(value: Any) -> Any:
         return value.value
     if isinstance(value, os.PathLike):
         return os.fspath(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)  # JSON has no number for it
     # Where a list, a mapping or a text of them is allowed, the arguments turn "nothing" into an empty one.
     return None if value in ("", [], {}) else value
 

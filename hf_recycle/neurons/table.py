@@ -111,6 +111,8 @@ class NeuronTable:
     Attributes:
         blocks: in the model's own order.
         views: what a reinitialization may see of each block.
+        pattern: the layout that the blocks were found by, see `find_feed_forwards`; None: by the family's or their
+            shapes.
         states: one for each block.
         phases: selection phases that happened so far.
         overtrain_samples, overtrain_tokens: samples and tokens of the second pass over the data that overtraining
@@ -120,6 +122,7 @@ class NeuronTable:
 
     blocks: list[FeedForward]
     views: list[BlockView]
+    pattern: str | None = None
     states: list[BlockState] = field(default_factory=list)
     phases: int = 0
     overtrain_samples: int = 0
@@ -134,15 +137,15 @@ class NeuronTable:
 
     @classmethod
     def of(cls, model: nn.Module, pattern: str | None = None) -> "NeuronTable":
-        """The table of an unwrapped model, made at the first call.
+        """The table of an unwrapped model, made at the first call, and anew for another pattern.
 
         Raises:
             ValueError: if the model has no feed-forward block.
         """
         table = _tables.get(model)
-        if table is None:
+        if table is None or pattern not in (None, table.pattern):
             blocks = find_feed_forwards(model, pattern)
-            table = _tables[model] = cls(blocks, [BlockView(model, block) for block in blocks])
+            table = _tables[model] = cls(blocks, [BlockView(model, block) for block in blocks], pattern)
         return table
 
     def reset(self) -> None:

@@ -190,7 +190,7 @@ def recycle_counts_figure(history: RecyclingHistory) -> Figure | None:
     else:
         above.set_ylim(0, 1.22 * total.max())
         above.set_ylabel("neurons")
-    phases = history.events["phase"].nunique()
+    phases = history.stats["phases"]
     above.set_title(f"How often neurons were recycled, in {phases} selection phase{'s' * (phases != 1)}")
     below.set_facecolor("#f2f2f2")
     below.pcolormesh(

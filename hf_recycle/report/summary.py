@@ -69,7 +69,7 @@ def _perplexity(loss: float) -> str:
 
 
 def _neurons(history: RecyclingHistory) -> list[str]:
-    neurons, phases = history.stats["neurons"], history.events["phase"].nunique()
+    neurons, phases = history.stats["neurons"], history.stats["phases"]
     total, ever = neurons["total"], neurons["ever_recycled"]
     if not phases:
         return [f"Neurons: {total:,} in {len(history.blocks)} feed-forward blocks, none recycled"]

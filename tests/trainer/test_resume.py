@@ -150,6 +150,10 @@ def test_load_best_model_restores_the_neurons_of_that_checkpoint(train):
     trainer.save_model(str(best.parent / "final"))
     again = RecyclingHistory.from_pretrained(best.parent / "final")
     assert again.events.astype(str).equals(saved.events.astype(str))
+    # Time and tokens are those of the whole run.
+    last = RecyclingHistory.from_pretrained(best.parent / "checkpoint-12")
+    assert again.config["run"]["tokens"] == last.config["run"]["tokens"] > saved.config["run"]["tokens"]
+    assert again.config["run"]["seconds"] >= last.config["run"]["seconds"]
 
 
 def test_model_init_starts_with_fresh_neurons(arguments, tokenizer):

@@ -1,6 +1,7 @@
 """What the trainer refuses, logs and does with models of other kinds."""
 
 import math
+from pathlib import Path
 
 import datasets
 import pytest
@@ -19,7 +20,14 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from hf_recycle import MidpointLossCallback, RecyclingArguments, RecyclingCallback, RecyclingTrainer
+from hf_recycle import (
+    MidpointLossCallback,
+    RecyclingArguments,
+    RecyclingCallback,
+    RecyclingHistory,
+    RecyclingTrainer,
+)
+from hf_recycle.report.summary import summary_text
 
 PLAIN = {"recycle_steps": 3, "recycle_fraction": 0.1}
 
@@ -139,6 +147,35 @@ def test_a_loss_that_is_not_finite_skips_the_phase(arguments):
     assert all(row["note"] == "skipped: the loss is not finite" for row in skipped)
     assert all(row["recycled"] for row in rows if row["step"] == 6)
     assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
+
+
+@pytest.mark.parametrize("broken", [{2}, {2, 5}, {2, 5, 8}])
+def test_skipped_phases_are_saved_and_resumed_like_others(arguments, broken):
+    """One, several one after the other, and all."""
+
+    class Broken(RecyclingTrainer):
+        def compute_loss(self, *args, **kwargs):
+            loss = super().compute_loss(*args, **kwargs)
+            return loss + (math.inf if self.state.global_step in broken else 0.0)
+
+    def run(**settings):
+        args = arguments(max_steps=10, save_strategy="steps", save_steps=1, **PLAIN)
+        trainer = Broken(model=tiny_bert(0.0), args=args, train_dataset=masked_sentences())
+        trainer.train(**settings)
+        return trainer
+
+    whole = run()
+    folder = Path(whole.args.output_dir, "checkpoint-10")
+    history = RecyclingHistory.from_pretrained(folder)
+    assert history.stats["phases"] == whole.neuron_table().phases == 3 - len(broken)
+    assert history.events["step"].tolist() == [3, 3, 6, 6, 9, 9]
+    assert [bool(note) for note in history.events["note"]] == [step - 1 in broken for step in history.events["step"]]
+    expected = f"{3 - len(broken)} selection phases" if len(broken) < 3 else "none recycled"
+    assert expected in summary_text(history)
+    resumed = run(resume_from_checkpoint=str(folder.with_name("checkpoint-7")))
+    assert_same_weights(whole, resumed)
+    again = RecyclingHistory.from_pretrained(folder)
+    assert again.events.astype(str).equals(history.events.astype(str))
 
 
 def test_weights_that_are_not_finite_get_no_nan_neurons(arguments):
