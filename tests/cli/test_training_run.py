@@ -1,6 +1,7 @@
 """Whole runs of the command line, on a tiny model and a small text."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -113,6 +114,16 @@ def test_a_resume_path_that_is_no_checkpoint(words, tmp_path, capsys):
     (tmp_path / "finished" / "trainer_state.json").write_text("{}")
     assert main([*words, "--resume_from_checkpoint", str(tmp_path / "finished")]) == 2
     assert capsys.readouterr().err.count("is not a checkpoint that training can go on from") == 2
+
+
+def test_an_output_dir_that_can_not_be_made(words, tmp_path, capsys):
+    """Found out before anything is loaded."""
+    path = tmp_path / "file"
+    path.touch()
+    assert main([*words, "--output_dir", str(path / "below")]) == 2
+    assert re.search(
+        r"output_dir='.*below' can't be written to \(Not a directory\); name another", capsys.readouterr().err
+    )
 
 
 def test_an_output_dir_that_is_a_file(words, tmp_path, capsys):

@@ -15,6 +15,7 @@ from hf_recycle import (
     RecyclingHistory,
     RecyclingTrainer,
 )
+from hf_recycle.neurons.storage.plain import PlainStorage
 
 SAVING = {"save_strategy": "steps", "save_steps": 4, "max_steps": 8}
 
@@ -126,3 +127,12 @@ def test_no_smooth_steps_may_be_none(arguments):
     trainer = trainer_with(arguments, recycle_steps=3, recycle_smooth_steps=None)
     trainer.train()
     assert trainer.recycling.smooth_steps == 0
+
+
+@pytest.mark.parametrize("reinit", ["matched_normal", "copy_noise"])
+def test_looking_at_weights_that_fade_in_is_refused_under_deepspeed(arguments, reinit, monkeypatch):
+    """There the masters hold the new weights all the time."""
+    monkeypatch.setattr(PlainStorage, "separate_masters", True)
+    settings = {"recycle_steps": 3, "recycle_smooth_steps": 4, "recycle_reinit": reinit}
+    with pytest.raises(ValueError, match=f"recycle_reinit='{reinit}' can't be used under DeepSpeed with"):
+        trainer_with(arguments, **settings).train()
