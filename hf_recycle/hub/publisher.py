@@ -53,7 +53,10 @@ class Publisher:
         self._abandoned = False
 
     def submit(self, push: Push) -> Future:
-        """Queues a push; the future gives its `CommitInfo`, or None if it could not be published."""
+        """Queues a push; the future gives its `CommitInfo`, or None if it could not be published.
+
+        A push whose future is cancelled before it is taken up is dropped, with its copy.
+        """
         future: Future = Future()
         with self._changed:
             # A run that was interrupted and goes on takes up what is left, perhaps while it is still on its way.
@@ -121,8 +124,11 @@ class Publisher:
                 self._current = None
                 self._changed.notify_all()
                 self._changed.wait_for(lambda: self._waiting)
-                self._current = self._waiting.popleft()
-            push, future = self._current
+                push, future = self._waiting.popleft()
+                if not future.set_running_or_notify_cancel():  # from here on nobody can cancel it
+                    unstage(push)
+                    continue
+                self._current = push, future
             try:
                 info = self._land(push)
             except Exception as error:  # a mistake of ours must not leave anyone waiting
@@ -196,13 +202,17 @@ class Publisher:
         with self._changed:
             rest, self._waiting = list(self._waiting), deque()
         for push, future in rest:
-            self._give_up(push, reason)
-            future.set_result(None)
+            if future.set_running_or_notify_cancel():
+                self._give_up(push, reason)
+                future.set_result(None)
+            else:
+                unstage(push)
 
     # ---- Under the lock ----
 
     def _pushes(self) -> list[Push]:
-        return [push for push, _ in [*([self._current] if self._current else []), *self._waiting]]
+        under_way = [self._current] if self._current else []
+        return [push for push, future in [*under_way, *self._waiting] if not future.cancelled()]
 
     def _busy(self) -> bool:
         return self._current is not None or bool(self._waiting)

@@ -16,7 +16,7 @@ from publishing_runs import QUICK
 from hf_recycle.hub.job import Push
 from hf_recycle.hub.publisher import Publisher
 from hf_recycle.hub.retry import RetryPolicy, asked_for, passes
-from hf_recycle.hub.staging import stage, unstage
+from hf_recycle.hub.staging import FOLDER, stage, unstage
 
 
 def refusal(status: int, **headers: str) -> HfHubHTTPError:
@@ -221,6 +221,46 @@ def test_a_mistake_of_ours_leaves_nobody_waiting(tmp_path):
     publisher.finish()
     assert future.result() is None
     assert "oops" in publisher.report()
+
+
+def staged(tmp_path, number, **more) -> Push:
+    """A push of a copy, as training makes them."""
+    folder = tmp_path / f"checkpoint-{number}"
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text("{}")
+    return stage(push(folder, number, **more), tmp_path, link=True)
+
+
+def test_what_is_cancelled_while_it_waits_goes_and_stops_nothing(tmp_path):
+    gate = threading.Event()
+    repository = FakeRepository(gate=gate)
+    publisher = Publisher(repository)
+    pushes = [staged(tmp_path, number, always=True) for number in range(3)]
+    futures = [publisher.submit(one) for one in pushes]
+    repository.started.wait(10)
+    assert [future.cancel() for future in futures[:2]] == [False, True], "what is on its way can't be called back"
+    gate.set()
+    publisher.finish()  # the test's own timeout is an assertion
+    assert repository.landed == ["0", "2"]
+    assert [future.cancelled() for future in futures] == [False, True, False]
+    assert not (tmp_path / FOLDER).exists(), "nothing is left of any"
+    assert publisher.report() == ""
+
+
+def test_what_is_cancelled_is_not_given_up_with_the_rest(tmp_path):
+    policy = RetryPolicy(first=0.01, longest=0.05, last_patience=0.3)
+    gate = threading.Event()
+    repository = FakeRepository(lambda message, attempt: refusal(503), gate, policy)
+    publisher = Publisher(repository)
+    pushes = [staged(tmp_path, number, always=True) for number in range(4)]
+    futures = [publisher.submit(one) for one in pushes]
+    repository.started.wait(10)
+    futures[1].cancel()
+    gate.set()
+    publisher.finish()
+    assert [future.cancelled() or future.result() for future in futures] == [None, True, None, None]
+    assert [item.push.message for item in publisher.unpublished] == ["0", "2", "3"]
+    assert [one.folder.exists() for one in pushes] == [True, False, True, True]
 
 
 @pytest.mark.parametrize(
