@@ -92,13 +92,22 @@ def _push_of(options: argparse.Namespace):
     message, description = commit_message(folder, options.commit_message)
     checkpoint = "last-checkpoint" if options.resumable else None
     if (folder / JOB_FILE).is_file():
-        push = Push.load(folder)
+        push = noted = Push.load(folder)
         wanted = {"revision": options.revision, "tag": tag, "checkpoint": checkpoint, "private": options.private}
         if options.commit_message:
             wanted |= {"message": message, "description": description}
-        return push.to(repo_id=options.repo, **{name: value for name, value in wanted.items() if value})
+        push = push.to(repo_id=options.repo, **{name: value for name, value in wanted.items() if value})
+        if not _is_same_branch(push, noted):
+            push = push.to(late=False)  # what has landed since landed elsewhere
+        return push.to(folder_taken=push.late and push.folder_taken and not checkpoint)
     private = True if options.private else None
     return Push(folder, options.repo, message, description, options.revision, checkpoint, tag, private=private)
+
+
+def _is_same_branch(push, noted) -> bool:
+    one, other = push.repo_id, noted.repo_id
+    same_repository = one == other or one.endswith(f"/{other}") or other.endswith(f"/{one}")
+    return same_repository and push.branch == noted.branch
 
 
 def _model_folder(folder: Path, resumable: bool) -> Path:

@@ -104,16 +104,30 @@ def wanted_files(address: HubAddress, names: Iterable[str], trust_pickled: bool)
         UserError: there are shards and they are not trusted.
     """
     names = sorted(names)
-    pickled = [name for name in names if _PICKLED.match(name)]
-    if pickled and not trust_pickled:
-        raise UserError(
-            f"{address}: the checkpoint is sharded ({pickled[0]}), and the library that wrote it reads it by "
-            "unpickling, so whoever wrote it can run any code on this machine; pass --trust_pickled_checkpoint "
-            f"if you trust the owner of {address.repo_id}"
-        )
-    if trust_pickled and pickled:
+    if not trust_pickled:
+        refuse_pickled(address, names, f"the owner of {address.repo_id}")
+    elif any(_PICKLED.match(name) for name in names):
         return [name for name in names if not _LEFT_OUT.fullmatch(name)]
     return [name for name in names if is_one_of(WANTED, name)]
+
+
+def refuse_pickled(where: object, names: Iterable[str], owner: str) -> None:
+    """Refuses a checkpoint with shards that DeepSpeed or torch.distributed.checkpoint would unpickle.
+
+    Args:
+        where: what to call it.
+        names: its files, relative to its folder; folders, if given, end with a slash.
+        owner: who would have to be trusted.
+
+    Raises:
+        UserError: there are such shards.
+    """
+    if pickled := [name for name in sorted(names) if _PICKLED.match(name)]:
+        raise UserError(
+            f"{where}: the checkpoint is sharded ({pickled[0]}), and the library that wrote it reads it by "
+            "unpickling, so whoever wrote it can run any code on this machine; pass --trust_pickled_checkpoint "
+            f"if you trust {owner}"
+        )
 
 
 def check_sizes(address: HubAddress, sizes: Mapping[str, int], free: int) -> None:

@@ -7,14 +7,14 @@ import threading
 import time
 from collections import deque
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers.utils import logging
 
 from hf_recycle.hub.job import Push
 from hf_recycle.hub.repository import Refused, Repository
 from hf_recycle.hub.retry import CONFLICTS, passes, say, status_of
-from hf_recycle.hub.staging import unstage
+from hf_recycle.hub.staging import is_older, set_back, set_back_older, unstage
 
 logger = logging.get_logger(__name__)
 
@@ -34,7 +34,8 @@ class Publisher:
     """Brings pushes to a repository, one after the other in the order in which they were asked for.
 
     Of waiting pushes that only update what the next one updates again, the newest is enough; those with `always` all
-    land. None of the methods raises because of the Hub.
+    land. A push that was given up is never published over a newer one that has landed since: it is forgotten, or only
+    its folder and its tag are still published. None of the methods raises because of the Hub.
 
     Args:
         repository: where to.
@@ -53,7 +54,10 @@ class Publisher:
         self._abandoned = False
 
     def submit(self, push: Push) -> Future:
-        """Queues a push; the future gives its `CommitInfo`, or None if it could not be published."""
+        """Queues a push; the future gives its `CommitInfo`, or None if it could not be published.
+
+        A push whose future is cancelled before it is taken up is dropped, with its copy.
+        """
         future: Future = Future()
         with self._changed:
             # A run that was interrupted and goes on takes up what is left, perhaps while it is still on its way.
@@ -62,7 +66,7 @@ class Publisher:
                 if push.staged and other.folder == push.folder:
                     self._abandoned = False
                     return its_future
-            if not push.always:
+            if not (push.always or push.late):
                 self._drop_older(push)
             self._abandoned = False
             self._waiting.append((push, future))
@@ -121,16 +125,20 @@ class Publisher:
                 self._current = None
                 self._changed.notify_all()
                 self._changed.wait_for(lambda: self._waiting)
-                self._current = self._waiting.popleft()
-            push, future = self._current
+                push, future = self._waiting.popleft()
+                if not future.set_running_or_notify_cancel():  # from here on nobody can cancel it
+                    unstage(push)
+                    continue
+                self._current = push, future
             try:
                 info = self._land(push)
             except Exception as error:  # a mistake of ours must not leave anyone waiting
                 info = self._give_up(push, f"{type(error).__name__}: {say(error)}")
             if info is not None:
-                with self._changed:  # an earlier attempt may have been given up, or this one while it was on its way
-                    done = (push.folder, push.revision)
-                    self.unpublished = [i for i in self.unpublished if (i.push.folder, i.push.revision) != done]
+                try:
+                    self._settle(push)
+                except Exception as error:  # of the disk
+                    logger.error("What is left to publish to %s can't be noted: %s", self.repository.name, say(error))
                 unstage(push)
             future.set_result(info)
 
@@ -161,6 +169,37 @@ class Publisher:
                         self._last_call = time.monotonic()
                 return info
         return self._give_up_all(push, "it was interrupted")
+
+    def _settle(self, landed: Push) -> None:
+        """Of a push that has landed nothing is left, and older ones must not be published over it."""
+        with self._changed:
+            # An earlier attempt may have been given up, or this one while it was on its way.
+            done = (landed.folder, landed.revision)
+            self.unpublished = [i for i in self.unpublished if (i.push.folder, i.push.revision) != done]
+            # An output folder has no number: all copies that were given up by now were made before it was pushed.
+            given_up = [
+                (item, self._left_after(landed, item.push, is_older(item.push, landed) or not landed.staged))
+                for item in self.unpublished
+            ]
+            self.unpublished = [replace(item, push=left) for item, left in given_up if left is not None]
+            # What an interrupted run left may have been taken up while a newer push was still on its way.
+            waiting = [(self._left_after(landed, one, is_older(one, landed)), future) for one, future in self._waiting]
+            for left, future in waiting:
+                if left is None:
+                    future.cancel()
+            self._waiting = deque((left, future) for left, future in waiting if left is not None)
+            set_back_older(landed)
+
+    def _left_after(self, landed: Push, push: Push, is_older: bool) -> Push | None:
+        """What is still to be published of another push. An output folder stays: it may hold a newer model by then."""
+        if not (is_older and push.staged) or landed.late or push.branch != landed.branch:
+            return push
+        if push.always or push.after(landed).has_place:
+            return set_back(push, landed)
+        unstage(push)
+        if self._says:
+            logger.warning("%r need not be published any more: %r was.", push.message, landed.message)
+        return None
 
     def _sleep(self, seconds: float) -> None:
         with self._changed:
@@ -196,13 +235,17 @@ class Publisher:
         with self._changed:
             rest, self._waiting = list(self._waiting), deque()
         for push, future in rest:
-            self._give_up(push, reason)
-            future.set_result(None)
+            if future.set_running_or_notify_cancel():
+                self._give_up(push, reason)
+                future.set_result(None)
+            else:
+                unstage(push)
 
     # ---- Under the lock ----
 
     def _pushes(self) -> list[Push]:
-        return [push for push, _ in [*([self._current] if self._current else []), *self._waiting]]
+        under_way = [self._current] if self._current else []
+        return [push for push, future in [*under_way, *self._waiting] if not future.cancelled()]
 
     def _busy(self) -> bool:
         return self._current is not None or bool(self._waiting)
@@ -210,7 +253,7 @@ class Publisher:
     def _drop_older(self, push: Push) -> None:
         kept: deque[tuple[Push, Future]] = deque()
         for older, future in self._waiting:
-            if older.always or older.revision != push.revision:
+            if older.always or older.late or older.branch != push.branch:
                 kept.append((older, future))
             else:
                 unstage(older)

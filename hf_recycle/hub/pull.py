@@ -96,8 +96,13 @@ def pull_checkpoint(text: str, token: str | None = None, trust_pickled: bool = F
 
 
 def is_pulled(folder: str | os.PathLike[str]) -> bool:
-    """Whether a folder lies in the Hub's cache, so that others wrote what is in it."""
-    return Path(os.path.abspath(folder)).is_relative_to(os.path.abspath(constants.HF_HUB_CACHE))
+    """Whether a folder lies in the Hub's cache, so that others wrote what is in it; by whichever links it is named."""
+    cache = Path(constants.HF_HUB_CACHE)
+    if not cache.is_dir():
+        return False
+    # A link may lead into the cache, and a folder of the cache may itself be a link to a larger disk.
+    ways = (Path(os.path.realpath(folder)), Path(os.path.abspath(folder)))
+    return any(place.exists() and place.samefile(cache) for way in ways for place in (way, *way.parents))
 
 
 def _sizes(pinned: HubAddress, token: str | None) -> tuple[dict[str, int], bool]:

@@ -100,15 +100,46 @@ class Repository:
         the next call starts from the new state. Calling it again for what has landed already changes nothing.
 
         Raises:
+            Refused: it is late and has no place.
             Exception: whatever the client raises; `retry.passes` tells what is worth another call.
         """
         limit_waiting()
         repo_id, token = self.ensure(), push.token or self.token
         if push.revision != self.revision:
             self._ensure_branch(repo_id, push.revision)
-        revision = push.revision or constants.DEFAULT_REVISION
+        if not push.late:
+            return self._commit(push, repo_id, token)
+        if not push.has_place:
+            raise Refused(
+                f"{push.branch} of {repo_id} holds a newer model than {push.folder} already: give this one a --tag, or "
+                "another --revision."
+            )
+        info = self._tag_beside(push, repo_id, token) if push.tag else None
+        if push.checkpoint and not push.folder_taken:
+            info = self._commit(push.to(tag=None), repo_id, token)
+        return info
+
+    def _tag_beside(self, push: Push, repo_id: str, token: str | None) -> CommitInfo:
+        """The commit and the tag of a model older than the branch's: a tag has its model at the root, a branch the
+        newest, so it is a commit that no branch holds."""
+        beside = f"hf-recycle-late-{push.tag}"
+        self._insist(self.api.create_branch, repo_id, branch=beside, revision=push.branch, token=token, exist_ok=True)
+        info = self._commit(push.to(revision=beside, late=False), repo_id, token)
+        self._insist(self._drop_branch, repo_id, beside, token)
+        return info
+
+    def _drop_branch(self, repo_id: str, branch: str, token: str | None) -> None:
+        # Looked up each time: an answer may have been lost.
+        if any(ref.name == branch for ref in self.api.list_repo_refs(repo_id, token=token).branches):
+            self.api.delete_branch(repo_id, branch=branch, token=token)
+
+    def _commit(self, push: Push, repo_id: str, token: str | None) -> CommitInfo:
+        revision = push.branch
+        inside = f"{push.checkpoint}/"
         head = self._head(repo_id, revision, token)
         present = self._files(repo_id, head, token) if head else []
+        if push.late:  # the root is not its business
+            present = [name for name in present if name.startswith(inside)]
         old_card = self._card(repo_id, head, token) if CARD in present else ""
         additions = self._additions(push, repo_id, old_card)
         new_card = additions[CARD].decode() if isinstance(additions.get(CARD), bytes) else old_card
@@ -118,7 +149,6 @@ class Repository:
             for name, content in additions.items()
         ]
         # The model first: the client would send what goes to two places twice if it went in one call.
-        inside = f"{push.checkpoint}/"
         for part in (False, True):
             some = [operation for operation in operations if operation.path_in_repo.startswith(inside) is part]
             self._insist(self.api.preupload_lfs_files, repo_id, some, revision=revision, token=token, free_memory=False)
@@ -144,8 +174,7 @@ class Repository:
     def _additions(self, push: Push, repo_id: str, old_card: str) -> dict[str, Path | bytes]:
         """{path in the repository: file or bytes}."""
         secrets = Secrets.of_this_machine(self.token, push.token, output_dir=self.output_dir, public=self.name)
-        files = model_files(push.folder)
-        targets = {name: [name] for name in files}
+        targets = {name: [name] for name in model_files(push.folder)} if not push.late else {}
         if push.checkpoint:
             for name in checkpoint_files(push.folder):
                 targets.setdefault(name, []).append(f"{push.checkpoint}/{name}")

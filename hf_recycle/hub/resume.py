@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerState, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from hf_recycle.agreement import from_main_process
 from hf_recycle.hub.address import HubAddress, is_address
+from hf_recycle.hub.names import refuse_pickled
 from hf_recycle.hub.pull import is_pulled, plan
 from hf_recycle.hub.trust import check_checkpoint
 
@@ -20,7 +23,8 @@ def local_checkpoint(source: Any, args: TrainingArguments) -> Any:
     """Where to resume from: an address on the Hub becomes a checked folder of its cache, all else stays as it is.
 
     The main process settles the commit and the files, then the first process of each node downloads and the others
-    take what it has downloaded. A folder that already lies in the cache is checked as well.
+    take what it has downloaded. A folder that already lies in the cache is held to the same: the path of it is no way
+    round the checks.
 
     Args:
         source: what `Trainer.train` takes as `resume_from_checkpoint`.
@@ -35,9 +39,24 @@ def local_checkpoint(source: Any, args: TrainingArguments) -> Any:
             folder = agreed.fetch(args.hub_token)
         logger.warning(f"Resuming from {agreed.address}, downloaded to {folder}")
         return str(folder)
-    if isinstance(source, str) and Path(source).is_dir() and is_pulled(source):
-        check_checkpoint(Path(source), source)
+    if isinstance(source, os.PathLike):
+        source = os.fspath(source)  # the Trainer notes it in its state, which is written as JSON
+    found = get_last_checkpoint(args.output_dir) if source is True and Path(args.output_dir).is_dir() else source
+    if isinstance(found, str) and Path(found).is_dir() and is_pulled(found):
+        if not _trust(args):
+            refuse_pickled(found, _names(Path(found)), "whoever wrote it")
+        check_checkpoint(Path(found), found)
     return source
+
+
+def _names(folder: Path) -> list[str]:
+    """What lies in a folder at any depth; folders with a slash, because a link to one is not entered."""
+    names = []
+    for place, folders, files in os.walk(folder):
+        inside = Path(place).relative_to(folder)
+        names += [(inside / name).as_posix() for name in files]
+        names += [f"{(inside / name).as_posix()}/" for name in folders]
+    return names
 
 
 def _trust(args: TrainingArguments) -> bool:

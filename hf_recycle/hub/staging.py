@@ -14,6 +14,7 @@ import shutil
 import threading
 from pathlib import Path
 
+from hf_recycle.errors import UserError
 from hf_recycle.hub.job import JOB_FILE, Push
 from hf_recycle.hub.layout import checkpoint_files
 
@@ -57,6 +58,34 @@ def unstage(push: Push) -> None:
             push.folder.parent.rmdir()
 
 
+def is_older(push: Push, than: Push) -> bool:
+    """Whether a private copy was made before another one, of the same run."""
+    if not (push.staged and than.staged and push.folder.parent == than.folder.parent):
+        return False
+    return _number(push.folder) < _number(than.folder)  # numbers go up for as long as a copy is there
+
+
+def set_back(push: Push, newer: Push) -> Push:
+    """What is left of a private copy's push once a newer one has landed, also in the note in its folder."""
+    left = push.after(newer)
+    if left != push:
+        with contextlib.suppress(FileNotFoundError):  # someone has removed it
+            left.save(left.folder)
+    return left
+
+
+def set_back_older(landed: Push) -> None:
+    """Sets back all private copies beside one that has landed: nobody publishes them over it later."""
+    if not landed.staged or landed.late or not landed.folder.parent.is_dir():
+        return
+    for path in landed.folder.parent.iterdir():
+        if _NAME.fullmatch(path.name) and (path / JOB_FILE).is_file():
+            with contextlib.suppress(UserError):  # a damaged note publishes nothing
+                push = Push.load(path)
+                if is_older(push, landed) and (push.repo_id, push.branch) == (landed.repo_id, landed.branch):
+                    set_back(push, landed)
+
+
 def leftovers(output_dir: Path) -> list[Push]:
     """What an earlier run staged and could not publish, oldest first; what it staged only half is removed."""
     parent = output_dir / FOLDER
@@ -65,7 +94,12 @@ def leftovers(output_dir: Path) -> list[Push]:
     for half in parent.glob(f"{_TEMPORARY}*"):
         shutil.rmtree(half, ignore_errors=True)
     staged = [path for path in parent.iterdir() if _NAME.fullmatch(path.name) and (path / JOB_FILE).is_file()]
-    return [Push.load(path) for path in sorted(staged, key=lambda path: int(_NAME.fullmatch(path.name)[1]))]
+    return [Push.load(path) for path in sorted(staged, key=_number)]
+
+
+def _number(folder: Path) -> int:
+    match = _NAME.fullmatch(folder.name)
+    return int(match[1]) if match else -1
 
 
 def _link_or_copy(source: Path, target: Path) -> None:

@@ -90,7 +90,8 @@ class HubMixin(Trainer):
             logger.warning("What an earlier run left unpublished can't be read: %s", error)
             return
         for push in found:
-            if resume and (push.repo_id, push.revision) == (self.publisher.repository.name, self.args.hub_revision):
+            ours = (push.repo_id, push.revision) == (self.publisher.repository.name, self.args.hub_revision)
+            if resume and ours and push.has_place:
                 self.publisher.submit(push)
             else:
                 logger.warning("An earlier run left a checkpoint unpublished; publish it with: %s", push.command)

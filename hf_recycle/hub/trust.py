@@ -29,7 +29,8 @@ def check_checkpoint(folder: Path, where: object) -> None:
 
     Checked are the files that a checkpoint of one process, of DDP or of FSDP with a full state dict consists of:
     state files must load with `weights_only=True` (no code is run, see `torch.load`), weights be safetensors, JSON be
-    finite numbers in their ranges, recycling files fit their schema and each other. Shards are not looked at.
+    finite numbers in their ranges, recycling files fit their schema and each other. Shards can't be looked at without
+    unpickling them, so call `refuse_pickled` first.
 
     Args:
         folder: the checkpoint.

@@ -18,11 +18,12 @@ from hypothesis import strategies as st
 from pulled_runs import contents, new_trainer
 from transformers import Trainer, TrainerState
 
+from hf_recycle import RecyclingArguments
 from hf_recycle.errors import UserError
 from hf_recycle.hub.address import HubAddress
 from hf_recycle.hub.names import check_names
-from hf_recycle.hub.pull import plan, pull_checkpoint
-from hf_recycle.hub.resume import forget_foreign_best
+from hf_recycle.hub.pull import is_pulled, plan, pull_checkpoint
+from hf_recycle.hub.resume import forget_foreign_best, local_checkpoint
 from hf_recycle.hub.trust import check_checkpoint
 
 STATE_FILES = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "rng_state_1.pth", "scaler.pt", "optimizer.bin")
@@ -218,6 +219,63 @@ def test_the_trainer_itself_checks_what_lies_in_the_cache(hub, online, checkpoin
     monkeypatch.setattr(Trainer, "train", lambda *args, **kwargs: pytest.fail("training began"))
     with pytest.raises(UserError, match=r"scheduler\.pt"):
         new_trainer(tmp_path / "out").train(resume_from_checkpoint=str(folder))
+
+
+@pytest.mark.parametrize("named", ["as text", "as a path", "by a linked cache", "by a link to it", "as the last one"])
+def test_shards_in_the_cache_only_with_the_flag(hub, online, checkpoint, marker, monkeypatch, tmp_path, named):
+    """However the folder is named; torch.distributed.checkpoint unpickles `.metadata` as soon as it reads them."""
+    repo = hub.store.create(f"alice/shards-{named.replace(' ', '-')}").name
+    bomb = {"checkpoint-4/optimizer_0/.metadata": pickle.dumps(_Bomb(marker))}
+    hub.store.add_files(repo, contents(checkpoint, "checkpoint-4") | bomb)
+    folder = Path(huggingface_hub.snapshot_download(repo), "checkpoint-4")
+    out = tmp_path / "out"
+    if named == "by a linked cache":
+        Path(tmp_path / "linked").symlink_to(online)
+        folder = tmp_path / "linked" / folder.relative_to(online)
+    elif named == "by a link to it":
+        Path(tmp_path / "link").symlink_to(folder)
+        folder = tmp_path / "link"
+    elif named == "as the last one":
+        out.mkdir()
+        Path(out / "checkpoint-4").symlink_to(folder)
+    source = {"as a path": folder, "as the last one": True}.get(named, str(folder))
+    taken = []
+    monkeypatch.setattr(Trainer, "train", lambda self, resume_from_checkpoint, *args, **kwargs: taken.append(1))
+    with pytest.raises(UserError, match=r"is sharded .optimizer_0/.*--trust_pickled_checkpoint if you trust"):
+        new_trainer(out).train(resume_from_checkpoint=source)
+    assert not taken
+    new_trainer(out, trust_pickled_checkpoint=True).train(resume_from_checkpoint=source)
+    assert taken
+
+
+def test_a_linked_folder_of_shards_is_seen(hub, online, checkpoint, tmp_path):
+    """A link in the place of a folder is not entered, and refused by its name."""
+    folder = online / "models--alice--by-hand" / "snapshots" / "0" / "checkpoint-4"
+    shutil.copytree(checkpoint, folder)
+    (tmp_path / "elsewhere").mkdir()
+    (folder / "optimizer_0").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"is sharded \(optimizer_0/\)"):
+        local_checkpoint(folder, RecyclingArguments(output_dir=str(tmp_path / "out"), use_cpu=True))
+
+
+def test_what_lies_in_the_cache_is_found_there(online, tmp_path):
+    """Also if a repository's folder is a link to a larger disk; what only has a similar name is not of the cache."""
+    (online / "models--alice--x").mkdir(parents=True)
+    disk, beside = tmp_path / "disk", online.with_name("hub-2")
+    (disk / "checkpoint-4").mkdir(parents=True)
+    beside.mkdir()
+    (online / "models--alice--y").symlink_to(disk)
+    assert is_pulled(online / "models--alice--x")
+    assert is_pulled(str(online / "models--alice--y" / "checkpoint-4"))
+    assert not is_pulled(disk / "checkpoint-4")
+    assert not is_pulled(beside)
+
+
+def test_a_path_stays_a_path_of_text(tmp_path):
+    """The Trainer notes it in its state, which is JSON."""
+    args = RecyclingArguments(output_dir=str(tmp_path / "out"), use_cpu=True)
+    assert local_checkpoint(tmp_path, args) == str(tmp_path)
+    assert [local_checkpoint(source, args) for source in (None, True, False)] == [None, True, False]
 
 
 def edit_json(path: Path, **changes) -> None:

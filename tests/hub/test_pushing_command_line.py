@@ -26,17 +26,33 @@ def words(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_the_summary_says_what_was_not_published_and_how_to_publish_it(online, hub, words, tmp_path, capsys):
-    hub.faults.set([Fault("/commit/", status=403, times=1)])
+    hub.faults.set([Fault("/commit/", status=403, times=2)])
     assert main([*words, "--hub_model_id", "alice/summary"]) == 0
     summary = capsys.readouterr().out.partition("After 2 optimizer steps")[2]
-    command = f"hf-recycle push {tmp_path}/out/unpublished/0001-checkpoint-2 alice/summary"
-    assert command in summary
+    commands = [
+        f"hf-recycle push {tmp_path}/out/unpublished/0001-checkpoint-2 alice/summary",
+        f"hf-recycle push {tmp_path}/out alice/summary",
+    ]
+    assert hub.store.titles("alice/summary") == []
+    for command in commands:
+        assert f"{command}\n" in summary
+        assert main(command.split()[1:]) == 0
+    checkpoint, end = hub.store.titles("alice/summary")
+    assert checkpoint.startswith("step 2, loss")
+    assert "eval loss" in end
+
+
+@pytest.mark.slow
+def test_the_summary_does_not_ask_for_what_would_overwrite_a_newer_model(online, hub, words, tmp_path, capsys):
+    hub.faults.set([Fault("/commit/", status=403, times=1)])
+    assert main([*words, "--hub_model_id", "alice/summary-3"]) == 0
+    summary = capsys.readouterr().out.partition("After 2 optimizer steps")[2]
     # The model that is saved at the end, with its evaluation, was published.
-    (title,) = hub.store.titles("alice/summary")
+    (title,) = hub.store.titles("alice/summary-3")
     assert title.startswith("Model saved, step 2, loss")
     assert "eval loss" in title
-    assert main(command.split()[1:]) == 0
-    assert len(hub.store.titles("alice/summary")) == 2
+    assert "hf-recycle push" not in summary
+    assert not (tmp_path / "out" / "unpublished").exists()
 
 
 def test_a_right_that_is_missing_ends_it_before_the_first_step(online, words, tmp_path, monkeypatch, capsys):

@@ -1,5 +1,6 @@
 """Pushes of a checkpoint to a Hub in trouble, with the real client."""
 
+import json
 import os
 import re
 import shlex
@@ -291,6 +292,64 @@ def test_the_command_that_is_said_publishes_it(publisher, hub, name, tmp_path, r
     assert "checkpoint-4/optimizer.pt" in hub.store.paths(name, "step-4")
     assert not (tmp_path / "run" / "unpublished").exists()
     assert "commit" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("strategy", ["all checkpoints", "last checkpoint"])
+def test_an_older_model_is_published_late_without_touching_the_newer_one(
+    publisher, hub, name, tmp_path, run, capsys, strategy
+):
+    """Step 2 is given up, step 4 lands, and then the command that the report gives is run."""
+    weights = {step: (run / f"checkpoint-{step}" / "model.safetensors").read_bytes() for step in (2, 4)}
+    assert weights[2] != weights[4]
+    shutil.copytree(run, copy := tmp_path / "run")
+    for step in (2, 4):
+        hub.faults.set([Fault(COMMIT, status=403)] if step == 2 else [])
+        folder = f"checkpoint-{step}" if strategy == "all checkpoints" else "last-checkpoint"
+        push = Push(copy / f"checkpoint-{step}", name, f"step {step}", checkpoint=folder, tag=f"step-{step}")
+        publisher.submit(stage(push.to(always=True), copy, link=True))
+        publisher.finish()
+    (failed,) = publisher.unpublished
+    root = {path: hub.store.read(name, path) for path in hub.store.paths(name) if not path.startswith("checkpoint-2/")}
+    # Done, but it does not learn of it.
+    lost = [Fault(COMMIT, "lose_response", times=1), Fault("DELETE .*/branch/", "lose_response", times=1)]
+    hub.faults.set(lost)
+    assert push_command(failed.push.command.split()[2:]) == 0
+    assert all(fault.fired for fault in lost)
+    assert not (copy / "unpublished").exists()
+
+    now = {path: hub.store.read(name, path) for path in hub.store.paths(name)}
+    assert {path: content for path, content in now.items() if not path.startswith("checkpoint-2/")} == root
+    repository = hub.store.repositories["model", name]
+    assert set(repository.branches) == {"main"}
+    assert repository.tags["step-4"] in repository.commits
+    folders = ["checkpoint-2", "checkpoint-4"] if strategy == "all checkpoints" else ["last-checkpoint"]
+    assert sorted({path.partition("/")[0] for path in now if "checkpoint" in path}) == folders
+    for revision, step in (("main", 4), ("step-4", 4), ("step-2", 2)):
+        place = f"checkpoint-{step}/" if strategy == "all checkpoints" else "last-checkpoint/"
+        assert hub.store.read(name, "model.safetensors", revision) == weights[step]
+        assert hub.store.read(name, f"{place}model.safetensors", revision) == weights[step]
+        assert json.loads(hub.store.read(name, "recycling_stats.json", revision))["step"] == step
+    if strategy == "all checkpoints":
+        state = (run / "checkpoint-2" / "optimizer.pt").read_bytes()
+        assert hub.store.read(name, "checkpoint-2/optimizer.pt") == state
+
+
+def test_an_older_model_without_a_place_of_its_own_needs_one(publisher, hub, name, tmp_path, run, capsys):
+    shutil.copytree(run, copy := tmp_path / "run")
+    for step in (2, 4):
+        hub.faults.set([Fault(COMMIT, status=403)] if step == 2 else [])
+        push = Push(copy / f"checkpoint-{step}", name, f"step {step}", always=True)
+        publisher.submit(stage(push, copy, link=True))
+        publisher.finish()
+    command = publisher.unpublished[0].push.command
+    assert command in publisher.report()
+    words = command.split()[2:]
+    assert words[-1] == "--tag"
+    assert push_command(words[:-1]) == 2
+    assert "give this one a --tag, or another --revision" in capsys.readouterr().err
+    assert push_command([*words[:-1], "--revision", "second"]) == 0
+    assert commits(hub, name) == ["step 4"]
+    assert hub.store.titles(name, "second") == ["step 4", "step 2"]
 
 
 def test_pushing_by_hand(online, hub, name, run, capsys):

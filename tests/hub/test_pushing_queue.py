@@ -16,7 +16,7 @@ from publishing_runs import QUICK
 from hf_recycle.hub.job import Push
 from hf_recycle.hub.publisher import Publisher
 from hf_recycle.hub.retry import RetryPolicy, asked_for, passes
-from hf_recycle.hub.staging import stage, unstage
+from hf_recycle.hub.staging import FOLDER, leftovers, stage, unstage
 
 
 def refusal(status: int, **headers: str) -> HfHubHTTPError:
@@ -31,7 +31,7 @@ class FakeRepository:
 
     def __init__(self, trouble=lambda message, attempt: None, gate=None, policy=QUICK):
         self.trouble, self.gate, self.policy = trouble, gate, policy
-        self.attempts, self.landed, self.started = [], [], threading.Event()
+        self.attempts, self.landed, self.pushes, self.started = [], [], [], threading.Event()
 
     def publish(self, push):
         self.started.set()
@@ -42,6 +42,7 @@ class FakeRepository:
         if error is not None:
             raise error
         self.landed.append(push.message)
+        self.pushes.append(push)
         return SimpleNamespace(oid=push.message)
 
 
@@ -221,6 +222,149 @@ def test_a_mistake_of_ours_leaves_nobody_waiting(tmp_path):
     publisher.finish()
     assert future.result() is None
     assert "oops" in publisher.report()
+
+
+def staged(tmp_path, number, **more) -> Push:
+    """A push of a copy, as training makes them."""
+    folder = tmp_path / f"checkpoint-{number}"
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text("{}")
+    return stage(push(folder, number, **more), tmp_path, link=True)
+
+
+def test_what_is_cancelled_while_it_waits_goes_and_stops_nothing(tmp_path):
+    gate = threading.Event()
+    repository = FakeRepository(gate=gate)
+    publisher = Publisher(repository)
+    pushes = [staged(tmp_path, number, always=True) for number in range(3)]
+    futures = [publisher.submit(one) for one in pushes]
+    repository.started.wait(10)
+    assert [future.cancel() for future in futures[:2]] == [False, True], "what is on its way can't be called back"
+    gate.set()
+    publisher.finish()  # the test's own timeout is an assertion
+    assert repository.landed == ["0", "2"]
+    assert [future.cancelled() for future in futures] == [False, True, False]
+    assert not (tmp_path / FOLDER).exists(), "nothing is left of any"
+    assert publisher.report() == ""
+
+
+def test_what_is_cancelled_is_not_given_up_with_the_rest(tmp_path):
+    policy = RetryPolicy(first=0.01, longest=0.05, last_patience=0.3)
+    gate = threading.Event()
+    repository = FakeRepository(lambda message, attempt: refusal(503), gate, policy)
+    publisher = Publisher(repository)
+    pushes = [staged(tmp_path, number, always=True) for number in range(4)]
+    futures = [publisher.submit(one) for one in pushes]
+    repository.started.wait(10)
+    futures[1].cancel()
+    gate.set()
+    publisher.finish()
+    assert [future.cancelled() or future.result() for future in futures] == [None, True, None, None]
+    assert [item.push.message for item in publisher.unpublished] == ["0", "2", "3"]
+    assert [one.folder.exists() for one in pushes] == [True, False, True, True]
+
+
+def refuses(*messages):
+    """A repository that takes everything but these."""
+    return FakeRepository(lambda message, attempt: refusal(403) if message in messages else None)
+
+
+def left_by(publisher) -> list[tuple]:
+    return [(item.push.message, item.push.late, item.push.has_place) for item in publisher.unpublished]
+
+
+def test_what_was_given_up_is_forgotten_once_a_newer_push_has_landed(tmp_path, caplog):
+    repository = refuses("1", "2", "4")
+    publisher = Publisher(repository)
+    pushes = [staged(tmp_path, 1, revision="other"), *(staged(tmp_path, number) for number in (2, 3, 4))]
+    for one in pushes:
+        publisher.submit(one)
+        with caplog.at_level("WARNING"):
+            publisher.finish()
+    assert repository.landed == ["3"]
+    assert left_by(publisher) == [("1", False, True), ("4", False, True)], "of another branch, and newer"
+    assert [one.folder.exists() for one in pushes] == [True, False, False, True]
+    assert "'2' need not be published any more: '3' was" in caplog.text
+    assert leftovers(tmp_path) == [pushes[0], pushes[3]]
+
+
+@pytest.mark.parametrize(
+    ("older", "newer", "left"),
+    [
+        ({}, {}, None),
+        ({"checkpoint": "last-checkpoint"}, {"checkpoint": "last-checkpoint"}, None),
+        # The end of training publishes a model and nothing to resume from.
+        ({"checkpoint": "last-checkpoint"}, {"always": True}, "folder"),
+        ({"checkpoint": "checkpoint-1", "always": True}, {"checkpoint": "checkpoint-2", "always": True}, "folder"),
+        ({"checkpoint": "last-checkpoint", "tag": "step-1", "always": True}, {"checkpoint": "last-checkpoint"}, "tag"),
+        ({"always": True}, {"always": True}, "nothing"),
+    ],
+)
+@pytest.mark.parametrize("is_staged", [True, False])
+def test_what_is_left_of_an_older_push(tmp_path, older, newer, left, is_staged):
+    publisher = Publisher(refuses("1"))
+    first = staged(tmp_path, 1, **older)
+    publisher.submit(first)
+    publisher.finish()
+    publisher.submit(staged(tmp_path, 2, **newer) if is_staged else push(tmp_path, 2, **newer))
+    publisher.finish()
+    if left is None:
+        assert publisher.report() == ""
+        assert leftovers(tmp_path) == []
+        return
+    (item,) = publisher.unpublished
+    assert leftovers(tmp_path) == [item.push], "noted for later, too"
+    assert (item.push.late, item.push.folder, item.push.checkpoint) == (True, first.folder, older.get("checkpoint"))
+    assert item.push.folder_taken is (left != "folder")
+    assert item.push.has_place is (left != "nothing")
+    assert item.push.command.endswith("alice/fake --tag") is (left == "nothing"), "a tag is a place"
+
+
+def test_what_is_newer_than_a_push_that_lands_late_stays(tmp_path, monkeypatch):
+    """The program ends, gives up all that wait, and the first of them lands after all."""
+    at_exit, gate = [], threading.Event()
+    monkeypatch.setattr(atexit, "register", at_exit.append)
+    repository = FakeRepository(gate=gate)
+    publisher = Publisher(repository)
+    pushes = [staged(tmp_path, number, always=number == 2) for number in (1, 2, 3)]
+    publisher.submit(pushes[0])
+    repository.started.wait(10)
+    for one in pushes[1:]:
+        publisher.submit(one)
+    at_exit[0]()
+    publisher.abandon(grace=0.05)
+    gate.set()
+    publisher.finish()
+    assert repository.landed == ["1"]
+    assert leftovers(tmp_path) == pushes[1:]
+
+
+def test_what_is_taken_up_behind_a_newer_push_is_not_put_over_it(tmp_path):
+    gate = threading.Event()
+    repository = FakeRepository(gate=gate)
+    publisher = Publisher(repository)
+    older = [staged(tmp_path, 1), staged(tmp_path, 2, always=True, tag="step-2")]
+    publisher.submit(staged(tmp_path, 3))
+    repository.started.wait(10)
+    futures = [publisher.submit(one) for one in older]
+    gate.set()
+    publisher.finish()
+    assert futures[0].cancelled()
+    assert [(one.message, one.late) for one in repository.pushes] == [("3", False), ("2", True)]
+    assert not (tmp_path / FOLDER).exists()
+
+
+def test_by_hand_the_newest_first(tmp_path):
+    """What else an earlier run left is then late: by another process, which forgets nothing that it was not given."""
+    pushes = [staged(tmp_path, 1), staged(tmp_path, 2, tag="step-2"), staged(tmp_path, 3), staged(tmp_path, 4)]
+    publisher = Publisher(FakeRepository(), says_failures=False)
+    publisher.submit(pushes[2])
+    publisher.finish()
+    assert [(one.message, one.late, one.has_place) for one in leftovers(tmp_path)] == [
+        ("1", True, False),
+        ("2", True, True),
+        ("4", False, True),
+    ]
 
 
 @pytest.mark.parametrize(

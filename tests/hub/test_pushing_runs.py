@@ -176,6 +176,47 @@ def test_a_hub_that_never_takes_a_commit_costs_no_training_and_loses_nothing(
     assert not (run / FOLDER).exists()
 
 
+def test_what_a_run_gave_up_is_not_put_over_what_it_has_published_since(online, hub, tmp_path):
+    """Neither forgotten nor taken up wrongly: step 2 is refused, step 4 lands, and the run goes on."""
+    for strategy, kept in (("every_save", []), ("all_checkpoints", ["checkpoint-2"])):
+        name, run = f"alice/overtaken-{strategy.replace('_', '-')}", tmp_path / strategy
+        hub.faults.set([Fault(COMMIT, status=403, times=1)])
+        trainer = make_trainer(run, hub_model_id=name, hub_strategy=strategy, max_steps=4)
+        trainer.publisher.submit = one_after_the_other(trainer.publisher)
+        trainer.train()
+        assert [title.split(",")[0] for title in hub.store.titles(name)] == ["step 4"]
+        assert [item.push.checkpoint for item in trainer.publisher.unpublished] == kept
+        root = model_at(hub, name)
+
+        resumed = make_trainer(run, hub_model_id=name, hub_strategy=strategy, max_steps=5, save_steps=10)
+        resumed.args.save_strategy = "no"
+        resumed.train(resume_from_checkpoint=True)
+        titles = [title.split(",")[0] for title in hub.store.titles(name)]
+        assert titles[:2] == ["step 4", *(["step 2"] if kept else [])]
+        if kept:
+            late = next(
+                c for c in hub.store.repositories["model", name].commits.values() if c.title.startswith("step 2")
+            )
+            assert model_at(hub, name, late.sha) == root
+            assert (
+                model_at(hub, name, late.sha, "checkpoint-2/") == (run / "checkpoint-2/model.safetensors").read_bytes()
+            )
+        assert resumed.publisher.report() == ""
+        assert not (run / FOLDER).exists()
+
+
+def one_after_the_other(publisher):
+    """Or a push may wait for the next one, which replaces it."""
+    submit = publisher.submit
+
+    def submit_and_wait(push):
+        future = submit(push)
+        future.result()
+        return future
+
+    return submit_and_wait
+
+
 def test_a_hub_that_comes_dies_and_comes_back_while_training(online, tmp_path, monkeypatch, caplog):
     """Away at the start, there from step 1, killed at step 3 and restarted at step 5."""
     store = tmp_path / "store"
