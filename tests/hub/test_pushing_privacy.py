@@ -16,6 +16,10 @@ from transformers import TrainingArguments
 from hf_recycle import RecyclingArguments
 from hf_recycle.hub.layout import checkpoint_files, has_weights, model_files, replaced_files
 from hf_recycle.hub.privacy import Secrets, Withheld
+from hf_recycle.studies.lock import _LOCK_FILE
+from hf_recycle.studies.one_shot import CURVES_FILE
+from hf_recycle.studies.results import RESULT_FILE
+from hf_recycle.studies.runner import LOG_FILE, SETTINGS_FILE
 
 TOKEN = "hf_" + "abcdefghijklmnopqrstuvwxyz012345"
 SECRETS = Secrets((TOKEN,), ("/home/wanda/texts", "/home/wanda"), "wanda-hub/bert")
@@ -147,6 +151,7 @@ def test_what_of_a_folder_goes_where(tmp_path):
         "unpublished/0001-x/config.json",
         "tmp-checkpoint-3/config.json",
     ]
+    never += [SETTINGS_FILE, LOG_FILE, RESULT_FILE, CURVES_FILE, _LOCK_FILE]  # a study's
     for name in model + state + never:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("x")
