@@ -9,9 +9,10 @@ import numpy as np
 from huggingface_hub import HfApi
 
 from hf_recycle.analysis.model import analyze, recycling_history
-from hf_recycle.analysis.source import Source
+from hf_recycle.analysis.source import INDEX, WEIGHTS, Source
 from hf_recycle.analysis.tables import table
 from hf_recycle.errors import UserError
+from hf_recycle.files import CONFIG_FILE
 from hf_recycle.hub.explain import explained
 from hf_recycle.report.naming import short_names
 
@@ -66,13 +67,16 @@ def analyze_revisions(
     states: list[RevisionState] = []
     for commit, name in _revisions(repo, token):
         source = Source(repo, commit, token)
-        if source.file("config.json") is None:
-            continue  # before the first model, as a rule the commit that made the repository
+        if not _holds_a_model(source):
+            continue  # as a rule the commit that made the repository, or one before the weights
         state = _state(source, name, pattern)
         if not any((state.step, state.quantiles) == (other.step, other.quantiles) for other in states):
             states.append(state)
     if not states:
-        raise UserError(f"{repo} holds no model at any revision")
+        raise UserError(
+            f"{repo} holds no model at any revision: none has a config.json with recycling files or with {WEIGHTS} "
+            "beside it (other formats of weights are not read from the Hub)"
+        )
     if all(state.step is not None for state in states):
         states.sort(key=lambda state: state.step or 0)
     return states
@@ -105,6 +109,12 @@ def _revisions(repo: str, token: str | None) -> list[tuple[str, str]]:
         tags = {tag.target_commit: tag.name for tag in api.list_repo_refs(repo).tags}
     found = [(commit, tags.get(commit, commit[:8])) for commit in commits]
     return found + [(commit, name) for commit, name in tags.items() if commit not in commits]
+
+
+def _holds_a_model(source: Source) -> bool:
+    """Whether there is something to analyze. The weights come last, because asking for them downloads them."""
+    named = source.file("config.json") is not None
+    return named and any(source.file(name) is not None for name in (CONFIG_FILE, INDEX, WEIGHTS))
 
 
 def _state(source: Source, name: str, pattern: str | None) -> RevisionState:

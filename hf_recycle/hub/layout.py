@@ -29,6 +29,10 @@ _NEVER_ON_TOP = (
     "unpublished",
     "checkpoint-*",
     "last-checkpoint",
+    # What a study keeps of its runs; it names folders of this machine.
+    "study_settings.yaml",
+    "study_result.json",
+    "study_prune_curves.json",
 )
 _SAFETENSORS = re.compile(r"(model|adapter_model)(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 _PICKLED = re.compile(r"(pytorch_model|adapter_model)(-\d+-of-\d+)?\.bin(\.index\.json)?")

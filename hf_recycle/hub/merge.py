@@ -44,16 +44,27 @@ def merge_card(theirs: str, ours: str) -> str:
 
     Args:
         theirs: any text, also empty or damaged.
-        ours: a card made by `compose_card`.
+        ours: a card made by `compose_card`; its header may have been damaged since.
+
+    Raises:
+        ValueError: `ours` lacks our marks.
     """
     our_raw, our_text = _split(ours)
-    our_header = yaml.safe_load(our_raw)
+    our_header = _load(our_raw) or {}
     their_raw, their_text = _split(theirs.removeprefix("\ufeff"))
     pieces = _pieces(their_text)
     own = "".join(text for is_own, text in pieces if is_own)
     header = _merge_header(their_raw, _digests_in(own or their_text), our_header)
     kept = [(is_own, text) for is_own, text in pieces if is_own or not _HEADER_MARK.match(text)]
-    return f"---\n{header}---\n{_merge_text(kept, our_text[our_text.index(BEGIN) :])}"
+    # Without anything in it, two rules would be no header but text.
+    top = f"---\n{header}---\n" if header else ""
+    return top + _merge_text(kept, our_text[our_text.index(BEGIN) :])
+
+
+def valid_card(card: str) -> str:
+    """A card that the Hub takes: as it is, but a header that is no mapping of YAML becomes text, an empty one goes."""
+    raw, text = _split(card)
+    return card if _load(raw) else text
 
 
 # ---- Text ----

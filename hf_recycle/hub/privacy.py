@@ -86,8 +86,8 @@ class Secrets:
         return scrub_text(self._without_tokens(text))
 
     def card(self, text: str) -> str:
-        for place in self.places:
-            text = text.replace(place, "…")
+        for place in self._places:
+            text = place.sub("…", text)
         return self._without_tokens(text)
 
     def _text(self, data: bytes, path: Path) -> bytes:
@@ -104,15 +104,19 @@ class Secrets:
 
     def _json(self, value: Any, key: str = "") -> Any:
         if isinstance(value, dict):
-            return {name: self._json(item, name) for name, item in value.items()}
+            return {name: item if _is_learnt(name, item) else self._json(item, name) for name, item in value.items()}
         if isinstance(value, list):
             return [self._json(item, key) for item in value]
         if not isinstance(value, str):
             return value
-        if _PLACE.fullmatch(key) or any(place in value for place in self.places):
+        if _PLACE.fullmatch(key) or any(place.search(value) for place in self._places):
             # A repository's name is no place, though it has a slash.
             value = self.place(value) if not _is_relative(value) else _last_part(value, key)
         return self._without_tokens(value)
+
+    @cached_property
+    def _places(self) -> list[re.Pattern[str]]:
+        return [_pattern(place) for place in self.places]
 
     def _without_tokens(self, text: str) -> str:
         for token in self.tokens:
@@ -136,6 +140,21 @@ class Secrets:
         for part in _parts(data):
             if _TOKEN.search(part) or any(token.encode() in part for token in self.tokens):
                 raise Withheld("it holds an access token")
+
+
+def _pattern(place: str) -> re.Pattern[str]:
+    """Finds a folder in a text, alone or at the beginning of a path.
+
+    One right under the root, as containers work in, is spelled like a part of other names (alice/data-bert, ./data,
+    https://x.org/data, </data>), so it counts only where it is a path of its own. Deeper ones are found anywhere.
+    """
+    words = re.escape(place)
+    return re.compile(rf"(?<![\w.~}}-])(?<!:/){words}(?!\w|[.-]+\w|>)" if place.count("/") == 1 else words)
+
+
+def _is_learnt(name: str, value: Any) -> bool:
+    """Whether an entry of a JSON file is what a tokenizer learnt, where "/data" may be a token."""
+    return name in ("vocab", "merges") and not isinstance(value, str)
 
 
 def _is_relative(text: str) -> bool:

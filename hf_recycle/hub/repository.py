@@ -26,7 +26,7 @@ from hf_recycle.errors import UserError
 from hf_recycle.files import package_version
 from hf_recycle.hub.job import Push
 from hf_recycle.hub.layout import CARD, checkpoint_files, model_files, replaced_files
-from hf_recycle.hub.merge import merge_card
+from hf_recycle.hub.merge import merge_card, valid_card
 from hf_recycle.hub.privacy import Secrets, Withheld
 from hf_recycle.hub.retry import Result, RetryPolicy, insist, limit_waiting, say, status_of
 
@@ -281,4 +281,4 @@ def _merged(theirs: str, ours: str) -> str:
     try:
         return merge_card(theirs, ours)
     except ValueError:
-        return theirs or ours
+        return theirs or valid_card(ours)

@@ -41,10 +41,12 @@ def losses(results: StudyResults, plan: FigurePlan) -> Figure | None:
     if not panel.lines:
         return None
     panel.set(xlabel="optimizer steps", ylabel="evaluation loss (nats per predicted token)")
-    # The fall of the first steps would flatten what tells the arms apart.
-    lines = [line.get_ydata() for line in panel.lines]
-    low, high = min(line.min() for line in lines), max(line[len(line) // 4] for line in lines)
-    panel.set_ylim(low - 0.05 * (high - low + 1e-3), high + 0.05 * (high - low + 1e-3))
+    # The fall of the first steps would flatten what tells the arms apart. A run that diverged has no losses to show.
+    drawn = [line.get_ydata() for line in panel.lines]
+    lines = [finite for line in drawn if len(finite := line[np.isfinite(line)])]
+    if lines:
+        low, high = min(line.min() for line in lines), max(line[len(line) // 4] for line in lines)
+        panel.set_ylim(low - 0.05 * (high - low + 1e-3), high + 0.05 * (high - low + 1e-3))
     return _titled(figure, panel, plan)
 
 

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+DIVERGED = "a run diverged"
+"""In the place of a number, where the loss of a run is not finite."""
+
 _MAX_EXACT = 16  # seeds up to which all sign flips are counted: 65,536 of them
 
 
@@ -17,10 +20,10 @@ class PairedDifference:
     """The mean difference of an arm from the baseline over seeds that both ran.
 
     Attributes:
-        mean: arm minus baseline.
-        low, high: 95% confidence interval by Student's t; None with one seed.
-        p: two-sided p-value of the exact sign-flip test; None with one seed or more than 16. The smallest possible is
-            2^(1 − n): 0.25 with three seeds.
+        mean: arm minus baseline; not finite if a run diverged.
+        low, high: 95% confidence interval by Student's t; None with one seed, or if a run diverged.
+        p: two-sided p-value of the exact sign-flip test; None with one seed or more than 16, or if a run diverged. The
+            smallest possible is 2^(1 − n): 0.25 with three seeds.
         seeds: n.
     """
 
@@ -30,12 +33,19 @@ class PairedDifference:
     p: float | None
     seeds: int
 
+    @property
+    def diverged(self) -> bool:
+        """Whether the loss of a run, of either arm, was not finite."""
+        return not math.isfinite(self.mean)
+
 
 def paired_difference(arm: Sequence[float], baseline: Sequence[float]) -> PairedDifference:
     """Compares the results of two arms, seed by seed: `(n,)` each, in the same order of seeds."""
-    differences = np.asarray(arm, dtype=np.float64) - np.asarray(baseline, dtype=np.float64)
-    n, mean = len(differences), float(differences.mean())
-    if n < 2:
+    with np.errstate(invalid="ignore"):  # of two infinite losses
+        differences = np.asarray(arm, dtype=np.float64) - np.asarray(baseline, dtype=np.float64)
+        n, mean = len(differences), float(differences.mean())
+    # Nothing compares with NaN: a test would count no sign flip, which looks like the smallest p of all.
+    if n < 2 or not np.isfinite(differences).all():
         return PairedDifference(mean, None, None, None, n)
     half = student_t_quantile(0.975, n - 1) * float(differences.std(ddof=1)) / math.sqrt(n)
     return PairedDifference(mean, mean - half, mean + half, _sign_flip(differences), n)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 import os
 import platform
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ import torch
 
 from hf_recycle.files import package_version, write_bytes
 from hf_recycle.studies.figures import FIGURES
-from hf_recycle.studies.inference import PairedDifference, paired_difference
+from hf_recycle.studies.inference import DIVERGED, PairedDifference, paired_difference
 from hf_recycle.studies.published import PUBLISHED_LOSS_DIFFERENCES, counts_rows
 from hf_recycle.studies.results import RunResult, StudyResults
 from hf_recycle.studies.statements import check
@@ -30,6 +31,8 @@ class ArmRow:
     """A line of the report's table: losses in nats, differences from the baseline paired by seed.
 
     Attributes:
+        mean: not finite if a run diverged.
+        spread: standard deviation over seeds; None with one seed, or if a run diverged.
         tokens, seconds: means over runs; None if one is unknown.
         at_equal_time: mean evaluation loss after the training time of the quickest arm.
     """
@@ -78,7 +81,7 @@ def _row(results: StudyResults, arm: str, about: str, seconds: float | None) -> 
         about=about,
         seeds=len(runs),
         mean=float(np.mean(losses)),
-        spread=float(np.std(losses, ddof=1)) if len(losses) > 1 else None,
+        spread=float(np.std(losses, ddof=1)) if len(losses) > 1 and np.isfinite(losses).all() else None,
         difference=_paired([(one.eval_loss, two.eval_loss) for one, two in pairs]),
         tokens=_mean([run.tokens for run in runs]),
         seconds=_mean([run.seconds for run in runs]),
@@ -181,12 +184,16 @@ def _machine(jobs: int) -> str:
 def _difference(found: PairedDifference | None) -> str:
     if found is None:
         return "–"
+    if found.diverged:
+        return DIVERGED
     interval = "" if found.low is None else f" [{found.low:+.4f}, {found.high:+.4f}]"
     return f"{found.mean:+.4f}{interval}"
 
 
 def _number(value: float | None, digits: int = 4, scale: float = 1.0) -> str:
-    return "–" if value is None else f"{value / scale:,.{digits}f}"
+    if value is None:
+        return "–"
+    return f"{value / scale:,.{digits}f}" if math.isfinite(value) else DIVERGED
 
 
 def _shares(shares: dict[int, float] | None) -> str:
@@ -210,6 +217,6 @@ def summary_table(rows: Sequence[ArmRow]) -> str:
     for row in rows:
         spread = f" ± {row.spread:.4f}" if row.spread is not None else ""
         lines.append(
-            f"{row.arm:<{width}}  {row.seeds:>5}  {f'{row.mean:.4f}{spread}':<19}  {_difference(row.difference)}"
+            f"{row.arm:<{width}}  {row.seeds:>5}  {_number(row.mean) + spread:<19}  {_difference(row.difference)}"
         )
     return "\n".join(lines)

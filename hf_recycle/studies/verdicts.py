@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from hf_recycle.methods.registry import Registry
-from hf_recycle.studies.inference import PairedDifference, paired_difference
+from hf_recycle.studies.inference import DIVERGED, PairedDifference, paired_difference
 from hf_recycle.studies.results import StudyResults
 
 HOLDS, FAILS, UNCLEAR, MISSING = "holds", "does not hold", "not shown at this scale", "not measured"
@@ -78,6 +78,8 @@ def below_zero(found: PairedDifference) -> str:
 
 
 def told(one: str, two: str, found: PairedDifference) -> str:
+    if found.diverged:
+        return f"evaluation loss of {one} minus {two}: {DIVERGED}"
     interval = "one seed" if found.low is None else f"95% interval {found.low:+.4f} to {found.high:+.4f}"
     return f"evaluation loss of {one} minus {two}: {found.mean:+.4f} nats ({interval})"
 

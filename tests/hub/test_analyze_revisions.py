@@ -60,6 +60,32 @@ def test_all_revisions(repo, hub, tmp_path, capsys):
     assert figures == {"revision_magnitudes.png", "revision_counts.png"}
 
 
+def test_commits_without_weights_that_can_be_read_are_left_out(online, hub, tmp_path, capsys):
+    """Of a repository that began with a configuration, then had pickled weights, then shards of safetensors."""
+    api = HfApi(endpoint=hub.url, token=ALICE)
+    name = api.create_repo("alice/early", exist_ok=True).repo_id
+    early, sharded = tmp_path / "early", tmp_path / "sharded"
+    model(1).config.save_pretrained(early)
+    api.upload_folder(repo_id=name, folder_path=early, commit_message="config")
+    torch.save(model(1).state_dict(), early / "pytorch_model.bin")
+    api.upload_folder(repo_id=name, folder_path=early, commit_message="pickled")
+
+    assert main(["analyze", name, "--revisions", "all"]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith(f"error: {name} holds no model at any revision")
+    assert "\n" not in error
+
+    model(2).save_pretrained(sharded, max_shard_size="8KB")
+    assert (sharded / "model.safetensors.index.json").exists()
+    commit = api.upload_folder(repo_id=name, folder_path=sharded, commit_message="sharded").oid
+    api.upload_folder(repo_id=name, folder_path=early, commit_message="pickled, too", path_in_repo="old")
+
+    (state,) = analyze_revisions(name, "all")
+    assert state.commit == commit
+    for block, magnitudes in neuron_magnitudes(model(2)).items():
+        assert state.quantiles[block]["0.5"] == pytest.approx(float(magnitudes.quantile(0.5)), rel=1e-5)
+
+
 def test_named_revisions_and_one_revision(repo, capsys):
     assert main(["analyze", repo, "--revisions", "second,main"]) == 0
     assert "second" in capsys.readouterr().out

@@ -1,5 +1,6 @@
 """Merging a card with the one that is there: nothing that a person wrote is lost."""
 
+import pytest
 import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
@@ -76,6 +77,23 @@ def test_a_damaged_header_is_kept_as_text():
     assert "license: [mit" in merged
     assert "Text" in merged
     assert ModelCard(merged).data.library_name == "transformers"
+
+
+@pytest.mark.parametrize(
+    "header", ["", "---\n---\n", "---\n# nothing\n---\n", "---\njust words\n---\n", "---\n- a\n---\n"]
+)
+@pytest.mark.parametrize("theirs", ["", "# Mine\n", "---\nlicense: mit\n---\n# Mine\n", OURS])
+def test_ours_without_a_header(header, theirs):
+    """As in a folder whose card was edited: what we have lost there is no fact of ours any more."""
+    ours = header + OURS[OURS.index(BEGIN) :]
+    merged = merge_card(theirs, ours)
+    assert merge_card(merged, ours) == merged
+    assert merged.count(BEGIN) == merged.count(END) == 1
+    assert ("# Mine" in merged) == ("# Mine" in theirs)
+    kept = {"license": "mit"} if "license" in theirs else None
+    assert (header_of(merged) if REGEX_YAML_BLOCK.match(merged) else None) == kept
+    with pytest.raises(ValueError, match="substring"):
+        merge_card(theirs, header + "# A card without our marks\n")
 
 
 def test_the_end_mark_lost_loses_no_text():

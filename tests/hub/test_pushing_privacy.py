@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,10 @@ from transformers import TrainingArguments
 from hf_recycle import RecyclingArguments
 from hf_recycle.hub.layout import checkpoint_files, has_weights, model_files, replaced_files
 from hf_recycle.hub.privacy import Secrets, Withheld
+from hf_recycle.studies.lock import _LOCK_FILE
+from hf_recycle.studies.one_shot import CURVES_FILE
+from hf_recycle.studies.results import RESULT_FILE
+from hf_recycle.studies.runner import LOG_FILE, SETTINGS_FILE
 
 TOKEN = "hf_" + "abcdefghijklmnopqrstuvwxyz012345"
 SECRETS = Secrets((TOKEN,), ("/home/wanda/texts", "/home/wanda"), "wanda-hub/bert")
@@ -49,6 +54,60 @@ def test_json_loses_places_and_tokens_and_nothing_else(tmp_path):
 def test_a_name_on_the_hub_is_no_place(tmp_path):
     config = {"_name_or_path": "google-bert/bert-base-uncased"}
     assert json.loads(published(tmp_path / "config.json", config)) == config
+
+
+# In a container, with the working directory /data and the output folder /data/bert.
+CONTAINER = Secrets((), ("/data/bert", "/root", "/data"), "alice/data-bert")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "alice/data-bert",
+        "from alice/data and alice/data.v2",
+        "https://huggingface.co/alice/data-bert/tree/main",
+        "https://example.org/data/x, http://data/y",
+        "./data/train.txt, ~/data/x, ${HOME}/data/x, ../data",
+        "/database/x, /data-old, /data_old, /data.txt, /rooted",
+        "<data>x</data>",
+        "and/or, input/data",
+    ],
+)
+def test_a_short_working_directory_is_not_seen_in_ordinary_words(tmp_path, text):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"note": text, "notes": [text]}))
+    assert CONTAINER.content(path) == path
+    assert CONTAINER.card(text) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "card"),
+    [
+        ("/data", "…"),
+        ("/data/x/y.txt", "…/x/y.txt"),
+        ("in `/data/x`, (/data), [x](/data/x) and /data.", "in `…/x`, (…), [x](…/x) and …."),
+        ("--train_file=/data/x.txt", "--train_file=…/x.txt"),
+        ("file:///data/x host:/data/x", "file://…/x host:…/x"),
+        ("/data/bert/checkpoint-2, /root/.cache", "…/checkpoint-2, …/.cache"),
+        ("/mnt/data/bert/x", "/mnt…/x"),  # deeper folders are found anywhere
+    ],
+)
+def test_a_short_working_directory_and_what_is_below_it_are_hidden(tmp_path, text, card):
+    assert CONTAINER.card(text) == card
+    (tmp_path / "config.json").write_text(json.dumps({"note": text}))
+    told = CONTAINER.content(tmp_path / "config.json")
+    assert isinstance(told, bytes)
+    assert not re.search("/(data|root)", told.decode())
+
+
+def test_what_a_tokenizer_learnt_is_left_alone(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    learnt = {"vocab": [["/data", -1.5], ["/root", -2]], "merges": [["/data", "base"], "/ data"]}
+    path.write_text(json.dumps({"model": learnt}))
+    assert CONTAINER.content(path) == path
+    path.write_text(json.dumps({"model": {**learnt, "vocab": "/data/vocab.txt", "from": "/data/x"}}))
+    told = json.loads(CONTAINER.content(path))
+    assert told == {"model": {**learnt, "vocab": "vocab.txt", "from": "x"}}
 
 
 @given(
@@ -147,6 +206,7 @@ def test_what_of_a_folder_goes_where(tmp_path):
         "unpublished/0001-x/config.json",
         "tmp-checkpoint-3/config.json",
     ]
+    never += [SETTINGS_FILE, LOG_FILE, RESULT_FILE, CURVES_FILE, _LOCK_FILE]  # a study's
     for name in model + state + never:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("x")

@@ -53,6 +53,18 @@ def test_one_seed_has_no_interval():
     assert (found.mean, found.low, found.high, found.p, found.seeds) == (0.5, None, None, None, 1)
 
 
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize("n", [1, 3, 20])
+@pytest.mark.parametrize(("arm", "baseline"), [(NAN, 1.0), (1.0, NAN), (INF, 1.0), (INF, INF), (NAN, NAN)])
+def test_a_run_that_diverged_leaves_no_interval_and_no_p(n, arm, baseline):
+    found = paired_difference([arm, *[2.0] * (n - 1)], [baseline, *[1.0] * (n - 1)])
+    assert (found.low, found.high, found.p, found.seeds) == (None, None, None, n)
+    assert found.diverged
+    assert not paired_difference([2.0] * n, [1.0] * n).diverged
+
+
 @given(st.lists(st.floats(-10, 10), min_size=2, max_size=8))
 def test_the_sign_flip_test_counts_all_flips(differences):
     observed = abs(sum(differences))

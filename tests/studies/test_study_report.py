@@ -1,4 +1,5 @@
 import io
+import re
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -117,6 +118,34 @@ def test_times_that_differ_between_seeds_are_warned_of(made_up, tmp_path):
     assert unsteadiness(results) == 1.3
     for page in write_report(results, tmp_path, "hf-recycle study x", jobs=1):
         assert "up to 1.3 times as long" in page.read_text()
+
+
+@pytest.mark.parametrize("diverged", [float("nan"), float("inf")])
+def test_a_run_that_diverged(made_up, tmp_path, diverged):
+    """Its arm has no numbers, and none is made up for it; those of the other arms are as they were."""
+    losses = {"baseline": [2.0, 2.1, 2.05], "plain": [2.02, diverged, 2.11], "half": [2.2, 2.3, 2.2]}
+    results = made_up(
+        losses,
+        figures=[("losses", "Losses", losses), ("differences", "Differences", losses)],
+        statements=["recycling_does_not_beat_the_baseline"],
+    )
+    for page in write_report(results, tmp_path / "report", "command", jobs=1):
+        text = page.read_text()
+        assert "a run diverged" in text
+        assert not re.search(r"\b(nan|inf)\b", re.sub(r'data:image[^"]*', "", text))
+        assert "Figures not drawn" not in text
+    markdown = (tmp_path / "report" / "report.md").read_text()
+    table = markdown.partition("## Results")[2].partition("±:")[0]
+    cells = {row.strip("| ").split(" | ")[0]: row.strip("| ").split(" | ") for row in table.splitlines()}
+    assert cells["plain"][1:5] == ["3", "a run diverged", "a run diverged", "–"]
+    assert cells["plain"][7:] == ["a run diverged", "a run diverged"]
+    assert cells["half"][4] == "0.250"
+    assert "evaluation loss of plain minus baseline: a run diverged" in markdown
+    assert "**not shown at this scale**" in markdown
+    table = summary_table(arm_rows(results)).splitlines()
+    assert re.fullmatch(r"plain +3  a run diverged +a run diverged", table[2])
+    everywhere = made_up({"all": [diverged]}, figures=[("losses", "Losses", ["all"])])
+    assert "Figures not drawn" not in write_report(everywhere, tmp_path / "all", "command", jobs=1)[0].read_text()
 
 
 class _Page(HTMLParser):
