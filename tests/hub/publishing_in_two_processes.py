@@ -15,6 +15,8 @@ import httpx2
 sys.path.insert(0, str(Path(__file__).parent))
 from publishing_runs import make_trainer
 
+from hf_recycle.cli.leaving import leave
+
 FOLDER, RANK = Path(sys.argv[1]), int(os.environ["RANK"])
 OPTIONS = {"hub_strategy": "checkpoint", "hub_always_push": True, "save_steps": 3}
 
@@ -57,3 +59,5 @@ if RANK == 1:
 trainer.save_model()
 note = {"refused": refused, "requests": requests, "name": trainer.hub_model_id}
 (FOLDER / f"rank-{RANK}.json").write_text(json.dumps(note))
+# As `hf-recycle train` does: torch now and then aborts a process that is done, while the interpreter is taken apart.
+leave(0)
