@@ -146,8 +146,3 @@ class RecyclingArguments(TrainingArguments):
         names = [method.prefix + item.name for method in METHODS for item in fields(method)]
         names += ["masked_head", "recompute_activations", "onednn_linear", "deterministic_masking", "ff_pattern"]
         return {name: getattr(self, name) for name in names}
-
-    @property
-    def any_method(self) -> bool:
-        """Whether anything of this package changes training or records its course."""
-        return any(self.method_settings(method).enabled for method in METHODS)

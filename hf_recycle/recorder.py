@@ -186,11 +186,6 @@ class HistoryRecorder:
         recorder._table = table.replace_schema_metadata(None)
         return recorder
 
-    def truncate(self, step: int) -> None:
-        """Forget the rows after optimizer step `step`, as when an older checkpoint is restored."""
-        table = self.to_table()
-        self._table = table.filter(pc.less_equal(table["step"], step))
-
 
 def rows_of_kind(table: pa.Table, kind: str) -> pa.Table:
     """The rows of a history that record one of `KINDS`."""

@@ -93,8 +93,6 @@ def test_values_arrive_in_the_settings(make):
     assert arguments.method_settings(RecyclingSettings).enabled
     assert arguments.method_settings(MidpointSettings).weight == 0.5
     assert arguments.method_settings(MagnitudeSettings).steps == 0.1
-    assert arguments.any_method
-    assert not make().any_method
     flat = arguments.method_arguments()
     assert flat["recycle_steps"] == 5
     assert set(DOCUMENTED) <= set(flat)

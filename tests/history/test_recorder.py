@@ -50,17 +50,6 @@ def test_a_recorder_goes_on_from_its_table(before, after):
     assert whole["step"].to_pylist() == [action[1] for action in before + after]
 
 
-@settings(max_examples=40, deadline=None)
-@given(ACTIONS, STEPS, st.booleans())
-def test_truncate_forgets_what_came_later(actions, step, flushed):
-    recorder = play(HistoryRecorder(), actions)
-    everything = recorder.to_table().to_pylist() if flushed else None
-    recorder.truncate(step)
-    kept = recorder.to_table().to_pylist()
-    everything = everything or play(HistoryRecorder(), actions).to_table().to_pylist()
-    assert kept == [row for row in everything if row["step"] <= step]
-
-
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.floats(width=32), max_size=200))
 def test_magnitudes_of_any_floats(values):
