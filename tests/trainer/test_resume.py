@@ -62,7 +62,7 @@ def interrupt_and_compare(train, at: int, **settings):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("at", [1, 5, 11])
+@pytest.mark.parametrize("at", [*(pytest.param(at, marks=pytest.mark.slow) for at in (1, 11)), 5])
 def test_resume_is_exact(method, at, train):
     """48 samples in batches of 4: the second pass over the data begins at step 12, the third at 24."""
     whole, _ = interrupt_and_compare(train, at, max_steps=15, **METHODS[method])
@@ -70,7 +70,7 @@ def test_resume_is_exact(method, at, train):
         assert whole.recycling.table.phases == 4
 
 
-@pytest.mark.parametrize("at", [12, 13, 20])
+@pytest.mark.parametrize("at", [12, *(pytest.param(at, marks=pytest.mark.slow) for at in (13, 20))])
 def test_resume_is_exact_at_and_after_the_end_of_a_pass(at, train):
     interrupt_and_compare(train, at, max_steps=26, **EVERYTHING)
 
