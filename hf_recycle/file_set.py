@@ -97,9 +97,7 @@ def _read(folder: Path) -> FileSet:
     # Only now: what has its checksum after it was read had it before.
     for name, checksum in config.get(_CHECKSUMS, {}).items():
         if name in files.RECYCLING_FILES and _checksum(folder / name) != checksum:
-            fail(
-                folder, f"{name} was not saved together with {files.CONFIG_FILE}", "save it again, or use a checkpoint"
-            )
+            fail(folder / name, f"it was not saved together with {files.CONFIG_FILE}", "save both again")
     check_agreement(folder, config, tensors, history, stats)
     return FileSet(config, tensors, history, stats)
 

@@ -46,7 +46,7 @@ class FinishedRunMixin(Trainer):
         return super()._finalize_training(trial, num_train_samples, start_time)
 
     def _loss_of_all_steps(self) -> float:
-        """The sum of the losses of all steps: those that were logged, each a mean since the one before, and the rest."""
+        """The sum of the losses of all steps: what was logged, each a mean since the one before, and the rest."""
         total, last = 0.0, 0
         for row in self.state.log_history:
             if "loss" in row:
