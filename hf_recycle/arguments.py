@@ -117,8 +117,8 @@ class RecyclingArguments(TrainingArguments):
     verify_checkpoint: bool = field(
         default=False,
         metadata={
-            "help": "Also keep checksums of files over 64 MiB (weights, optimizer) with each checkpoint, which takes about "
-            "a second per GB. What has a checksum is compared when training resumes; of other files the size is."
+            "help": "Also keep checksums of files over 64 MiB (weights, optimizer) with each checkpoint, which takes "
+            "about a second per GB. What has a checksum is compared when training resumes; of other files the size is."
         },
     )
     trust_pickled_checkpoint: bool = field(

@@ -30,22 +30,22 @@ def claimed(folder: Path, args: TrainingArguments) -> Iterator[None]:
             and must not).
     """
     lock = FileLock(folder / LOCK_FILE)
-
-    def take() -> None:
-        if not lock.take():
-            raise UserError(
-                f"output_dir={str(folder)!r} is in use by another training ({lock.holder()}); wait until it ends, or "
-                "name another folder"
-            )
-        tidy(folder)
-
     try:
-        on_every_process(take, here=args.should_save)
+        on_every_process(lambda: _take(lock, folder), here=args.should_save)
         if args.world_size > 1:
             _check_machines(lock, folder, args)
         yield
     finally:
         lock.release()
+
+
+def _take(lock: FileLock, folder: Path) -> None:
+    if not lock.take():
+        raise UserError(
+            f"output_dir={str(folder)!r} is in use by another training ({lock.holder()}); wait until it ends, or name "
+            "another folder"
+        )
+    tidy(folder)
 
 
 def _check_machines(lock: FileLock, folder: Path, args: TrainingArguments) -> None:
