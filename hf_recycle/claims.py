@@ -31,7 +31,7 @@ def claimed(folder: Path, args: TrainingArguments) -> Iterator[None]:
     """
     lock = FileLock(folder / LOCK_FILE)
     try:
-        on_every_process(lambda: _take(lock, folder), here=args.should_save)
+        on_every_process(lambda: _take(lock, folder, args), here=args.should_save)
         if args.world_size > 1:
             _check_machines(lock, folder, args)
         yield
@@ -39,12 +39,12 @@ def claimed(folder: Path, args: TrainingArguments) -> Iterator[None]:
         lock.release()
 
 
-def _take(lock: FileLock, folder: Path) -> None:
+def _take(lock: FileLock, folder: Path, args: TrainingArguments) -> None:
     if not lock.take():
-        raise UserError(
-            f"output_dir={str(folder)!r} is in use by another training ({lock.holder()}); wait until it ends, or name "
-            "another folder"
-        )
+        remedy = "wait until it ends, or name another folder"
+        if args.save_on_each_node:
+            remedy += "; where machines share output_dir, leave save_on_each_node out"
+        raise UserError(f"output_dir={str(folder)!r} is in use by another training ({lock.holder()}): {remedy}")
     tidy(folder)
 
 
