@@ -72,14 +72,15 @@ def read_files(
     deadline = time.monotonic() + _PATIENCE
     while True:
         found = Path(folder)
-        before = _identity(found)
+        before = {found: _version(found)}
         try:
             found = find(folder)
-            before = _identity(found)
+            before.setdefault(found, _version(found))
             return found, _read(found)
         except RecyclingFileError:
-            # In this order: a save that ends in between has changed the identity.
-            if not (_is_being_saved(found) or _identity(found) != before) or time.monotonic() > deadline:
+            # In this order: a save that ends in between has made another version.
+            is_changing = _is_being_saved(found) or any(_version(place) != then for place, then in before.items())
+            if not is_changing or time.monotonic() > deadline:
                 raise
         time.sleep(_PAUSE)
 
@@ -112,10 +113,14 @@ def _is_being_saved(folder: Path) -> bool:
     return any(folder.glob(f"{_SAVING}*"))
 
 
-def _identity(folder: Path) -> tuple[int, int] | None:
-    """Tells one save from the next; None where there is none."""
+def _version(folder: Path) -> list[tuple[int, int] | None]:
+    """Changes whenever a file of the folder appears, disappears or is replaced."""
+    return [_state(path) for path in (folder, folder / files.CONFIG_FILE)]
+
+
+def _state(path: Path) -> tuple[int, int] | None:
     try:
-        found = Path(folder, files.CONFIG_FILE).stat()
+        found = path.stat()
     except OSError:
         return None
     return found.st_ino, found.st_mtime_ns
