@@ -5,7 +5,10 @@ import signal
 import time
 
 import pytest
+from tiny_runs import sentences, tiny_bert
+from transformers import DataCollatorForLanguageModeling
 
+from hf_recycle import RecyclingTrainer
 from hf_recycle.claims import LOCK_FILE
 from hf_recycle.errors import UserError
 from hf_recycle.locks import FileLock
@@ -49,6 +52,26 @@ def test_where_nothing_can_be_locked_it_is_as_if_nobody_were_there(tmp_path, mon
     assert FileLock(tmp_path / "lock").take()
     (tmp_path / "file").write_text("")
     assert FileLock(tmp_path / "file" / "lock").take()
+
+
+@pytest.mark.slow
+def test_the_trials_of_a_search_have_folders_of_their_own(arguments, tokenizer, tmp_path):
+    pytest.importorskip("optuna")
+    args = arguments(max_steps=2, save_strategy="steps", save_steps=1, recycle_steps=1)
+    held = FileLock(tmp_path / "run" / "run-0" / LOCK_FILE)
+    trainer = RecyclingTrainer(
+        model_init=tiny_bert,
+        args=args,
+        train_dataset=sentences(),
+        eval_dataset=sentences(8, seed=9),
+        data_collator=DataCollatorForLanguageModeling(tokenizer),
+    )
+    space = {"direction": "minimize", "backend": "optuna", "n_trials": 2}
+    trainer.hyperparameter_search(
+        lambda trial: {"learning_rate": trial.suggest_float("learning_rate", 1e-4, 1e-3)}, **space
+    )
+    assert sorted(path.parent.name for path in (tmp_path / "run").glob("*/checkpoint-2")) == ["run-0", "run-1"]
+    assert held.take()
 
 
 @pytest.mark.parametrize("resume", [None, True])
