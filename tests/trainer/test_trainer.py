@@ -123,14 +123,20 @@ def test_smooth_steps_longer_than_the_gap_are_allowed_and_said(arguments, said):
     assert any("recycle_smooth_steps=5 is longer than the 3 steps between phases" in text for text in said())
 
 
-def test_a_loss_that_is_not_finite_skips_the_phase(arguments):
+@pytest.mark.parametrize("broken", [0, 1])
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_a_loss_that_is_not_finite_in_any_micro_batch_skips_the_phase(arguments, broken, value):
     class Broken(RecyclingTrainer):
+        batches = 0
+
         def compute_loss(self, *args, **kwargs):
             loss = super().compute_loss(*args, **kwargs)
-            # Infinite, with gradients that leave the weights finite.
-            return loss + (math.inf if self.state.global_step == 2 else 0.0)
+            self.batches += 1
+            # With gradients that leave the weights finite.
+            return loss + (value if self.batches == 2 * 2 + broken + 1 else 0.0)
 
-    trainer = Broken(model=tiny_bert(), args=arguments(**PLAIN), train_dataset=masked_sentences())
+    args = arguments(gradient_accumulation_steps=2, per_device_train_batch_size=2, **PLAIN)
+    trainer = Broken(model=tiny_bert(), args=args, train_dataset=masked_sentences())
     trainer.train()
     rows = [row for row in trainer.recorder.to_table().to_pylist() if row["kind"] == "phase"]
     skipped = [row for row in rows if row["step"] == 3]
