@@ -37,7 +37,8 @@ class CheckpointWritingMixin(Trainer):
     """Writes each checkpoint under another name and renames it last, with the recycling files and a list of all files
     inside.
 
-    Expects `self.recorder`, `self.meter`, `self.neuron_table()` and `self.recycling_arguments()`.
+    Expects `self.recorder`, `self.meter`, `self.neuron_table()`, `self.recycling_arguments()` and
+    `self.resolved_arguments()`.
     """
 
     recorder: HistoryRecorder
@@ -160,6 +161,8 @@ class CheckpointWritingMixin(Trainer):
             tensors[LAST_LOGGED] = torch.tensor([self._globalstep_last_logged])
         blocks = [{"name": b.name, "num_neurons": b.num_neurons, "gated": b.gated} for b in table.blocks]
         config = {"arguments": self.recycling_arguments(), "blocks": blocks, "run": self._run_facts(tokens)}
+        if resolved := self.resolved_arguments():
+            config["resolved"] = resolved
         write_files(folder, FileSet(config, tensors, self.recorder.to_table(), statistics))
 
     def statistics(self) -> dict[str, Any]:
