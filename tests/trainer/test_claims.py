@@ -60,15 +60,14 @@ def test_the_trials_of_a_search_have_folders_of_their_own(arguments, tokenizer, 
     args = arguments(max_steps=2, save_strategy="steps", save_steps=1, recycle_steps=1)
     held = FileLock(tmp_path / "run" / "run-0" / LOCK_FILE)
     trainer = RecyclingTrainer(
-        model_init=tiny_bert,
+        model_init=lambda: tiny_bert(),
         args=args,
         train_dataset=sentences(),
         eval_dataset=sentences(8, seed=9),
         data_collator=DataCollatorForLanguageModeling(tokenizer),
     )
-    space = {"direction": "minimize", "backend": "optuna", "n_trials": 2}
     trainer.hyperparameter_search(
-        lambda trial: {"learning_rate": trial.suggest_float("learning_rate", 1e-4, 1e-3)}, **space
+        lambda trial: {"learning_rate": trial.suggest_float("learning_rate", 1e-4, 1e-3)}, n_trials=2, backend="optuna"
     )
     assert sorted(path.parent.name for path in (tmp_path / "run").glob("*/checkpoint-2")) == ["run-0", "run-1"]
     assert held.take()
