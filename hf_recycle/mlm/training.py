@@ -50,7 +50,7 @@ class MaskedLanguageModelingMixin(ReproducibleDataMixin):
         self._head_model: nn.Module | None = None
         self._head = None
         self._tally: EvaluationTally | None = None
-        self.set_up_data(deterministic=deterministic_masking, seed=seed)
+        self.set_up_data(deterministic=deterministic_masking)
 
     def can_sum_sparsely(self) -> bool:
         """Whether `sparse_tied_gradient` holds: every loss goes through the head, and one process on a CPU sums."""
