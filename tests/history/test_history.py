@@ -96,19 +96,19 @@ def test_counts_that_the_events_do_not_give(run):
 
     forge_state(run, "counts", drop_one)
     with pytest.raises(RecyclingFileError, match="counts of block a in the state contradicts the phases"):
-        RecyclingHistory.from_pretrained(run)
+        RecyclingHistory.of_own_run(run)
 
 
 def test_a_last_phase_that_the_events_do_not_give(run):
     forge_state(run, "last_phase", lambda last, _: last.masked_fill_(last > 0, 5))
     with pytest.raises(RecyclingFileError, match="last_phase of block a"):
-        RecyclingHistory.from_pretrained(run)
+        RecyclingHistory.of_own_run(run)
 
 
 def test_a_history_without_the_phases_that_were_counted(run):
     files.write_history(run, HistoryRecorder().to_table())
     with pytest.raises(RecyclingFileError, match=r"counts of block z\.layer\.10"):
-        RecyclingHistory.from_pretrained(run)
+        RecyclingHistory.of_own_run(run)
 
 
 def test_an_older_summary(run):
@@ -124,7 +124,7 @@ def test_an_older_summary(run):
     ):
         files.write_stats(run, stats)
         with pytest.raises(RecyclingFileError, match=message):
-            RecyclingHistory.from_pretrained(run)
+            RecyclingHistory.of_own_run(run)
 
 
 def test_a_config_of_another_model(run):
@@ -132,7 +132,7 @@ def test_a_config_of_another_model(run):
     config["blocks"][0]["num_neurons"] = 31
     files.write_config(run, config)
     with pytest.raises(RecyclingFileError, match=r"counts of block z\.layer\.10 has shape \(30,\) where \(31,\)"):
-        RecyclingHistory.from_pretrained(run)
+        RecyclingHistory.of_own_run(run)
 
 
 def test_a_run_that_went_on_from_a_vanilla_checkpoint(tmp_path):
@@ -180,7 +180,7 @@ def test_folders_without_a_complete_set(tmp_path, run):
         RecyclingHistory.from_pretrained(empty)
     (run / files.STATS_FILE).unlink()
     with pytest.raises(RecyclingFileError, match=r"recycling_stats\.json is missing beside"):
-        RecyclingHistory.from_pretrained(run)
+        RecyclingHistory.of_own_run(run)
 
 
 def test_a_path_that_does_not_exist(tmp_path):
@@ -199,11 +199,11 @@ def cache(tmp_path, monkeypatch):
     write_run(folder)
     requests = []
 
-    def download(repo, name, revision=None, token=None):
+    def fetch(repo, name, revision=None, token=None):
         requests.append((repo, name, revision, token))
-        return str(folder / name)
+        return folder / name
 
-    monkeypatch.setattr(history, "hf_hub_download", download)
+    monkeypatch.setattr(history, "fetch_file", fetch)
     return requests
 
 
@@ -237,10 +237,10 @@ def response(status):
     ],
 )
 def test_what_the_hub_refuses(monkeypatch, make, message):
-    def download(*args, **kwargs):
+    def fetch(*args, **kwargs):
         raise make()
 
-    monkeypatch.setattr(history, "hf_hub_download", download)
+    monkeypatch.setattr(history, "fetch_file", fetch)
     with pytest.raises(RecyclingFileError, match=message):
         RecyclingHistory.from_pretrained("user/model", revision="v1")
 
