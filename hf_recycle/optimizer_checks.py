@@ -70,8 +70,9 @@ def check_optimizer_state(optimizer: Optimizer, saved: Any, names: Mapping[int, 
             f"{what} is that of another model or optimizer: its groups have {sizes} parameters and those of this run "
             f"{expected}; resume with the model and the optimizer it was made with"
         )
+    is_known = _known_class(optimizer) is type(optimizer)
     for old, new in zip(groups, now, strict=True):
-        _check_settings(old, new, _is_known(optimizer), what)
+        _check_settings(old, new, is_known, what)
     order = [key for group in groups for key in group["params"]]
     parameters = dict(zip(order, (p for group in now for p in group["params"]), strict=True))
     if not isinstance(saved["state"], Mapping) or not saved["state"].keys() <= parameters.keys():
@@ -79,7 +80,7 @@ def check_optimizer_state(optimizer: Optimizer, saved: Any, names: Mapping[int, 
     reference = _reference(optimizer)
     for key, entries in saved["state"].items():
         parameter = parameters[key]
-        problem = _entries_problem(entries, parameter, reference.get(id(parameter)))
+        problem = _entries_problem(entries, parameter, reference.get(id(parameter), {}), is_known and bool(reference))
         if problem:
             name = names.get(id(parameter), f"parameter {key}")
             raise UserError(
@@ -130,22 +131,23 @@ def _check_settings(old: Mapping[str, Any], new: Mapping[str, Any], is_known: bo
             )
 
 
-def _entries_problem(entries: Any, parameter: Tensor, reference: Mapping[str, Any] | None) -> str | None:
+def _entries_problem(entries: Any, parameter: Tensor, reference: Mapping[str, Any], is_complete: bool) -> str | None:
     """What is wrong with the state of one parameter; None if nothing is.
 
     Args:
-        reference: what the optimizer keeps of the parameter; None: that is not known.
+        reference: what the optimizer keeps of the parameter.
+        is_complete: it keeps nothing else.
     """
     if not isinstance(entries, Mapping):
         return f"it is a {type(entries).__name__}"
-    if reference is not None and entries.keys() != reference.keys():
+    if is_complete and entries.keys() != reference.keys():
         return f"it holds {', '.join(map(str, entries)) or 'nothing'} where {', '.join(reference)} are expected"
     for key, value in entries.items():
         if key == "step" and not (_is_single(value) and 0 <= float(value) < 2**53):
             return f"its step is {_shown(value)}"
-        wanted = parameter if reference is None else reference[key]
-        if reference is None and not _is_like_parameter(value, parameter):
+        if key not in reference and not _is_like_parameter(value, parameter):
             continue
+        wanted = reference.get(key, parameter)
         if isinstance(wanted, Tensor) and wanted.dim():
             fits = isinstance(value, Tensor) and value.shape == wanted.shape and _strides(value) == _strides(wanted)
             fits = fits and (value.dtype == wanted.dtype or value.is_floating_point() == wanted.is_floating_point())
@@ -166,10 +168,8 @@ def _is_like_parameter(value: Any, parameter: Tensor) -> bool:
 
 
 def _reference(optimizer: Optimizer) -> dict[int, dict[str, Any]]:
-    """What the optimizer keeps of each parameter after a step, by the parameter's `id`; of optimizers that are neither
-    PyTorch's nor transformers', or whose steps take more than gradients, nothing is known."""
-    if not _is_known(optimizer):
-        return {}
+    """What the optimizer keeps of each parameter after a step, by the parameter's `id`; of optimizers that do not come
+    from PyTorch's or transformers', or whose steps take more than gradients, nothing is known."""
     for device in ("meta", "cpu"):  # a few must look at numbers
         with contextlib.suppress(Exception):
             return _state_of_twin(optimizer, device)
@@ -177,8 +177,8 @@ def _reference(optimizer: Optimizer) -> dict[int, dict[str, Any]]:
 
 
 def _state_of_twin(optimizer: Optimizer, device: str) -> dict[int, dict[str, Any]]:
-    """The state after one step of an optimizer of the same class and settings, whose parameters are zero."""
-    cls, defaults = type(optimizer), optimizer.defaults
+    """The state after one step of an optimizer of the same known class and settings, whose parameters are zero."""
+    cls, defaults = _known_class(optimizer), optimizer.defaults
     plain = {key: False for key in _IMPLEMENTATION if key in defaults}
     options = {key: defaults[key] for key in inspect.signature(cls).parameters if key in defaults} | plain
     twins: dict[int, Tensor] = {}
@@ -194,8 +194,11 @@ def _state_of_twin(optimizer: Optimizer, device: str) -> dict[int, dict[str, Any
     return {key: stand_in.state[twin] for key, twin in twins.items()}
 
 
-def _is_known(optimizer: Optimizer) -> bool:
-    return type(optimizer).__module__.startswith(("torch.optim", "transformers."))
+def _known_class(optimizer: Optimizer) -> type[Optimizer] | None:
+    """The class of the optimizer, or the nearest one it comes from, that PyTorch or transformers defines."""
+    libraries = ("torch.optim", "transformers.")
+    known = [cls for cls in type(optimizer).__mro__ if cls.__module__.startswith(libraries) and cls is not Optimizer]
+    return known[0] if known else None
 
 
 def _is_alike(found: Any, expected: Any) -> bool:
