@@ -188,7 +188,7 @@ def test_the_pull_command(publish, online, tmp_path, capsys):
     name = publish({"checkpoint-2": 2, "last-checkpoint": 4})
     assert main(["pull", name]) == 0
     address, folder, advice = capsys.readouterr().out.splitlines()
-    assert re.fullmatch(rf"hub://{name}/last-checkpoint@[0-9a-f]{{40}}", address)
+    assert re.fullmatch(rf"hf://{name}@[0-9a-f]{{40}}/last-checkpoint", address)
     assert Path(folder).is_dir()
     assert advice == f"resume with: --resume_from_checkpoint {address}"
 
