@@ -17,6 +17,7 @@ from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_recycle.errors import UserError
+from hf_recycle.optimizer_checks import check_when_loaded
 from hf_recycle.optimizer_files import load_optimizer
 from hf_recycle.plain_weights import gather_weights, has_plain_weights, load_plain_weights
 
@@ -62,6 +63,7 @@ class EngineCheckpointMixin(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        check_when_loaded(self.optimizer, self.lr_scheduler, self.model, checkpoint)
         if checkpoint is not None and self._is_of_another_engine(checkpoint):
             load_optimizer(self.optimizer, self._unwrapped(), Path(checkpoint), self.tied_aliases)
             scheduler = Path(checkpoint, SCHEDULER_NAME)

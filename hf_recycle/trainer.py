@@ -209,7 +209,7 @@ class RecyclingTrainer(RunStartMixin, HubMixin, CheckpointMixin, MaskedLanguageM
         return optimizer
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
-        """As `Trainer.train`; `resume_from_checkpoint` may also be `hub://user/repo[/folder][@revision]`, with
+        """As `Trainer.train`; `resume_from_checkpoint` may also be `hf://user/repo[@revision][/folder]`, with
         `last-checkpoint` or `checkpoint-N` as folder, by default the newest one.
 
         Raises:

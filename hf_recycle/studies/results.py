@@ -55,7 +55,7 @@ class RunResult:
     def history(self) -> RecyclingHistory | None:
         """What happened to the neurons; None for a model without any."""
         folder = Path(self.folder)
-        return RecyclingHistory.from_pretrained(folder) if (folder / CONFIG_FILE).exists() else None
+        return RecyclingHistory.of_own_run(folder) if (folder / CONFIG_FILE).exists() else None
 
 
 def collect(planned: PlannedRun, folder: Path, resumed: bool = False) -> RunResult:
@@ -95,7 +95,7 @@ def collect(planned: PlannedRun, folder: Path, resumed: bool = False) -> RunResu
 def _cost(folder: Path, state: Mapping[str, Any], resumed: bool) -> tuple[float | None, int | None]:
     """Seconds and tokens of the whole training."""
     if (folder / CONFIG_FILE).exists():
-        history = RecyclingHistory.from_pretrained(folder)
+        history = RecyclingHistory.of_own_run(folder)
         run = history.config.get("run", {})
         extra = history.stats.get("overtraining", {}).get("tokens", 0)
         tokens = run.get("tokens")
