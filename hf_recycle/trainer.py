@@ -276,7 +276,7 @@ class RecyclingTrainer(HubMixin, CheckpointMixin, MaskedLanguageModelingMixin):
         if "loss" in logs and self.neuron_callbacks:
             logs |= self._neuron_scalars()
         super().log(logs, start_time)
-        self.recorder.log(self.state.global_step, logs)
+        self.recorder.log(self.model_step, logs)
 
     def _neuron_scalars(self) -> dict[str, float]:
         scalars: dict[str, float] = {}
