@@ -16,9 +16,7 @@ from transformers.training_args import ParallelMode
 from transformers.utils import logging
 
 from hf_recycle import files
-from hf_recycle.continuation import check_continues, made_with
-from hf_recycle.engine_checkpoints import EngineCheckpointMixin
-from hf_recycle.errors import UserError
+from hf_recycle.continuation import ContinuationMixin
 from hf_recycle.history_checks import check_agreement
 from hf_recycle.hub.pull import is_pulled
 from hf_recycle.hub.resume import forget_foreign_best
@@ -36,7 +34,7 @@ _STAGING = "tmp-"  # a name that the Trainer does not take for a checkpoint
 _RUNNING_LOSS, _LAST_LOGGED = "trainer/running_loss", "trainer/last_logged_step"
 
 
-class CheckpointMixin(EngineCheckpointMixin):
+class CheckpointMixin(ContinuationMixin):
     """Writes each checkpoint under another name and renames it last, with the recycling files inside, and resumes
     from it exactly.
 
@@ -45,15 +43,6 @@ class CheckpointMixin(EngineCheckpointMixin):
 
     recorder: HistoryRecorder
     meter: RunMeter
-    # What the training that runs, and the checkpoint it goes on from, were made with: see `continuation`.
-    _made_with: dict[str, Any] | None = None
-    _checkpoint_made_with: dict[str, Any] | None = None
-    _best_step: int | None = None
-
-    @property
-    def model_step(self) -> int:
-        """The optimizer steps that the model has taken: after `load_best_model_at_end` fewer than the run."""
-        return self.state.global_step if self._best_step is None else self._best_step
 
     # ---- Writing ----
 
@@ -167,8 +156,8 @@ class CheckpointMixin(EngineCheckpointMixin):
             tensors[_LAST_LOGGED] = torch.tensor([self._globalstep_last_logged])
         blocks = [{"name": b.name, "num_neurons": b.num_neurons, "gated": b.gated} for b in table.blocks]
         config = {"arguments": self.recycling_arguments(), "blocks": blocks, "run": self._run_facts(tokens)}
-        if self._made_with is not None:
-            config["training"] = self._made_with
+        if self.made_with is not None:
+            config["training"] = self.made_with
         files.write_config(folder, config)
         files.write_state(folder, tensors)
         files.write_history(folder, self.recorder.to_table())
@@ -196,7 +185,6 @@ class CheckpointMixin(EngineCheckpointMixin):
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
         self._resumed_loss: tuple[float, int] | None = None
-        self._best_step = self._checkpoint_made_with = None
         if resume_from_checkpoint is None:
             self.use_recorder(HistoryRecorder())
             self.meter.start({"seconds": 0.0, "tokens": 0})
@@ -207,26 +195,6 @@ class CheckpointMixin(EngineCheckpointMixin):
                 forget_foreign_best(self.state, resume_from_checkpoint, self.args.output_dir)
             self.load_recycling_files(resume_from_checkpoint)
         return progress
-
-    def _prepare_for_training(self, *args, **kwargs):
-        prepared = super()._prepare_for_training(*args, **kwargs)
-        self._made_with = made_with(self)
-        return prepared
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None:
-            return
-        if self._checkpoint_made_with is not None:
-            check_continues(checkpoint, self._checkpoint_made_with, made_with(self), self.args.ignore_data_skip)
-        try:
-            super()._load_optimizer_and_scheduler(checkpoint)
-        except UserError:
-            raise
-        except (ValueError, KeyError, RuntimeError) as error:
-            raise UserError(
-                f"The state of the optimizer or scheduler in {checkpoint} is not that of this run ({error}): resume "
-                "with the model and the optimizer it was made with, or start a new run from its weights."
-            ) from error
 
     def load_recycling_files(self, folder: str | os.PathLike[str]) -> None:
         """Takes the neurons' state and history from a checkpoint; a checkpoint without recycling files (from a stock
@@ -263,7 +231,7 @@ class CheckpointMixin(EngineCheckpointMixin):
         check_agreement(Path(folder), config, tensors, history)
         self.use_recorder(HistoryRecorder.from_table(history))
         self.meter.start(config.get("run", {}))
-        self._checkpoint_made_with = config.get("training")
+        self.began_with = config.get("training")
         if _RUNNING_LOSS in tensors and _LAST_LOGGED in tensors:
             self._resumed_loss = float(tensors[_RUNNING_LOSS][0]), int(tensors[_LAST_LOGGED][0])
 
@@ -288,7 +256,7 @@ class CheckpointMixin(EngineCheckpointMixin):
         running, self.meter = self.meter, RunMeter()
         self.load_recycling_files(folder)
         self.meter, self._resumed_loss = running, None
-        self._best_step = self.state.best_global_step
+        self.best_step = self.state.best_global_step
 
 
 def _check_same_blocks(folder, saved: Iterable[dict[str, Any]], table: NeuronTable) -> None:

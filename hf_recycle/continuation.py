@@ -1,24 +1,23 @@
-"""Whether a run goes on as its checkpoint began: the state that must be there, and what it was trained with.
+"""Whether a run goes on as its checkpoint began: with the same optimizer, examples and settings.
 
 What would go on silently wrong is refused. What may be changed on purpose is said in a sentence.
 """
 
-from __future__ import annotations
-
 import hashlib
+import math
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import datasets
+import torch
 from transformers import Trainer
-from transformers.trainer import SCALER_NAME, SCHEDULER_NAME
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
+from hf_recycle.engine_checkpoints import EngineCheckpointMixin
 from hf_recycle.errors import UserError
-from hf_recycle.files import RECYCLING_FILES
-from hf_recycle.optimizer_files import OPTIMIZER_FILES
 
 logger = logging.get_logger(__name__)
 
@@ -38,54 +37,45 @@ _KEPT = ("learning_rate", "weight_decay")
 _CHANGED = ("mask_rate", "lr_scheduler_type", "precision")
 
 
-# ---- The state that must be there ----
+class ContinuationMixin(EngineCheckpointMixin):
+    """Compares a run with the one that wrote its checkpoint, and knows which step's model it has.
 
-
-def check_state_is_there(trainer: Trainer, folder: Path) -> None:
-    """Refuses a checkpoint of ours without the state of optimizer, scheduler or random generators; of one that the
-    stock Trainer wrote, which resumes without, it says so.
-
-    Raises:
-        UserError: on every process.
+    Attributes:
+        made_with: what the training was begun with, see `made_with`; None before it begins.
+        began_with: the same of the checkpoint it goes on from; None where that doesn't tell.
+        best_step: the step of the best model, once it was loaded at the end.
     """
-    missing = _missing_state(trainer, folder)
-    random_states = list(folder.glob("rng_state*.pth"))
-    if not random_states:
-        missing.append(_random_state_of(trainer))
-    if missing and any(Path(folder, name).exists() for name in RECYCLING_FILES):
-        raise UserError(
-            f"The checkpoint {folder} holds no {' and no '.join(missing)}, without which training would silently go on "
-            "as another one (save_only_model=True keeps only the model): resume from another checkpoint, or start a "
-            f"new run from its weights (model_name_or_path={str(folder)!r})."
-        )
-    if missing:
-        logger.warning(
-            f"The checkpoint {folder} holds no {' and no '.join(missing)}: they begin anew, and the run will not be "
-            "what it would have been without the interruption."
-        )
-    elif not Path(folder, _random_state_of(trainer)).is_file():
-        logger.warning(
-            f"The checkpoint {folder} holds the random states of {len(random_states)} processes and not the one of "
-            f"process {trainer.args.process_index} of {trainer.args.world_size}: dropout and whatever else draws "
-            "random numbers draws others than without the interruption."
-        )
 
+    made_with: dict[str, Any] | None = None
+    began_with: dict[str, Any] | None = None
+    best_step: int | None = None
 
-def _missing_state(trainer: Trainer, folder: Path) -> list[str]:
-    if trainer.is_deepspeed_enabled:
-        return []  # DeepSpeed's own files hold it, see `check_resumable`
-    wanted = [(OPTIMIZER_FILES[0], OPTIMIZER_FILES), (SCHEDULER_NAME, (SCHEDULER_NAME,))]
-    if getattr(trainer.accelerator, "scaler", None) is not None:
-        wanted.append((SCALER_NAME, (SCALER_NAME,)))
-    return [name for name, files in wanted if not any(Path(folder, file).exists() for file in files)]
+    @property
+    def model_step(self) -> int:
+        """The optimizer steps that the model has taken: after `load_best_model_at_end` fewer than the run."""
+        return self.state.global_step if self.best_step is None else self.best_step
 
+    def _init_training_state(self, *args, **kwargs):
+        self.best_step = self.began_with = None
+        return super()._init_training_state(*args, **kwargs)
 
-def _random_state_of(trainer: Trainer) -> str:
-    args = trainer.args
-    return "rng_state.pth" if args.world_size <= 1 else f"rng_state_{args.process_index}.pth"
+    def _prepare_for_training(self, *args, **kwargs):
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        self.made_with = made_with(self)
+        return prepared
 
-
-# ---- What it was trained with ----
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and self.began_with is not None:
+            check_continues(checkpoint, self.began_with, made_with(self), self.args.ignore_data_skip)
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except (UserError, torch.OutOfMemoryError):
+            raise
+        except (ValueError, KeyError, RuntimeError, OSError, EOFError, UnpicklingError) as error:
+            raise UserError(
+                f"The state of the optimizer or scheduler in {checkpoint} is not that of this run ({error}): resume "
+                "with the model and the optimizer it was made with, or start a new run from its weights."
+            ) from error
 
 
 def made_with(trainer: Trainer) -> dict[str, Any]:
@@ -114,7 +104,7 @@ def made_with(trainer: Trainer) -> dict[str, Any]:
     rate = getattr(trainer.data_collator, "mlm_probability", None)
     if isinstance(rate, int | float):
         facts["mask_rate"] = rate
-    return facts
+    return {name: value if _is_plain(value) else str(value) for name, value in facts.items()}
 
 
 def check_continues(folder: str | Path, before: Mapping[str, Any], now: Mapping[str, Any], any_data: bool) -> None:
@@ -150,6 +140,11 @@ def check_continues(folder: str | Path, before: Mapping[str, Any], now: Mapping[
         )
     if other := differing(*_CHANGED):
         logger.warning(f"The checkpoint {folder} was made with {other}: training goes on with the one of now.")
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether JSON knows a value; it has no number for infinity."""
+    return value is None or (type(value) in (bool, int, float, str) and value not in (math.inf, -math.inf))
 
 
 def _class_of(optimizer: Any) -> str:

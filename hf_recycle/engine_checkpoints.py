@@ -12,14 +12,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from transformers import Trainer
+from transformers import PreTrainedConfig, Trainer, __version__
 from transformers.core_model_loading import WeightTransform
 from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import get_last_checkpoint
-from transformers.utils import logging
+from transformers.utils import CONFIG_NAME, logging
 
 from hf_recycle.adapter_weights import check_adapter
-from hf_recycle.continuation import check_state_is_there
+from hf_recycle.checkpoint_state import check_state_is_there
 from hf_recycle.errors import UserError
 from hf_recycle.optimizer_files import load_optimizer
 from hf_recycle.plain_weights import (
@@ -77,6 +77,7 @@ class EngineCheckpointMixin(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         folder = Path(resume_from_checkpoint)
         if self._reads_plain_weights(folder):
+            _warn_of_another_version(folder)
             self._load_plain_weights(folder)
             return
         with self._reading_as_written(resume_from_checkpoint):
@@ -218,6 +219,17 @@ def _is_stage_3(partitions: Path) -> bool:
 def _partition_count(partitions: Path) -> int:
     ranks = (re.search(r"zero_pp_rank_(\d+)_", path.name) for path in partitions.glob("*_optim_states.pt"))
     return len({rank[1] for rank in ranks if rank})
+
+
+def _warn_of_another_version(folder: Path) -> None:
+    if not Path(folder, CONFIG_NAME).is_file():
+        return
+    written = PreTrainedConfig.from_json_file(Path(folder, CONFIG_NAME)).transformers_version
+    if written not in (None, __version__):
+        logger.warning(
+            f"The checkpoint {folder} was made with transformers {written} (now {__version__}), so the run may differ "
+            "from what it would have been."
+        )
 
 
 def _fsdp_type(folder: Path) -> str | None:

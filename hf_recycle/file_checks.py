@@ -68,7 +68,8 @@ def check_config(path: Path, config: Mapping[str, Any]) -> None:
     check_blocks(path, config.get("blocks"))
     training = config.get("training", {})
     if not isinstance(training, dict) or not all(
-        value is None or isinstance(value, str | int | float) for value in training.values()
+        (isinstance(value, str) and len(value) <= MAX_NAME) or value is None or isinstance(value, int | float)
+        for value in training.values()
     ):
         fail(path, f"training is {_show(training)} where an object of numbers and texts is expected")
     if "run" in config and (problem := run_problem(config["run"])):
