@@ -12,6 +12,7 @@ from typing import Any
 
 import datasets
 import torch
+from torch import nn
 from transformers import Trainer
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
@@ -32,7 +33,7 @@ _ORDER = (
     "sampling",
 )
 # In force again once the optimizer's state is loaded, whatever the arguments say.
-_KEPT = ("learning_rate", "weight_decay")
+_KEPT = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
 # From here on those of the arguments.
 _CHANGED = ("mask_rate", "lr_scheduler_type", "precision")
 
@@ -90,15 +91,13 @@ def made_with(trainer: Trainer) -> dict[str, Any]:
         "data_seed": args.data_seed,
         "dataloader_drop_last": args.dataloader_drop_last,
         "sampling": args.train_sampling_strategy,
-        "learning_rate": args.learning_rate,
-        "weight_decay": args.weight_decay,
+        "examples": len(dataset) if has_length(dataset) else None,
+        **{name: getattr(args, name) for name in _KEPT},
         "lr_scheduler_type": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
-        "precision": "fp16" if args.fp16 else "bf16" if args.bf16 else "full",
+        "precision": "fp16 mixed" if args.fp16 else "bf16 mixed" if args.bf16 else _dtype(trainer.model),
     }
     if not args.auto_find_batch_size:  # it may be found anew
         facts["batch_size"] = trainer.get_total_train_batch_size(args)
-    if has_length(dataset):
-        facts["examples"] = len(dataset)
     if (checksum := _first_examples(dataset)) is not None:
         facts["checksum of the first examples"] = checksum
     rate = getattr(trainer.data_collator, "mlm_probability", None)
@@ -145,6 +144,10 @@ def check_continues(folder: str | Path, before: Mapping[str, Any], now: Mapping[
 def _is_plain(value: Any) -> bool:
     """Whether JSON knows a value; it has no number for infinity."""
     return value is None or (type(value) in (bool, int, float, str) and value not in (math.inf, -math.inf))
+
+
+def _dtype(model: nn.Module) -> str:
+    return str(next(model.parameters()).dtype).removeprefix("torch.")
 
 
 def _class_of(optimizer: Any) -> str:

@@ -50,6 +50,7 @@ def said(caplog):
         ({"seed": 7}, r"seed=42 \(now 7\)"),
         ({"data_seed": 7}, r"data_seed=None \(now 7\)"),
         ({"data": corpus(40)}, r"examples=48 \(now 40\)"),
+        ({"data": corpus().to_iterable_dataset()}, r"examples=48 \(now None\)"),
         ({"data": corpus(seed=1)}, r"checksum of the first examples='\w+' \(now '\w+'\)"),
         ({"per_device_train_batch_size": 8}, r"batch_size=4 \(now 8\)"),
         ({"gradient_accumulation_steps": 3}, r"batch_size=4 \(now 12\)"),
@@ -68,6 +69,11 @@ def test_another_run_is_refused(change, said, checkpoint, train):
     [
         ({"learning_rate": 5e-3}, "learning_rate=0.01 (now 0.005): training goes on with the checkpoint's"),
         ({"weight_decay": 0.1}, "weight_decay=0.0 (now 0.1): training goes on with the checkpoint's"),
+        ({"adam_beta2": 0.9}, "adam_beta2=0.999 (now 0.9): training goes on with the checkpoint's"),
+        (
+            {"model": tiny_bert().bfloat16()},
+            "precision='float32' (now 'bfloat16'): training goes on with the one of now",
+        ),
         ({"lr_scheduler_type": "constant"}, "lr_scheduler_type='linear' (now 'constant'): training goes on with the o"),
         ({"mask_rate": 0.4}, "mask_rate=0.15 (now 0.4): training goes on with the one of now"),
         ({"seed": 7, "ignore_data_skip": True}, "seed=42 (now 7): its epoch's data begin anew"),
