@@ -43,12 +43,12 @@ class ContinuationMixin(EngineCheckpointMixin):
 
     Attributes:
         made_with: what the training was begun with, see `made_with`; None before it begins.
-        began_with: the same of the checkpoint it goes on from; None where that doesn't tell.
+        checkpoint_made_with: the same of the checkpoint it goes on from; None where that doesn't tell.
         best_step: the step of the best model, once it was loaded at the end.
     """
 
     made_with: dict[str, Any] | None = None
-    began_with: dict[str, Any] | None = None
+    checkpoint_made_with: dict[str, Any] | None = None
     best_step: int | None = None
 
     @property
@@ -57,7 +57,7 @@ class ContinuationMixin(EngineCheckpointMixin):
         return self.state.global_step if self.best_step is None else self.best_step
 
     def _init_training_state(self, *args, **kwargs):
-        self.best_step = self.began_with = None
+        self.best_step = self.checkpoint_made_with = None
         return super()._init_training_state(*args, **kwargs)
 
     def _prepare_for_training(self, *args, **kwargs):
@@ -66,8 +66,8 @@ class ContinuationMixin(EngineCheckpointMixin):
         return prepared
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None and self.began_with is not None:
-            check_continues(checkpoint, self.began_with, made_with(self), self.args.ignore_data_skip)
+        if checkpoint is not None and self.checkpoint_made_with is not None:
+            check_continues(checkpoint, self.checkpoint_made_with, made_with(self), self.args.ignore_data_skip)
         try:
             super()._load_optimizer_and_scheduler(checkpoint)
         except (UserError, torch.OutOfMemoryError):
