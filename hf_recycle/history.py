@@ -15,7 +15,7 @@ import pyarrow as pa
 import torch
 
 from hf_recycle.errors import UserError
-from hf_recycle.file_checks import fail
+from hf_recycle.file_checks import RecyclingFileError, fail
 from hf_recycle.file_set import read_files
 from hf_recycle.files import CONFIG_FILE, RECYCLING_FILES
 from hf_recycle.hub.address import locate

@@ -248,7 +248,7 @@ class RecyclingTrainer(RunStartMixin, HubMixin, CheckpointMixin, MaskedLanguageM
         if "loss" in logs and self.neuron_methods.methods:
             logs |= self._neuron_scalars()
         super().log(logs, start_time)
-        self.recorder.log(self.state.global_step, logs)
+        self.recorder.log(self.model_step, logs)
 
     def _neuron_scalars(self) -> dict[str, float]:
         scalars = self.neuron_methods.scalars()

@@ -86,6 +86,38 @@ def test_resumed_equals_uninterrupted(words, tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_what_would_go_on_as_another_run_ends_in_a_sentence(words, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main([*words, "--max_steps", "4"]) == 0
+    capsys.readouterr()
+
+    def refused(*more):
+        assert main([*words, *more, "--resume_from_checkpoint", "true"]) == 2
+        lines = capsys.readouterr().err.splitlines()
+        return [line for line in lines if line.startswith("error: ") or "Traceback" in line]
+
+    for more, said in [
+        (("--seed", "7"), "seed=42 (now 7)"),
+        (("--optim", "sgd"), "optimizer='AdamW' (now 'SGD')"),
+        (("--per_device_train_batch_size", "8"), "batch_size=4 (now 8)"),
+        (("--max_seq_length", "16"), "examples="),
+    ]:
+        (line,) = refused(*more, "--recycle_seed", "42")
+        assert said in line
+    kept = {name: (out / "checkpoint-4" / name).read_bytes() for name in ("optimizer.pt", "model.safetensors")}
+    (out / "checkpoint-4" / "optimizer.pt").unlink()
+    (line,) = refused()
+    assert "optimizer.pt" in line
+    (out / "checkpoint-4" / "optimizer.pt").write_bytes(kept["optimizer.pt"])
+    others = kept["model.safetensors"].replace(b"intermediate.dense.weight", b"intermediate.other.weight")
+    (out / "checkpoint-4" / "model.safetensors").write_bytes(others)
+    (line,) = refused()
+    assert "model.safetensors" in line or "intermediate.other.weight does not fit" in line
+    (out / "checkpoint-4" / "model.safetensors").write_bytes(kept["model.safetensors"])
+    assert main([*words, "--resume_from_checkpoint", "true"]) == 0
+
+
+@pytest.mark.slow
 def test_a_trained_model_can_be_continued(words, tmp_path):
     assert main([*words, "--max_steps", "4"]) == 0
     again = ["--config_overrides", "null", "--model_name_or_path", str(tmp_path / "out"), "--max_steps", "4"]

@@ -203,6 +203,12 @@ def test_load_best_model_restores_the_neurons_of_that_checkpoint(train):
     trainer.save_model(str(best.parent / "final"))
     again = RecyclingHistory.from_pretrained(best.parent / "final")
     assert again.events.astype(str).equals(saved.events.astype(str))
+    # So says the card, and what is evaluated from here on belongs to that step too.
+    step = int(best.name.removeprefix("checkpoint-"))
+    assert again.stats["step"] == saved.stats["step"] == step
+    assert f"after {step} optimizer steps" in (best.parent / "final" / "README.md").read_text()
+    trainer.evaluate()
+    assert trainer.recorder.to_table()["step"].to_pylist()[-1] == step
     # Time and tokens are those of the whole run.
     last = RecyclingHistory.from_pretrained(best.parent / "checkpoint-12")
     assert again.config["run"]["tokens"] == last.config["run"]["tokens"] > saved.config["run"]["tokens"]
