@@ -90,12 +90,12 @@ class RecyclingArguments(TrainingArguments):
             "gradient checkpointing or ZeRO-3."
         },
     )
-    onednn_linear: bool | None = field(
-        default=None,
+    onednn_linear: bool = field(
+        default=False,
         metadata={
-            "help": "On a CPU, compute float32 linear layers by oneDNN, not by PyTorch's usual library: sums come in "
-            "another order, so last digits differ. None: where that is known to be faster (AMD's processors from Zen 5 "
-            "on, about twice), unless every method and masked_head are off. Not with torch_compile or DeepSpeed."
+            "help": "On a CPU, compute float32 linear layers by oneDNN while training, not by PyTorch's usual library: "
+            "about twice as fast on AMD's processors from Zen 5 on; sums come in another order, so last digits differ. "
+            "Not with torch_compile or DeepSpeed."
         },
     )
     deterministic_masking: bool | None = field(
