@@ -13,6 +13,7 @@ from hf_recycle.settings import (
     PruningSettings,
     RecyclingSettings,
     Settings,
+    check_training_numbers,
     flat_field,
 )
 
@@ -127,6 +128,7 @@ class RecyclingArguments(TrainingArguments):
     )
 
     def __post_init__(self):
+        check_training_numbers(self)
         super().__post_init__()
         for method in METHODS:
             self.method_settings(method).validate(method.prefix)

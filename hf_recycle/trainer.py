@@ -41,6 +41,7 @@ from hf_recycle.neurons.recomputation import recomputing_forwards
 from hf_recycle.neurons.table import NeuronTable
 from hf_recycle.onednn import is_available, onednn_forwards
 from hf_recycle.recorder import HistoryRecorder
+from hf_recycle.settings import check_training_numbers
 
 logger = logging.get_logger(__name__)
 
@@ -248,6 +249,7 @@ class RecyclingTrainer(HubMixin, CheckpointMixin, MaskedLanguageModelingMixin):
         Raises:
             UserError: if the checkpoint can't be had from the Hub, or is not to be trusted.
         """
+        check_training_numbers(self.args)
         self.check_labels()
         self._wire_callbacks()  # with those that were added since
         try:
