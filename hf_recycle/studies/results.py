@@ -9,8 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from hf_recycle.files import CONFIG_FILE, write_bytes
 from hf_recycle.history import RecyclingHistory
 from hf_recycle.studies.plan import PlannedRun, Study
@@ -42,14 +40,6 @@ class RunResult:
     def eval_loss(self) -> float:
         """The last evaluation loss."""
         return self.evaluations[-1][1]
-
-    def eval_loss_at(self, seconds: float) -> float | None:
-        """Evaluation loss after so many seconds of training, as if steps took equally long; between two evaluations it
-        is interpolated. None if the run's own time is unknown."""
-        if self.seconds is None:
-            return None
-        steps, values = zip(*self.evaluations, strict=True)
-        return float(np.interp(seconds / self.seconds * self.steps, steps, values))
 
     @cached_property
     def history(self) -> RecyclingHistory | None:
