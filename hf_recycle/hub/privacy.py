@@ -1,7 +1,4 @@
-"""What of a file may be published: no token, no local path, no name of the machine or of its user.
-
-`scrub.py` knows how a secret looks; this module knows the files, and the secrets of this very machine.
-"""
+"""What of texts, facts and files may be published: no token, no local path, no name of this machine or its user."""
 
 from __future__ import annotations
 
@@ -10,24 +7,37 @@ import getpass
 import json
 import os
 import re
+import shlex
 import socket
-import zipfile
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
+from enum import Enum
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from huggingface_hub import get_token
 
 from hf_recycle.hub.layout import CARD, is_weights
-from hf_recycle.hub.pickled_arguments import scrub_arguments
-from hf_recycle.hub.scrub import scrub_text
 
-ARGUMENTS_FILE = "training_args.bin"
+_TOKEN = re.compile(r"\b(?:hf|api_org|sk|ghp|gho|github_pat|xox[abp])[_-][A-Za-z0-9_-]{16,}")
+_CREDENTIALS = re.compile(r"(?<=://)[^/\s@]+@")
+_PATH = re.compile(
+    r"file://[^\s'\"`,;)\]]*|(?<![\w./~<\\}-])(?:(?:~[\w.-]*|\.{1,2})?/(?!/)[^\s'\"`,;:)\]<>=]*"
+    r"|[A-Za-z]:[\\/][^\s'\"`,;)\]]*|\\\\[^\s'\"`,;)\]]+)"
+)
+_WHOLE_PATH = re.compile(r"(?:~[\w.-]*|\.{1,2})?/|[A-Za-z]:[\\/]|\\\\|file://")
+_ANY_PATH = re.compile(r"(?<![\w:])[\w.~-]*(?:/[\w.-]+)+/?")
+_ADDRESS = re.compile(r"[a-z][a-z0-9+]*://")
+_REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 
-# Entries of JSON files that name a place. Others are left alone: to a tokenizer "/s>" and a user's name are tokens.
-_PLACE = re.compile(r"_?name_or_path|.*_(path|dir|file|folder|checkpoint)")
-_TOKEN = re.compile(rb"\b(hf|api_org)_[A-Za-z0-9]{16,}")
+# Arguments that hold secrets, or places on the machine that mean nothing elsewhere.
+_PRIVATE = re.compile(r".*(token|password|secret|api_key)|(output|logging|cache)_dir|run_name|resume_from_checkpoint")
+_NOT_PRIVATE = ("include_num_input_tokens_seen", "include_tokens_per_second")
+# Names of values that are places, or repositories where they are none. To a tokenizer "/s>" is a token.
+_PLACE = re.compile(r".*_(path|dir|file|folder|checkpoint)")
+_MAY_BE_REPOSITORY = re.compile(r"(_?|.*_)name_or_path|(tokenizer|config|dataset)_name|.*_space_id|hub_model_id")
+_LEARNT = ("vocab", "merges", "added_tokens", "chat_template")
+_EVERYWHERE = ("usr", "bin", "dev", "etc")  # on every machine
 _LARGE = 64 * 2**20
 
 
@@ -35,140 +45,175 @@ class Withheld(Exception):
     """A file can't be published without giving a secret away; the text says why."""
 
 
+def is_private(name: str) -> bool:
+    """Whether an argument of this name is never published."""
+    return name not in _NOT_PRIVATE and _PRIVATE.fullmatch(name) is not None
+
+
 @dataclass(frozen=True)
 class Secrets:
     """What must not leave this machine.
 
     Attributes:
-        tokens: access tokens in use.
-        places: folders whose absolute path tells about the machine.
-        public: a text whose words are no secret: the name of the repository.
+        tokens: access tokens in use; others are known by their look.
+        places: folders of this machine, the deepest first.
+        names: of the machine and its user.
     """
 
     tokens: tuple[str, ...] = ()
     places: tuple[str, ...] = ()
-    public: str = ""
+    names: tuple[str, ...] = ()
 
     @classmethod
-    def of_this_machine(cls, *tokens: str | None, output_dir: Path, public: str) -> Secrets:
-        known = {token for token in (*tokens, get_token()) if token}
-        places = {str(path) for path in (Path.home(), Path.cwd(), output_dir.absolute(), output_dir.resolve())}
-        return cls(tuple(known), tuple(sorted(places - {"/"}, key=len, reverse=True)), public)
+    def of_this_machine(cls, *tokens: str | None, output_dir: str | os.PathLike[str] = ".") -> Secrets:
+        home, output = Path.home(), Path(output_dir)
+        places = {str(path) for path in (home, Path.cwd(), output.absolute(), output.resolve())}
+        names = {socket.gethostname(), home.name, os.environ.get("USER", "")}
+        with contextlib.suppress(OSError, KeyError):  # a container's user may have no name
+            names.add(getpass.getuser())
+        return cls(
+            tuple({token for token in (*tokens, get_token()) if token}),
+            tuple(sorted(places - {"/"}, key=len, reverse=True)),
+            tuple(sorted(name for name in names if len(name) > 3)),
+        )
+
+    # ---- What we write ourselves ----
+
+    def facts(self, value: Any, name: str = "") -> Any:
+        """Facts of a run as JSON types: every text cleaned, entries with a private name dropped, and of what is no JSON
+        type the name of its type."""
+        if isinstance(value, Enum):
+            value = value.value
+        if value is None or isinstance(value, bool | int | float):
+            return value
+        if isinstance(value, str):
+            return self.value(name, value)
+        if isinstance(value, Mapping):
+            entries = {str(key): item for key, item in value.items() if not is_private(str(key))}
+            return {self.text(key): self.facts(item, key) for key, item in entries.items()}
+        if isinstance(value, Sequence | set | frozenset) and not isinstance(value, bytes):
+            return [self.facts(item, name) for item in value]
+        return type(value).__name__
+
+    def value(self, name: str, text: str) -> str:
+        """The value of an argument; where it is a place, a relative path is one too."""
+        may_be_repository = _MAY_BE_REPOSITORY.fullmatch(name)
+        if may_be_repository and _REPOSITORY.fullmatch(text) and not os.path.exists(text):
+            return self._without_tokens(text)
+        if (may_be_repository or _PLACE.fullmatch(name)) and "/" in text and not _ADDRESS.match(text):
+            text = _last_part(text)
+        return self.text(text)
+
+    def text(self, text: str) -> str:
+        """Tokens masked, paths reduced to their last part, names left out."""
+        text = self._without_tokens(text)
+        if _WHOLE_PATH.match(text) and "\n" not in text:
+            text = _last_part(text)  # as a whole, because it may hold spaces
+        text = _PATH.sub(lambda match: _last_part(match[0]), text)
+        return text if _REPOSITORY.fullmatch(text) else _without(self.names, text)
+
+    def command(self, words: Sequence[str], known: Collection[str] = ()) -> str:
+        """A command line as one line of shell, without private options and without any path, relative ones included.
+
+        Args:
+            known: words that are no paths though they look it, such as the names of packaged recipes.
+        """
+        kept: list[str] = []
+        name = ""
+        for word in words:
+            if word.startswith("--"):
+                option, equals, value = word.partition("=")
+                name = option[2:].replace("-", "_")
+                if not is_private(name):
+                    kept.append(option + equals + self._word(name, value))
+            elif not is_private(name):
+                kept.append(word if word in known else self._word(name, word))
+        return " ".join(shlex.quote(" ".join(word.split())) if word else "''" for word in kept)
+
+    def _word(self, name: str, text: str) -> str:
+        if _MAY_BE_REPOSITORY.fullmatch(name) or _ADDRESS.match(text):
+            return self.value(name, text)
+        if re.search("[={]", text):  # several values in one
+            return self.text(_ANY_PATH.sub(lambda match: _last_part(match[0]), text))
+        return self.text(_last_part(text) if "/" in text else text)
+
+    # ---- Files ----
 
     def content(self, path: Path) -> Path | bytes:
         """What to publish of a file: the file itself, or other bytes.
 
         Raises:
-            Withheld: if it can't be published.
+            Withheld: if it holds a token and can't be cleaned.
         """
-        if path.name == ARGUMENTS_FILE:
-            try:
-                data = scrub_arguments(path.read_bytes(), self.argument)
-            except Exception as error:
-                raise Withheld(f"it can't be read safely ({type(error).__name__})") from error
-        elif is_weights(path.name) or path.stat().st_size > _LARGE:
+        if is_weights(path.name) or path.stat().st_size > _LARGE:
             return path
-        elif path.suffix in (".json", ".md"):
-            original = path.read_bytes()
-            data = self._text(original, path)
-            if data == original:
-                data = path
-        else:
-            data = path
-        self._check(data)
-        return data
-
-    def argument(self, text: str) -> str:
-        """One value of the training arguments."""
-        return self._without_names(scrub_text(self._without_tokens(text)))
-
-    def place(self, text: str) -> str:
-        return scrub_text(self._without_tokens(text))
+        data = original = path.read_bytes()
+        if path.name == CARD:
+            data = self.card(data.decode("utf-8", "surrogateescape")).encode("utf-8", "surrogateescape")
+        elif path.suffix == ".json":
+            data = self._json_file(data)
+        if _TOKEN.search(data.decode("latin-1")) or any(token.encode() in data for token in self.tokens):
+            raise Withheld("it holds an access token")
+        return path if data == original else data
 
     def card(self, text: str) -> str:
-        for place in self._places:
-            text = place.sub("…", text)
-        return self._without_tokens(text)
+        """A card, or any text of a user's: only what is certainly a secret of this machine goes."""
+        text = self._without_tokens(text)
+        for place in self.places:
+            if place.count("/") > 1:
+                text = re.sub(rf"{re.escape(place)}(?![\w-])[^\s'\"`,;:)\]<>]*", lambda m: _last_part(m[0]), text)
+        text = _PATH.sub(lambda match: _last_part(match[0]) if self._is_here(match[0]) else match[0], text)
+        # A plain word could mean anything; a name such as gpu-07.lab or jane_doe is a machine's or a user's.
+        return _without([name for name in self.names if re.search(r"[0-9._-]", name)], text)
 
-    def _text(self, data: bytes, path: Path) -> bytes:
-        text = data.decode("utf-8", "surrogateescape")
-        if path.name == CARD:
-            return self.card(text).encode("utf-8", "surrogateescape")
+    def _is_here(self, path: str) -> bool:
+        """Whether a path is one of this machine, and not a link on a page or a token of a tokenizer."""
+        if not path.startswith("/"):
+            return re.match(r"file:|~\w|[A-Za-z]:[\\/]", path) is not None
+        top, _, rest = path[1:].partition("/")
+        known = f"/{top}" in self.places or (top not in _EVERYWHERE and os.path.exists(f"/{top}"))
+        return path.rstrip("/.") in self.places or bool(top and rest and known)
+
+    def _json_file(self, data: bytes) -> bytes:
         try:
-            content = json.loads(text)
+            content = json.loads(data)
         except (ValueError, RecursionError):
             return data
-        scrubbed = self._json(content)
+        cleaned = self._json(content)
         # As it is where nothing had to go: some files have checksums, all have a layout.
-        return data if scrubbed == content else (json.dumps(scrubbed, indent=2, ensure_ascii=False) + "\n").encode()
+        return data if cleaned == content else (json.dumps(cleaned, indent=2, ensure_ascii=False) + "\n").encode()
 
-    def _json(self, value: Any, key: str = "") -> Any:
+    def _json(self, value: Any, name: str = "") -> Any:
         if isinstance(value, dict):
-            return {name: item if _is_learnt(name, item) else self._json(item, name) for name, item in value.items()}
+            return {key: item if _is_learnt(key, item) else self._json(item, key) for key, item in value.items()}
         if isinstance(value, list):
-            return [self._json(item, key) for item in value]
+            return [self._json(item, name) for item in value]
         if not isinstance(value, str):
             return value
-        if _PLACE.fullmatch(key) or any(place.search(value) for place in self._places):
-            # A repository's name is no place, though it has a slash.
-            value = self.place(value) if not _is_relative(value) else _last_part(value, key)
-        return self._without_tokens(value)
-
-    @cached_property
-    def _places(self) -> list[re.Pattern[str]]:
-        return [_pattern(place) for place in self.places]
+        if _PLACE.fullmatch(name) or _MAY_BE_REPOSITORY.fullmatch(name):
+            return self.value(name, value)
+        return self.card(_last_part(value) if _WHOLE_PATH.match(value) and self._is_here(value) else value)
 
     def _without_tokens(self, text: str) -> str:
         for token in self.tokens:
             text = text.replace(token, "…")
-        return text
-
-    def _without_names(self, text: str) -> str:
-        for name in self._names:
-            text = re.sub(rf"(?<![^\W_]){re.escape(name)}(?![^\W_])", "…", text)
-        return text
-
-    @cached_property
-    def _names(self) -> list[str]:
-        names = {socket.gethostname(), Path.home().name, os.environ.get("USER", "")}
-        with contextlib.suppress(OSError, KeyError):  # a container's user may have no name
-            names.add(getpass.getuser())
-        return [name for name in names if len(name) > 2 and name not in self.public]
-
-    def _check(self, data: Path | bytes) -> None:
-        """The last look, at the bytes as they go out."""
-        for part in _parts(data):
-            if _TOKEN.search(part) or any(token.encode() in part for token in self.tokens):
-                raise Withheld("it holds an access token")
-
-
-def _pattern(place: str) -> re.Pattern[str]:
-    """Finds a folder in a text, alone or at the beginning of a path.
-
-    One right under the root, as containers work in, is spelled like a part of other names (alice/data-bert, ./data,
-    https://x.org/data, </data>), so it counts only where it is a path of its own. Deeper ones are found anywhere.
-    """
-    words = re.escape(place)
-    return re.compile(rf"(?<![\w.~}}-])(?<!:/){words}(?!\w|[.-]+\w|>)" if place.count("/") == 1 else words)
+        return _CREDENTIALS.sub("", _TOKEN.sub("…", text))
 
 
 def _is_learnt(name: str, value: Any) -> bool:
     """Whether an entry of a JSON file is what a tokenizer learnt, where "/data" may be a token."""
-    return name in ("vocab", "merges") and not isinstance(value, str)
+    return name in _LEARNT and not (name in ("vocab", "merges") and isinstance(value, str))
 
 
-def _is_relative(text: str) -> bool:
-    return not re.match(r"~|\.{0,2}/|[A-Za-z]:[\\/]|\\\\|file://", text)
+def _without(names: Sequence[str], text: str) -> str:
+    for name in names:
+        text = re.sub(rf"(?<![\w/.-]){re.escape(name)}(?![\w/-])", "…", text)
+    return text
 
 
-def _last_part(text: str, key: str) -> str:
-    # runs/julie/checkpoint-20 is a place, user/repo a name.
-    return text if key.endswith("name_or_path") or "/" not in text else text.rstrip("/").rpartition("/")[2]
-
-
-def _parts(data: Path | bytes) -> list[bytes]:
-    """The bytes of a file; of an archive of tensors only its pickles, which hold the texts."""
-    if isinstance(data, Path) and zipfile.is_zipfile(data):
-        with zipfile.ZipFile(data) as archive:
-            return [archive.read(name) for name in archive.namelist() if name.endswith(".pkl")]
-    return [data if isinstance(data, bytes) else data.read_bytes()]
+def _last_part(path: str) -> str:
+    kind = PureWindowsPath if re.match(r"[A-Za-z]:|\\", path) else PurePosixPath
+    place = kind(path.removeprefix("file:"))
+    # The last part of a home folder is the user's name.
+    is_home = str(place) == str(Path.home()) or str(place.parent) in ("/home", "/Users") or place.name.startswith("~")
+    return "…" if is_home or place.name in ("", "..") else place.name
