@@ -69,11 +69,11 @@ class Deadline:
 
     @contextmanager
     def allowing(self, size: int) -> Iterator[None]:
-        """Within it, `size` bytes go up, which takes time; nothing is known of how far they are."""
-        self._allowed = size / _SLOWEST
+        """Within it, `size` bytes go up; the time that this takes does not count, unless it fails."""
+        began, self._allowed = time.monotonic(), size / _SLOWEST
         try:
             yield
-            self.renew()
+            self._ends += min(time.monotonic() - began, self._allowed)
         finally:
             self._allowed = 0.0
 

@@ -293,9 +293,8 @@ def test_nothing_published_tells_about_the_machine(online, hub, tmp_path, monkey
     assert trainer.publisher.report() == ""
     assert ALICE.encode() in (run / "training_args.bin").read_bytes(), "or else this test shows nothing"
     paths = hub.store.paths(name)
-    assert {"training_args.bin", "last-checkpoint/training_args.bin", "last-checkpoint/trainer_state.json"} <= set(
-        paths
-    )
+    assert "last-checkpoint/trainer_state.json" in paths
+    assert not [path for path in paths if path.endswith("training_args.bin")]
     repository = hub.store.repositories["model", name]
     told = {"commits": " ".join(c.title + c.message for c in repository.commits.values()).encode()}
     for revision in repository.commits:
@@ -309,9 +308,6 @@ def test_nothing_published_tells_about_the_machine(online, hub, tmp_path, monkey
         for secret in (ALICE, host, user, str(home), str(tmp_path), "secret project"):
             assert not any(secret.encode() in part for part in parts), f"{path} tells {secret}"
     assert not [path for path in paths if "events" in path or path.endswith((".log", "leaked.txt"))]
-    args = torch.load(io.BytesIO(hub.store.read(name, "training_args.bin")), weights_only=False)
-    assert (args.max_steps, args.recycle_steps, args.hub_model_id, args.hub_token) == (6, 2, name, None)
-    assert args.output_dir == "run-7"
 
 
 def test_of_two_processes_one_talks_to_the_hub_and_the_other_does_not_wait(hub, hub_environment, tmp_path):
