@@ -83,7 +83,7 @@ def merge_card(theirs: str, ours: str) -> str:
     their_raw, their_text = _split(theirs.removeprefix("\ufeff"))
     pieces = _pieces(their_text)
     own = "".join(text for is_own, text in pieces if is_own)
-    if own and not "".join(_lines(own)[1:-1]).strip():
+    if any(is_own for is_own, _ in pieces) and not own.strip():
         return valid_card(theirs)
     written = _Written.found_in(own or their_text)
     header, written.keys = _merge_header(their_raw, written.keys, our_header)
