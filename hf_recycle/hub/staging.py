@@ -130,6 +130,8 @@ class Turn:
 
     def release(self) -> None:
         if self._file is not None:
+            if fcntl is not None:  # a data worker that was forked meanwhile has it open as well
+                fcntl.flock(self._file, fcntl.LOCK_UN)
             self._file.close()
             self._file = None
 

@@ -1,5 +1,6 @@
 """How long a Hub in trouble holds a run up, at the start and at the end, whatever the client would wait for."""
 
+import hashlib
 import subprocess
 import sys
 import time
@@ -99,6 +100,47 @@ def test_at_the_start_too_and_nothing_is_left_in_the_clients_session(online, hub
     assert "Training starts" in caplog.text
     assert get_session().timeout == httpx2.Timeout(None)
     assert session.event_hooks == hooks
+
+
+PUSH = """
+import sys, time
+from hf_recycle.cli.push import main
+from hf_recycle.hub import repository
+from hf_recycle.hub.publisher import Publisher
+from hf_recycle.hub.retry import RetryPolicy
+repository.RetryPolicy = lambda: RetryPolicy(first=0.02, last_patience=5.0)
+finish = Publisher.finish
+def timed(publisher):
+    began = time.monotonic()
+    finish(publisher)
+    print(time.monotonic() - began)
+Publisher.finish = timed
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_files_go_up_by_xet_and_a_silent_xet_store_holds_nobody_up_either(
+    hub, hub_environment, run_python, folder, tmp_path, monkeypatch
+):
+    """hf_xet can keep its store in a folder."""
+    monkeypatch.setattr(hub.routes, "cas", f"local://{tmp_path / 'cas'}")
+    done = run_python(PUSH, hub_environment(HF_HUB_DISABLE_XET="0"), str(folder), "alice/xet", "--tag", "first")
+    assert "published" in done.stdout
+    assert hub.requests("xet-write-token")
+    assert not hub.requests("PUT /_lfs|objects/batch")
+    weights = (folder / "model.safetensors").read_bytes()
+    commit = hub.store.repositories["model", "alice/xet"].resolve("first")
+    assert commit.files["model.safetensors"].sha256 == hashlib.sha256(weights).hexdigest()
+    stored = sum(path.stat().st_size for path in (tmp_path / "cas").rglob("*") if path.is_file())
+    assert stored > 0.8 * len(weights)
+
+    hub.faults.set([Fault("xet-write-token", "delay", delay=FOREVER)])
+    environment = hub_environment(HF_HUB_DISABLE_XET="0")
+    done = run_python(PUSH, environment, str(folder), "alice/xet-silent", status=1)
+    assert float(done.stdout.split()[-1]) < 5 + 3
+    assert hub.requests("xet-silent/preupload"), "it got as far as the upload"
+    assert "the Hub did not answer in time" in done.stderr
 
 
 @pytest.mark.slow
