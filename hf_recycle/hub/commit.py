@@ -18,8 +18,9 @@ from hf_recycle.hub.asking import Asking
 from hf_recycle.hub.job import Push
 from hf_recycle.hub.layout import CARD, checkpoint_files, model_files, replaced_files
 from hf_recycle.hub.merge import merge_card, valid_card
-from hf_recycle.hub.privacy import Secrets, Withheld
+from hf_recycle.hub.privacy import Withheld, clean_card, published_content
 from hf_recycle.hub.retry import WrongAnswer, passes, say
+from hf_recycle.hub.scrub import Secrets
 from hf_recycle.hub.staging import is_overtaken
 
 logger = logging.get_logger(__name__)
@@ -127,7 +128,7 @@ class Commit:
         additions: dict[str, Path | bytes] = {}
         for name, places in targets.items():
             try:
-                content = self.secrets.content(folder / name)
+                content = published_content(folder / name, self.secrets)
             except Withheld as reason:
                 logger.warning("%s is not published: %s.", folder / name, reason)
                 continue
@@ -145,7 +146,7 @@ class Commit:
         except Exception as error:  # a card of another place is better than none
             logger.warning("The card of %s can't be written for %s (%s).", folder, self.repo_id, say(error))
             card = (folder / CARD).read_text(encoding="utf-8", errors="replace")
-        return self.secrets.card(card)
+        return clean_card(card, self.secrets)
 
     def _tag(self, tag: str, commit: str) -> None:
         def at() -> str | None:

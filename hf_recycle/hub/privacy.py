@@ -1,41 +1,16 @@
-"""What of texts, facts and files may be published: no token, no local path, no name of this machine or its user."""
+"""What of a file may be published: text loses tokens, local paths and names of this machine; the rest stays as it is."""
 
 from __future__ import annotations
 
-import contextlib
-import getpass
 import json
 import os
 import re
-import shlex
-import socket
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
-from enum import Enum
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
-from huggingface_hub import get_token
-
 from hf_recycle.hub.layout import CARD, is_weights
+from hf_recycle.hub.scrub import MAY_BE_REPOSITORY, PATH, PLACE, TOKEN, WHOLE_PATH, Secrets, last_part, without
 
-_TOKEN = re.compile(r"\b(?:hf|api_org|sk|ghp|gho|github_pat|xox[abp])[_-][A-Za-z0-9_-]{16,}")
-_CREDENTIALS = re.compile(r"(?<=://)[^/\s@]+@")
-_PATH = re.compile(
-    r"file://[^\s'\"`,;)\]]*|(?<![\w./~<\\}-])(?:(?:~[\w.-]*|\.{1,2})?/(?!/)[^\s'\"`,;:)\]<>=]*"
-    r"|[A-Za-z]:[\\/][^\s'\"`,;)\]]*|\\\\[^\s'\"`,;)\]]+)"
-)
-_WHOLE_PATH = re.compile(r"(?:~[\w.-]*|\.{1,2})?/|[A-Za-z]:[\\/]|\\\\|file://")
-_ANY_PATH = re.compile(r"(?<![\w:])[\w.~-]*(?:/[\w.-]+)+/?")
-_ADDRESS = re.compile(r"[a-z][a-z0-9+]*://")
-_REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
-
-# Arguments that hold secrets, or places on the machine that mean nothing elsewhere.
-_PRIVATE = re.compile(r".*(token|password|secret|api_key)|(output|logging|cache)_dir|run_name|resume_from_checkpoint")
-_NOT_PRIVATE = ("include_num_input_tokens_seen", "include_tokens_per_second")
-# Names of values that are places, or repositories where they are none. To a tokenizer "/s>" is a token.
-_PLACE = re.compile(r".*_(path|dir|file|folder|checkpoint)")
-_MAY_BE_REPOSITORY = re.compile(r"(_?|.*_)name_or_path|(tokenizer|config|dataset)_name|.*_space_id|hub_model_id")
 _LEARNT = ("vocab", "merges", "added_tokens", "chat_template")
 _EVERYWHERE = ("usr", "bin", "dev", "etc")  # on every machine
 _LARGE = 64 * 2**20
@@ -45,175 +20,66 @@ class Withheld(Exception):
     """A file can't be published without giving a secret away; the text says why."""
 
 
-def is_private(name: str) -> bool:
-    """Whether an argument of this name is never published."""
-    return name not in _NOT_PRIVATE and _PRIVATE.fullmatch(name) is not None
+def published_content(path: Path, secrets: Secrets) -> Path | bytes:
+    """What to publish of a file: the file itself, or other bytes.
 
-
-@dataclass(frozen=True)
-class Secrets:
-    """What must not leave this machine.
-
-    Attributes:
-        tokens: access tokens in use; others are known by their look.
-        places: folders of this machine, the deepest first.
-        names: of the machine and its user.
+    Raises:
+        Withheld: if it holds a token and can't be cleaned.
     """
+    if is_weights(path.name) or path.stat().st_size > _LARGE:
+        return path
+    data = original = path.read_bytes()
+    if path.name == CARD:
+        data = clean_card(data.decode("utf-8", "surrogateescape"), secrets).encode("utf-8", "surrogateescape")
+    elif path.suffix == ".json":
+        data = _json_file(data, secrets)
+    if TOKEN.search(data.decode("latin-1")) or any(token.encode() in data for token in secrets.tokens):
+        raise Withheld("it holds an access token")
+    return path if data == original else data
 
-    tokens: tuple[str, ...] = ()
-    places: tuple[str, ...] = ()
-    names: tuple[str, ...] = ()
 
-    @classmethod
-    def of_this_machine(cls, *tokens: str | None, output_dir: str | os.PathLike[str] = ".") -> Secrets:
-        home, output = Path.home(), Path(output_dir)
-        places = {str(path) for path in (home, Path.cwd(), output.absolute(), output.resolve())}
-        names = {socket.gethostname(), home.name, os.environ.get("USER", "")}
-        with contextlib.suppress(OSError, KeyError):  # a container's user may have no name
-            names.add(getpass.getuser())
-        return cls(
-            tuple({token for token in (*tokens, get_token()) if token}),
-            tuple(sorted(places - {"/"}, key=len, reverse=True)),
-            tuple(sorted(name for name in names if len(name) > 3)),
-        )
+def clean_card(text: str, secrets: Secrets) -> str:
+    """A card, or any text of a user's: only what is certainly a secret of this machine goes."""
+    text = secrets.without_tokens(text)
+    for place in secrets.places:
+        if place.count("/") > 1:
+            text = re.sub(rf"{re.escape(place)}(?![\w-])[^\s'\"`,;:)\]<>]*", lambda m: last_part(m[0]), text)
+    text = PATH.sub(lambda match: last_part(match[0]) if _is_here(match[0], secrets) else match[0], text)
+    # A plain word could mean anything; a name such as gpu-07.lab or jane_doe is a machine's or a user's.
+    return without([name for name in secrets.names if re.search(r"[0-9._-]", name)], text)
 
-    # ---- What we write ourselves ----
 
-    def facts(self, value: Any, name: str = "") -> Any:
-        """Facts of a run as JSON types: every text cleaned, entries with a private name dropped, and of what is no JSON
-        type the name of its type."""
-        if isinstance(value, Enum):
-            value = value.value
-        if value is None or isinstance(value, bool | int | float):
-            return value
-        if isinstance(value, str):
-            return self.value(name, value)
-        if isinstance(value, Mapping):
-            entries = {str(key): item for key, item in value.items() if not is_private(str(key))}
-            return {self.text(key): self.facts(item, key) for key, item in entries.items()}
-        if isinstance(value, Sequence | set | frozenset) and not isinstance(value, bytes):
-            return [self.facts(item, name) for item in value]
-        return type(value).__name__
+def _is_here(path: str, secrets: Secrets) -> bool:
+    """Whether a path is one of this machine, and not a link on a page or a token of a tokenizer."""
+    if not path.startswith("/"):
+        return re.match(r"file:|~\w|[A-Za-z]:[\\/]", path) is not None
+    top, _, rest = path[1:].partition("/")
+    known = f"/{top}" in secrets.places or (top not in _EVERYWHERE and os.path.exists(f"/{top}"))
+    return path.rstrip("/.") in secrets.places or bool(top and rest and known)
 
-    def value(self, name: str, text: str) -> str:
-        """The value of an argument; where it is a place, a relative path is one too."""
-        may_be_repository = _MAY_BE_REPOSITORY.fullmatch(name)
-        if may_be_repository and _REPOSITORY.fullmatch(text) and not os.path.exists(text):
-            return self._without_tokens(text)
-        if (may_be_repository or _PLACE.fullmatch(name)) and "/" in text and not _ADDRESS.match(text):
-            text = _last_part(text)
-        return self.text(text)
 
-    def text(self, text: str) -> str:
-        """Tokens masked, paths reduced to their last part, names left out."""
-        text = self._without_tokens(text)
-        if _WHOLE_PATH.match(text) and "\n" not in text:
-            text = _last_part(text)  # as a whole, because it may hold spaces
-        text = _PATH.sub(lambda match: _last_part(match[0]), text)
-        return text if _REPOSITORY.fullmatch(text) else _without(self.names, text)
+def _json_file(data: bytes, secrets: Secrets) -> bytes:
+    try:
+        content = json.loads(data)
+    except (ValueError, RecursionError):
+        return data
+    cleaned = _json(content, secrets)
+    # As it is where nothing had to go: some files have checksums, all have a layout.
+    return data if cleaned == content else (json.dumps(cleaned, indent=2) + "\n").encode()
 
-    def command(self, words: Sequence[str], known: Collection[str] = ()) -> str:
-        """A command line as one line of shell, without private options and without any path, relative ones included.
 
-        Args:
-            known: words that are no paths though they look it, such as the names of packaged recipes.
-        """
-        kept: list[str] = []
-        name = ""
-        for word in words:
-            if word.startswith("--"):
-                option, equals, value = word.partition("=")
-                name = option[2:].replace("-", "_")
-                if not is_private(name):
-                    kept.append(option + equals + self._word(name, value))
-            elif not is_private(name):
-                kept.append(word if word in known else self._word(name, word))
-        return " ".join(shlex.quote(" ".join(word.split())) if word else "''" for word in kept)
-
-    def _word(self, name: str, text: str) -> str:
-        if _MAY_BE_REPOSITORY.fullmatch(name) or _ADDRESS.match(text):
-            return self.value(name, text)
-        if re.search("[={]", text):  # several values in one
-            return self.text(_ANY_PATH.sub(lambda match: _last_part(match[0]), text))
-        return self.text(_last_part(text) if "/" in text else text)
-
-    # ---- Files ----
-
-    def content(self, path: Path) -> Path | bytes:
-        """What to publish of a file: the file itself, or other bytes.
-
-        Raises:
-            Withheld: if it holds a token and can't be cleaned.
-        """
-        if is_weights(path.name) or path.stat().st_size > _LARGE:
-            return path
-        data = original = path.read_bytes()
-        if path.name == CARD:
-            data = self.card(data.decode("utf-8", "surrogateescape")).encode("utf-8", "surrogateescape")
-        elif path.suffix == ".json":
-            data = self._json_file(data)
-        if _TOKEN.search(data.decode("latin-1")) or any(token.encode() in data for token in self.tokens):
-            raise Withheld("it holds an access token")
-        return path if data == original else data
-
-    def card(self, text: str) -> str:
-        """A card, or any text of a user's: only what is certainly a secret of this machine goes."""
-        text = self._without_tokens(text)
-        for place in self.places:
-            if place.count("/") > 1:
-                text = re.sub(rf"{re.escape(place)}(?![\w-])[^\s'\"`,;:)\]<>]*", lambda m: _last_part(m[0]), text)
-        text = _PATH.sub(lambda match: _last_part(match[0]) if self._is_here(match[0]) else match[0], text)
-        # A plain word could mean anything; a name such as gpu-07.lab or jane_doe is a machine's or a user's.
-        return _without([name for name in self.names if re.search(r"[0-9._-]", name)], text)
-
-    def _is_here(self, path: str) -> bool:
-        """Whether a path is one of this machine, and not a link on a page or a token of a tokenizer."""
-        if not path.startswith("/"):
-            return re.match(r"file:|~\w|[A-Za-z]:[\\/]", path) is not None
-        top, _, rest = path[1:].partition("/")
-        known = f"/{top}" in self.places or (top not in _EVERYWHERE and os.path.exists(f"/{top}"))
-        return path.rstrip("/.") in self.places or bool(top and rest and known)
-
-    def _json_file(self, data: bytes) -> bytes:
-        try:
-            content = json.loads(data)
-        except (ValueError, RecursionError):
-            return data
-        cleaned = self._json(content)
-        # As it is where nothing had to go: some files have checksums, all have a layout.
-        return data if cleaned == content else (json.dumps(cleaned, indent=2, ensure_ascii=False) + "\n").encode()
-
-    def _json(self, value: Any, name: str = "") -> Any:
-        if isinstance(value, dict):
-            return {key: item if _is_learnt(key, item) else self._json(item, key) for key, item in value.items()}
-        if isinstance(value, list):
-            return [self._json(item, name) for item in value]
-        if not isinstance(value, str):
-            return value
-        if _PLACE.fullmatch(name) or _MAY_BE_REPOSITORY.fullmatch(name):
-            return self.value(name, value)
-        return self.card(_last_part(value) if _WHOLE_PATH.match(value) and self._is_here(value) else value)
-
-    def _without_tokens(self, text: str) -> str:
-        for token in self.tokens:
-            text = text.replace(token, "…")
-        return _CREDENTIALS.sub("", _TOKEN.sub("…", text))
+def _json(value: Any, secrets: Secrets, name: str = "") -> Any:
+    if isinstance(value, dict):
+        return {key: item if _is_learnt(key, item) else _json(item, secrets, key) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_json(item, secrets, name) for item in value]
+    if not isinstance(value, str):
+        return value
+    if PLACE.fullmatch(name) or MAY_BE_REPOSITORY.fullmatch(name):
+        return secrets.value(name, value)
+    return clean_card(last_part(value) if WHOLE_PATH.match(value) and _is_here(value, secrets) else value, secrets)
 
 
 def _is_learnt(name: str, value: Any) -> bool:
     """Whether an entry of a JSON file is what a tokenizer learnt, where "/data" may be a token."""
     return name in _LEARNT and not (name in ("vocab", "merges") and isinstance(value, str))
-
-
-def _without(names: Sequence[str], text: str) -> str:
-    for name in names:
-        text = re.sub(rf"(?<![\w/.-]){re.escape(name)}(?![\w/-])", "…", text)
-    return text
-
-
-def _last_part(path: str) -> str:
-    kind = PureWindowsPath if re.match(r"[A-Za-z]:|\\", path) else PurePosixPath
-    place = kind(path.removeprefix("file:"))
-    # The last part of a home folder is the user's name.
-    is_home = str(place) == str(Path.home()) or str(place.parent) in ("/home", "/Users") or place.name.startswith("~")
-    return "…" if is_home or place.name in ("", "..") else place.name

@@ -14,8 +14,8 @@ from hf_recycle.hub.asking import Asking
 from hf_recycle.hub.commit import Commit, Refused
 from hf_recycle.hub.deadline import Deadline
 from hf_recycle.hub.job import Push
-from hf_recycle.hub.privacy import Secrets
 from hf_recycle.hub.retry import RetryPolicy, say, status_of
+from hf_recycle.hub.scrub import Secrets
 from hf_recycle.hub.staging import is_overtaken
 
 logger = logging.get_logger(__name__)

@@ -16,7 +16,7 @@ import torch
 from transformers import Trainer
 
 from hf_recycle.files import package_version
-from hf_recycle.hub.privacy import Secrets, is_private
+from hf_recycle.hub.scrub import Secrets, is_private
 from hf_recycle.run_schema import MAX_TEXT
 
 # What the arguments derive from others or from the machine, and what is said elsewhere in the card.

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from hf_recycle.files import RECYCLING_FILES
 from hf_recycle.hub.job import Push
 from hf_recycle.hub.layout import checkpoint_files, has_weights, model_files, replaced_files
-from hf_recycle.hub.privacy import Secrets, Withheld
+from hf_recycle.hub.privacy import Withheld, clean_card, published_content
+from hf_recycle.hub.scrub import Secrets
 from hf_recycle.hub.staging import stage
 
 TOKEN = "hf_" + "abcdefghijklmnopqrstuvwxyz012345"
@@ -21,7 +22,7 @@ SECRETS = Secrets((TOKEN,), ("/home/wanda/texts", "/home/wanda"), ("wanda", "nod
 
 def published(path: Path, content: object) -> bytes:
     path.write_text(content if isinstance(content, str) else json.dumps(content))
-    result = SECRETS.content(path)
+    result = published_content(path, SECRETS)
     return path.read_bytes() if isinstance(result, Path) else result
 
 
@@ -69,8 +70,8 @@ CONTAINER = Secrets((), ("/data/bert", "/root", "/data"))
 def test_a_short_working_directory_is_not_seen_in_ordinary_words(tmp_path, text):
     path = tmp_path / "config.json"
     path.write_text(json.dumps({"note": text, "notes": [text]}))
-    assert CONTAINER.content(path) == path
-    assert CONTAINER.card(text) == text
+    assert published_content(path, CONTAINER) == path
+    assert clean_card(text, CONTAINER) == text
 
 
 @pytest.mark.parametrize(
@@ -85,9 +86,9 @@ def test_a_short_working_directory_is_not_seen_in_ordinary_words(tmp_path, text)
     ],
 )
 def test_a_short_working_directory_and_what_is_below_it_are_hidden(tmp_path, text, card):
-    assert CONTAINER.card(text) == card
+    assert clean_card(text, CONTAINER) == card
     (tmp_path / "config.json").write_text(json.dumps({"note": text}))
-    told = CONTAINER.content(tmp_path / "config.json")
+    told = published_content(tmp_path / "config.json", CONTAINER)
     assert isinstance(told, bytes)
     assert not re.search("/(data|root)", told.decode())
 
@@ -96,9 +97,9 @@ def test_what_a_tokenizer_learnt_is_left_alone(tmp_path):
     path = tmp_path / "tokenizer.json"
     learnt = {"vocab": [["/data", -1.5], ["/root", -2]], "merges": [["/data", "base"], "/ data"]}
     path.write_text(json.dumps({"model": learnt}))
-    assert CONTAINER.content(path) == path
+    assert published_content(path, CONTAINER) == path
     path.write_text(json.dumps({"model": {**learnt, "vocab": "/data/vocab.txt", "from": "/data/x"}}))
-    told = json.loads(CONTAINER.content(path))
+    told = json.loads(published_content(path, CONTAINER))
     assert told == {"model": {**learnt, "vocab": "vocab.txt", "from": "x"}}
 
 
@@ -111,7 +112,7 @@ def test_what_a_tokenizer_learnt_is_left_alone(tmp_path):
 def test_a_file_without_secrets_goes_up_byte_for_byte(tmp_path_factory, content):
     path = tmp_path_factory.mktemp("json") / "tokenizer.json"
     path.write_text(json.dumps(content, indent=1))
-    assert SECRETS.content(path) == path
+    assert published_content(path, SECRETS) == path
 
 
 def test_what_holds_a_token_and_cannot_be_mended_stays_here(tmp_path):
@@ -119,9 +120,9 @@ def test_what_holds_a_token_and_cannot_be_mended_stays_here(tmp_path):
     torch.save({"note": TOKEN}, tmp_path / "scheduler.pt")
     for name in ("vocab.txt", "scheduler.pt"):
         with pytest.raises(Withheld):
-            SECRETS.content(tmp_path / name)
+            published_content(tmp_path / name, SECRETS)
     (tmp_path / "vocab.txt").write_text("some_hf_words_of more_than_sixteen_letters")
-    assert SECRETS.content(tmp_path / "vocab.txt") == tmp_path / "vocab.txt"
+    assert published_content(tmp_path / "vocab.txt", SECRETS) == tmp_path / "vocab.txt"
 
 
 # ---- Which files ----
