@@ -1,4 +1,4 @@
-"""What of a file may be published: text loses tokens, local paths and names of this machine; the rest stays as it is."""
+"""What of a file may be published: text loses tokens, local paths and names of this machine, and nothing else."""
 
 from __future__ import annotations
 

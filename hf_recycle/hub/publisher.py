@@ -158,8 +158,8 @@ class Publisher:
         while True:
             try:
                 return self.repository.publish(push, deadline)
-            except Overdue as error:
-                return Unpublished(push, reason or say(error), error)
+            except Overdue as error:  # after a failure, or while waiting for an answer
+                return Unpublished(push, reason or say(error.__context__ or error), error)
             except Exception as error:
                 attempt += 1
                 reason = say(error)

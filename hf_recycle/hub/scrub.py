@@ -16,7 +16,9 @@ from typing import Any
 
 from huggingface_hub import get_token
 
-TOKEN = re.compile(r"\b(?:hf|api_org|sk|ghp|gho|github_pat|xox[abp])[_-][A-Za-z0-9_-]{16,}")
+TOKEN = re.compile(
+    r"\b(?:(?:hf|api_org|ghp|gho)_[A-Za-z0-9]{16,}|github_pat_\w{16,}|sk-(?:\w+-)?[A-Za-z0-9_]{20,}|xox[abp]-[\w-]{16,})"
+)
 _CREDENTIALS = re.compile(r"(?<=://)[^/\s@]+@")
 PATH = re.compile(
     r"file://[^\s'\"`,;)\]]*|(?<![\w./~<\\}-])(?:(?:~[\w.-]*|\.{1,2})?/(?!/)[^\s'\"`,;:)\]<>=]*"
