@@ -330,6 +330,7 @@ def test_what_is_newer_than_a_push_that_lands_when_nobody_waits_stays(tmp_path, 
     assert leftovers(tmp_path) == pushes, "whoever publishes the first again finds nothing left to change"
 
 
+@pytest.mark.slow
 def test_another_process_takes_its_turn(tmp_path):
     """What it has published meanwhile is not published again, and not over what it has published."""
     code = """
