@@ -10,6 +10,7 @@ from typing import Any
 
 from huggingface_hub import constants
 
+from hf_recycle.command_words import path_word
 from hf_recycle.errors import UserError
 
 # In a staged folder; hidden, so it is never published.
@@ -50,9 +51,7 @@ class Push:
     @property
     def command(self) -> str:
         """What publishes it later."""
-        folder = str(self.folder)
-        # argparse would take it for an option.
-        words = ["hf-recycle", "push", f"./{folder}" if folder.startswith("-") else folder, self.repo_id]
+        words = ["hf-recycle", "push", path_word(self.folder), self.repo_id]
         if self.revision:
             words += ["--revision", self.revision]
         if not self.staged:  # a staged folder remembers them

@@ -147,6 +147,7 @@ LEFTOVERS = [
     *("passwords.txt", "notes.md", "todo.txt", "params.yaml", "script.py", "run.sh", "zero_to_fp32.py", "dump.pkl"),
     *("training_args.bin", "weights.safetensors", "old_model.safetensors", "model.safetensors.bak", "events.bin"),
     *(".push.json", ".metadata", ".hidden/config.json", "README.md~", "config.json.orig", "study_settings.yaml"),
+    "checkpoint_files.json",  # of what lies here; there, some of it is left out or reworded
     # Known names, where they are somebody's own.
     *("backup/model.safetensors", "backup/config.json", "notes/README.md", "figures/config.json", "figures/mine.png"),
     *("figures/README.md", "data/recycling_history.parquet", "global_step20/notes.txt", "global_step20/a/x_states.pt"),
