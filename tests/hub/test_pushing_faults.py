@@ -65,7 +65,10 @@ def test_everything_goes_up_in_one_commit_and_nothing_else(publisher, hub, name,
     assert commits(hub, name) == ["step 4"]
     paths = hub.store.paths(name)
     here = {str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if path.is_file()}
-    here -= {"training_args.bin"}  # a pickle with the token in it
+    here -= {
+        "training_args.bin",
+        "checkpoint_files.json",
+    }  # a pickle with the token in it, and a list of what lies here
     assert {path.removeprefix("last-checkpoint/") for path in paths if path.startswith("last-checkpoint/")} == here
     resuming = {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
     assert {path for path in paths if not path.startswith("last-checkpoint/")} == here - resuming
@@ -268,7 +271,8 @@ def test_refused_later_after_a_start_without_the_hub(online, hub, monkeypatch, c
 def test_a_staged_copy_outlives_rotation_and_the_next_save(tmp_path, run):
     checkpoint = tmp_path / "run" / "checkpoint-4"
     shutil.copytree(run / "checkpoint-4", checkpoint)
-    (checkpoint / "training_args.bin").unlink()  # not to be published
+    for name in ("training_args.bin", "checkpoint_files.json"):  # not to be published
+        (checkpoint / name).unlink()
     before = {path.name: path.read_bytes() for path in checkpoint.iterdir() if path.is_file()}
     staged = stage(Push(checkpoint, "alice/x", "step 4", tag="step-4", token=ALICE), tmp_path / "run", link=True)
     assert (staged.folder / "model.safetensors").stat().st_ino == (checkpoint / "model.safetensors").stat().st_ino
