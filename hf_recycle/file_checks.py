@@ -72,6 +72,9 @@ def check_config(path: Path, config: Mapping[str, Any]) -> None:
         for value in training.values()
     ):
         fail(path, f"training is {_show(training)} where an object of numbers and texts is expected")
+    sums = config.get("checksums", {})
+    if not isinstance(sums, dict) or not all(isinstance(value, str) for value in sums.values()):
+        fail(path, f"checksums is {_show(sums)} where an object of texts is expected")
     if "run" in config and (problem := run_problem(config["run"])):
         fail(path, problem)
 
