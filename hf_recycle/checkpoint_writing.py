@@ -37,8 +37,8 @@ class CheckpointWritingMixin(Trainer):
     """Writes each checkpoint under another name and renames it last, with the recycling files and a list of all files
     inside.
 
-    Expects `self.recorder`, `self.meter`, `self.neuron_table()`, `self.recycling_arguments()` and
-    `self.resolved_arguments()`.
+    Expects `self.recorder`, `self.meter`, `self.neuron_table()`, `self.recycling_arguments()`,
+    `self.resolved_arguments()`, `self.made_with` and `self.model_step`.
     """
 
     recorder: HistoryRecorder

@@ -7,11 +7,9 @@ import hashlib
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import datasets
-import torch
 from torch import nn
 from transformers import Trainer
 from transformers.trainer_utils import has_length
@@ -68,15 +66,7 @@ class ContinuationMixin(EngineCheckpointMixin):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None and self.checkpoint_made_with is not None:
             check_continues(checkpoint, self.checkpoint_made_with, made_with(self), self.args.ignore_data_skip)
-        try:
-            super()._load_optimizer_and_scheduler(checkpoint)
-        except (UserError, torch.OutOfMemoryError):
-            raise
-        except (ValueError, KeyError, RuntimeError, OSError, EOFError, UnpicklingError) as error:
-            raise UserError(
-                f"The state of the optimizer or scheduler in {checkpoint} is not that of this run ({error}): resume "
-                "with the model and the optimizer it was made with, or start a new run from its weights."
-            ) from error
+        super()._load_optimizer_and_scheduler(checkpoint)
 
 
 def made_with(trainer: Trainer) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from transformers import DataCollatorForLanguageModeling, Trainer
 from transformers.utils import logging
 
 from hf_recycle import RecyclingTrainer
+from hf_recycle.checkpoint_list import LIST_FILE
 from hf_recycle.errors import UserError
 
 RECYCLING = {"recycle_steps": 3, "recycle_fraction": 0.1}
@@ -104,8 +105,9 @@ def test_a_learning_rate_that_is_said_to_stay_stays(checkpoint, train):
 
 
 def without(checkpoint: Path, folder: Path, *names: str) -> Path:
+    """A copy that has no list of its files, as those of earlier versions, and lacks some of them."""
     shutil.copytree(checkpoint, folder / checkpoint.name)
-    for name in names:
+    for name in (LIST_FILE, *names):
         (folder / checkpoint.name / name).unlink()
     return folder / checkpoint.name
 
@@ -160,5 +162,5 @@ def test_optimizer_state_of_another_model_is_refused_in_a_sentence(checkpoint, t
     state = torch.load(folder / "optimizer.pt", weights_only=True)
     del state["param_groups"][1]["params"][0]
     torch.save(state, folder / "optimizer.pt")
-    with pytest.raises(UserError, match=r"optimizer or scheduler in .*checkpoint-2 is not that of this run"):
+    with pytest.raises(UserError, match=r"checkpoint-2: optimizer or scheduler in it can't be loaded into this run"):
         train("next", resume=str(folder), data=corpus(), max_steps=4, **RECYCLING)

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, default_data_collator
 
 from hf_recycle import RecyclingTrainer
+from hf_recycle.checkpoint_list import LIST_FILE
 from hf_recycle.errors import UserError
 from hf_recycle.plain_weights import load_plain_weights
 
@@ -137,6 +138,7 @@ def test_pickled_weights_of_older_checkpoints_are_checked_too(train):
     folder = Path(first.args.output_dir, "checkpoint-5")
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
+    (folder / LIST_FILE).unlink()
     torch.save(tensors, folder / "pytorch_model.bin")
     again = train("again", resume=str(folder), max_steps=5, model=tiny_bert(d_ff=32))
     assert_same_weights(first, again)
@@ -175,6 +177,7 @@ def test_a_module_that_is_no_pretrained_model_resumes(arguments):
     checkpoint = Path(whole.args.output_dir, "checkpoint-3")
     assert_same_weights(whole, run("resumed", str(checkpoint)))
     altered(checkpoint, lambda tensors: tensors.pop("norm.running_var"))
+    (checkpoint / LIST_FILE).unlink()
     with pytest.raises(UserError, match=r"norm\.running_var is missing"):
         run("refused", str(checkpoint))
 
