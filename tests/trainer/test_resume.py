@@ -142,7 +142,7 @@ def test_resume_is_exact_in_a_later_epoch(way, train):
     in the second."""
     settings = {"max_steps": 27, "save_strategy": "steps", "save_steps": 3, **METHODS["plain"], **WAYS[way]}
     whole = train("whole", **settings)
-    for at in (9, 12, 15):
+    for at in (15,) if way in QUICK else (9, 12, 15):
         resumed = train(f"resumed-{at}", resume=f"{whole.args.output_dir}/checkpoint-{at}", **settings)
         assert resumed.state.global_step == 27
         assert_same_run(whole, resumed, *(f"{run.args.output_dir}/checkpoint-27" for run in (whole, resumed)))
