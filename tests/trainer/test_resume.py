@@ -9,7 +9,7 @@ import datasets
 import pytest
 import torch
 from tiny_runs import assert_same_weights, losses, sentences, tiny_bert
-from torch.utils.data import DataLoader, WeightedRandomSampler
+from torch.utils.data import DataLoader, IterableDataset, WeightedRandomSampler
 from transformers import DataCollatorForLanguageModeling, Trainer
 
 from hf_recycle import RecyclingHistory, RecyclingTrainer
@@ -94,6 +94,16 @@ def random_crops() -> datasets.Dataset:
     return datasets.Dataset.from_list(sentences()).with_transform(crop)
 
 
+class Shuffled(IterableDataset):
+    """A stream that shuffles and crops by the global generator."""
+
+    def __iter__(self):
+        rows = sentences()
+        random.shuffle(rows)
+        for row in rows:
+            yield {"input_ids": row["input_ids"][random.randrange(4) :]}
+
+
 class OwnOrder(RecyclingTrainer):
     """A sampler of the user's with a generator of its own, in a loader of the user's."""
 
@@ -124,6 +134,8 @@ WAYS = {
     },
     "stream": {"data": a_stream()},
     "stream, evaluated each epoch": {"data": a_stream(), **EVALUATED, "eval_strategy": "epoch"},
+    "stream that draws": {"data": Shuffled()},
+    "stream that draws, workers": {"data": Shuffled(), "dataloader_num_workers": 2},
     "stream of shards": {"data": a_stream(3)},
     "stream of shards, workers": {"data": a_stream(3), "dataloader_num_workers": 2},
     "stream, persistent workers": {
