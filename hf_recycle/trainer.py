@@ -32,6 +32,7 @@ from hf_recycle.neurons.recomputation import Recomputation
 from hf_recycle.neurons.table import NeuronTable
 from hf_recycle.onednn import is_available, is_faster, onednn_linear
 from hf_recycle.recorder import HistoryRecorder
+from hf_recycle.run_start import RunStartMixin
 from hf_recycle.settings import flat
 
 logger = logging.get_logger(__name__)
@@ -39,7 +40,7 @@ logger = logging.get_logger(__name__)
 _LOGGED_QUANTILES = {"magnitude_p10": 0.1, "magnitude_p50": 0.5, "magnitude_p90": 0.9}
 
 
-class RecyclingTrainer(HubMixin, CheckpointMixin, MaskedLanguageModelingMixin):
+class RecyclingTrainer(RunStartMixin, HubMixin, CheckpointMixin, MaskedLanguageModelingMixin):
     """A `transformers.Trainer` that recycles feed-forward neurons while it trains.
 
     Same signature and methods as `Trainer`; `args` is a `RecyclingArguments`, and the callbacks that it asks for are
