@@ -161,9 +161,9 @@ class RecyclingTrainer(HubMixin, CheckpointMixin, MaskedLanguageModelingMixin):
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         patterns = [self.args.ff_pattern, *(callback.ff_pattern for callback in self.neuron_callbacks)]
         try:
-            return NeuronTable.of(model, next(filter(None, patterns), None))
+            return NeuronTable.of(model, next(filter(None, patterns), None), self.args.ff_blocks)
         except ValueError:
-            if self.neuron_callbacks or self.args.ff_pattern:
+            if self.neuron_callbacks or self.args.ff_pattern or self.args.ff_blocks:
                 raise
             return None
 

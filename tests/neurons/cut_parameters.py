@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from hf_recycle.neurons.blocks import NeuronSlice
 from hf_recycle.neurons.storage.base import Storage
-from hf_recycle.neurons.storage.tiles import Tile, columns_of, runs, tiles_of_range, tiles_of_rectangle
+from hf_recycle.neurons.storage.tiles import Tile, runs, tiles_of_range, tiles_of_rectangle
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,10 @@ class Part:
 
     entries: Tensor
     tiles: Callable[[NeuronSlice, Tensor], Iterator[Tile]]
+
+
+def columns_of(shape: torch.Size) -> int:
+    return shape[1] if len(shape) == 2 else 1
 
 
 def slice_of(shape: tuple[int, ...], dim: int, offset: int, length: int, dtype=torch.float64) -> NeuronSlice:
