@@ -51,7 +51,7 @@ def _local_tiles(piece: "NeuronSlice", tensor: DTensor) -> list[Tile]:
     # Rows are counted through the matrices of all experts; a bias is a column.
     split = tensor.dim() if piece.is_bias else 1 if piece.expert is None else 2
     row_numbers, column_numbers = _flat(tensor, range(split)), _flat(tensor, range(split, tensor.dim()))
-    if local.dim() != 2:
+    if local.shape != (len(row_numbers), len(column_numbers)):
         local = local.view(len(row_numbers), len(column_numbers))
     return [
         tile
