@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -38,9 +38,14 @@ def left_out(layers: Layers, blocks: Sequence[FeedForward]) -> list[LeftOut]:
     return [LeftOut(path, _made_of(layers.modules[path])) for path in _walk(layers, "", covered)]
 
 
+def alike(entries: Iterable[tuple]) -> Counter[tuple]:
+    """How many entries there are of each kind; entries (name, ...) whose names differ in numbers alone are one kind."""
+    return Counter((re.sub(r"(?<![^.])\d+(?=\.|$)", "*", name), *rest) for name, *rest in entries)
+
+
 def summary(others: Sequence[LeftOut], shown: int = 4) -> str:
     """`12 × encoder.layer.*.mlp (Conv1d); ...`, the most frequent first."""
-    kinds = Counter((re.sub(r"(?<=\.)\d+(?=\.|$)", "*", other.name), other.made_of) for other in others)
+    kinds = alike((other.name, other.made_of) for other in others)
     parts = [f"{count} × {name} ({made_of})" for (name, made_of), count in kinds.most_common(shown)]
     return "; ".join(parts) + ("; ..." if len(kinds) > shown else "")
 

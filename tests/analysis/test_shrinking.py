@@ -6,7 +6,7 @@ from hf_recycle import find_feed_forwards
 from hf_recycle.analysis.shrink import ShrinkSettings, check_pruned_are_zero, removed_neurons, shrink
 from hf_recycle.errors import UserError
 
-WIDTHS = ("intermediate_size", "d_ff", "n_inner", "hidden_dim")
+WIDTHS = ("intermediate_size", "d_ff", "n_inner", "hidden_dim", "ffn_dim")
 
 
 def mask_by_hand(family, model, block, index):

@@ -70,7 +70,7 @@ def test_prune_curve(folder, tmp_path, capsys):
 def test_shrink_saves_a_plain_model(folder, tmp_path, capsys):
     assert main(["shrink", str(folder), "--fraction", "0.5", "--output", str(tmp_path / "small")]) == 0
     out = capsys.readouterr().out
-    assert "40 -> 24 neurons in every layer" in out
+    assert "40 -> 24 in each of 2 blocks, 20 of them kept" in out
     assert "x as fast" in out
     small = AutoModelForMaskedLM.from_pretrained(tmp_path / "small")
     assert [block.num_neurons for block in find_feed_forwards(small)] == [24, 24]
