@@ -100,7 +100,7 @@ def look_at(model_type: str, name: str) -> Row:
             found = survey(model)
         except ValueError as error:
             return Row(model_type, name, REFUSED, reason=str(error).partition(". ")[2])
-        kinds = tuple(name for name, in alike((block.name,) for block in found.blocks))
+        kinds = tuple(name for (name,) in alike((block.name,) for block in found.blocks))
         return Row(model_type, name, PARTIAL if found.left_out else FULL, kinds, summary(found.left_out))
 
 
@@ -149,6 +149,13 @@ def _first_line(error: Exception) -> str:
     return lines[0].strip()[:160] if lines else type(error).__name__
 
 
+def line(row: Row) -> str:
+    """A row of the table in Markdown."""
+    blocks = ", ".join(f"`{name}`" for name in row.blocks)
+    reason = row.reason.replace("|", "\\|").replace("*", "\\*")
+    return f"| {row.model_type} | {row.architecture} | {row.result} | {blocks} | {reason} |"
+
+
 def page(rows: list[Row]) -> str:
     """Markdown: totals, then a row for each architecture."""
     totals = Counter(row.result for row in rows)
@@ -162,10 +169,7 @@ def page(rows: list[Row]) -> str:
         "| model type | class | result | blocks | left out, or why there are none |",
         "|---|---|---|---|---|",
     ]
-    for row in rows:
-        blocks = ", ".join(f"`{name}`" for name in row.blocks)
-        cells = (row.model_type, row.architecture, row.result, blocks, row.reason.replace("|", "\\|"))
-        lines.append(f"| {' | '.join(cells)} |".replace("*", "\\*") if not blocks else f"| {' | '.join(cells)} |")
+    lines += map(line, rows)
     return "\n".join(lines)
 
 

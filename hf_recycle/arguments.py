@@ -116,8 +116,8 @@ class RecyclingArguments(TrainingArguments):
     ff_blocks: str | None = field(
         default=None,
         metadata={
-            "help": "Of a composite model, the part whose feed-forward blocks are meant, by a word of its name: vision, "
-            "language, encoder, decoder, ...; None: all parts."
+            "help": "Of a composite model, the part whose feed-forward blocks are meant, by a word of its name: "
+            "vision, language, encoder, decoder, ...; None: all parts."
         },
     )
     trust_pickled_checkpoint: bool = field(

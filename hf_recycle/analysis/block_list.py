@@ -1,4 +1,4 @@
-"""Which feed-forward blocks a model has, and what of it looks like one and is left out: from its configuration alone."""
+"""Which feed-forward blocks a model has, and what looks like one and is left out: from its configuration alone."""
 
 from typing import Any
 

@@ -123,7 +123,11 @@ class Checkpoint:
         if stored.is_whole:
             [[key]] = stored.keys
             return [_Part(key, self._open(key, shape), 0, rows, piece.first_row)]
-        keys = [column[piece.expert or 0] for column in stored.keys if len(column) == (1 if piece.expert is None else shape[0])]
+        keys = [
+            column[piece.expert or 0]
+            for column in stored.keys
+            if len(column) == (1 if piece.expert is None else shape[0])
+        ]
         if not stored.is_stacked or len(keys) != len(stored.keys) or rows % len(keys):
             raise UserError(
                 f"{self.source.name}: {name} is put together from several tensors when transformers loads it, in a way "

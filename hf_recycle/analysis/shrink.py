@@ -1,8 +1,9 @@
 """Taking feed-forward neurons out of a model, so that a smaller plain transformers model remains.
 
 A configuration knows one width for all layers, or for those of each part of a model. It becomes the largest number of
-neurons that one of these layers keeps, rounded up; the others are filled up with neurons of zeros. A neuron whose out-column is zero outputs nothing, whatever its
-in-row, its bias and the activation are: it is *pruned*, and leaving it out changes nothing.
+neurons that one of these layers keeps, rounded up; the others are filled up with neurons of zeros. A neuron whose
+out-column is zero outputs nothing, whatever its in-row, its bias and the activation are: it is *pruned*, and leaving it
+out changes nothing.
 """
 
 from collections.abc import Sequence

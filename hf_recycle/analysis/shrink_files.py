@@ -25,15 +25,23 @@ from hf_recycle.errors import UserError
 from hf_recycle.files import STATE_FILE
 from hf_recycle.neurons.find import find_feed_forwards
 
-
 Processor = PreTrainedTokenizerBase | ProcessorMixin | ImageProcessingMixin | FeatureExtractionMixin
+
+_PROCESSOR_FILES = (
+    "tokenizer_config.json",
+    "tokenizer.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "vocab.txt",
+    "vocab.json",
+    "spiece.model",
+)
 
 
 def load_model(
     source: Source, pattern: str | None = None, ff_blocks: str | None = None
 ) -> tuple[PreTrainedModel, Processor | None]:
-    """The model of the checkpoint's architecture in its own dtype, in evaluation mode, and its tokenizer or processor if
-    it has one.
+    """The model of the checkpoint's architecture in its own dtype, in evaluation mode, and its tokenizer or processor.
 
     Raises:
         UserError: it can't be loaded, or neurons that its recycling state calls pruned are not zero.
@@ -53,7 +61,7 @@ def load_model(
         reason = (str(error).strip().split("\n", 1)[0] or type(error).__name__).rstrip(". ")
         raise UserError(f"{source.name} could not be loaded: {reason}") from error
     check_pruned_are_zero(find_feed_forwards(model, pattern, ff_blocks), _pruned_masks(source))
-    return model, _processor(where, options.get("revision"))
+    return model, _processor(source, where, options.get("revision"))
 
 
 def save_whole(folder: Path, model: PreTrainedModel, processor: Processor | None) -> None:
@@ -97,8 +105,11 @@ def _class_of(checkpoint: Checkpoint) -> type:
     return cls
 
 
-def _processor(where: Path | str, revision: str | None) -> Processor | None:
+def _processor(source: Source, where: Path | str, revision: str | None) -> Processor | None:
+    # Without files, transformers makes up an empty tokenizer.
+    if not any(map(source.file, _PROCESSOR_FILES)):
+        return None
     try:
         return AutoProcessor.from_pretrained(where, revision=revision or "main")
-    except Exception:  # it has none; which error says so depends on what is missing
+    except Exception:  # which error says that there is none depends on what is missing
         return None

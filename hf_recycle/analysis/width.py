@@ -68,7 +68,7 @@ def with_neurons(
 
 
 def width_fields(model: PreTrainedModel, blocks: Sequence[FeedForward]) -> list[Field]:
-    """The fields of the model's configuration, and of those in it, that set the width of its blocks; each block has one.
+    """The fields of the model's configuration, and of those in it, that set the width of its blocks, one for each.
 
     A field is one if a model built with another value of it has some of the blocks with that width, and is else the
     same.

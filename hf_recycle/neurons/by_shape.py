@@ -72,7 +72,12 @@ def _linears_by_layer(layers: Layers) -> dict[str, list[str]]:
     linears: dict[str, list[str]] = {}
     for path, module in layers.modules.items():
         # Of convolutions only registered layouts know which are feed-forward: in image models they are everywhere.
-        if path and is_linear(module) and not isinstance(module, nn.Conv1d | nn.Conv2d) and not layers.mixes_tokens(path):
+        if (
+            path
+            and is_linear(module)
+            and not isinstance(module, nn.Conv1d | nn.Conv2d)
+            and not layers.mixes_tokens(path)
+        ):
             linears.setdefault(layers.layer_of(path), []).append(path)
     return linears
 

@@ -1,4 +1,4 @@
-"""Experts of a mixture whose weights lie in parameters of all experts, one matrix behind the other: a block for each."""
+"""Experts whose weights lie in parameters of all experts of a layer, one matrix behind the other: a block for each."""
 
 from torch import nn
 

@@ -28,9 +28,7 @@ class Survey:
     left_out: list[LeftOut]
 
 
-def find_feed_forwards(
-    model: nn.Module, pattern: str | None = None, ff_blocks: str | None = None
-) -> list[FeedForward]:
+def find_feed_forwards(model: nn.Module, pattern: str | None = None, ff_blocks: str | None = None) -> list[FeedForward]:
     """The feed-forward blocks of `model`, in the model's own order; a block shared by several layers appears once, each
     expert of a mixture is a block.
 

@@ -3,8 +3,8 @@
 A bare layer handed to `_init_weights` is a silent trap: T5, GPT-2 and ModernBERT choose the standard deviation in the
 module *around* the layer, Switch Transformers in the one around all experts. So a fresh instance of the block's module
 is initialised by the model's own initialiser, and then the modules around it, once, while a recorder notes which
-elementwise random operations fill each parameter. Replaying them on `n` lines then draws `n` fresh neurons, at a cost of
-`n` lines. An initialiser that is not elementwise (orthogonal, or a truncated normal by rejection) can't be replayed:
+elementwise random operations fill each parameter. Replaying them on `n` lines then draws `n` fresh neurons, at a cost
+of `n` lines. An initialiser that is not elementwise (orthogonal, or a truncated normal by rejection) can't be replayed:
 there, a fresh instance is built at every draw and its first lines are taken.
 """
 
@@ -73,8 +73,11 @@ class FreshModules:
         return _hollow_copy(self.model, {})
 
     def recipes(self, path: str) -> dict[tuple[str, str], list[_Operation] | None]:
-        """How each parameter of the module at `path` is filled, by (path of its module within, its name): the operations;
-        none if nothing fills it, None if they can't be replayed. The experts of one module share the answer."""
+        """How each parameter of the module at `path` is filled, by (path of its module within, its name).
+
+        A list of operations, empty if nothing fills it; None if they can't be replayed. The experts of one module share
+        the answer.
+        """
         if path not in self._recorded:
             recorder = _Recorder()
             # On the CPU, not on the meta device: there some initialisers (torch's trunc_normal_) do nothing.
@@ -107,7 +110,10 @@ class FreshModules:
 
     def _initialise(self, path: str, fresh: nn.Module) -> None:
         around = _upwards(path)
-        owners = [module if isinstance(module, PreTrainedModel) else None for module in map(self._hollow.get_submodule, around)]
+        owners = [
+            module if isinstance(module, PreTrainedModel) else None
+            for module in map(self._hollow.get_submodule, around)
+        ]
         for position, place in enumerate(around):
             # In a composite model each part has its own initialiser.
             owner = next(filter(None, owners[position:]), None)
@@ -235,7 +241,9 @@ def _hollow_copy(module: nn.Module, memo: dict[int, object]) -> nn.Module:
         tensors = vars(module)[kind].items()
         fresh.__dict__[kind] = {name: None if value is None else _hollow(value, memo) for name, value in tensors}
     children = module._modules.items()
-    fresh.__dict__["_modules"] = {name: None if child is None else _hollow_copy(child, memo) for name, child in children}
+    fresh.__dict__["_modules"] = {
+        name: None if child is None else _hollow_copy(child, memo) for name, child in children
+    }
     return fresh
 
 

@@ -90,7 +90,7 @@ def role_of_name(text: str) -> str | None:
 
 
 def _is_list_of_layers(module: nn.Module) -> bool:
-    """Two elements of one class, or a single one in anything but an nn.Sequential, which may be how a block is written."""
+    """Two elements of one class, or a single one, but in an nn.Sequential, which may be how a block is written."""
     if not isinstance(module, _CONTAINERS):
         return False
     inner = [child for child in module.children() if any(child.children()) and any(map(is_linear, child.modules()))]

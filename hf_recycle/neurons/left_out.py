@@ -66,7 +66,12 @@ def _walk(layers: Layers, path: str, covered: set[str]) -> Iterator[str]:
             continue
         # A list of bare MLPs is one of heads, not of layers.
         within = layers.layer_of(child) != child if layers else True
-        if within and (layers.layer_of(child) or not layers) and child not in covered and _looks_like_one(layers, child):
+        if (
+            within
+            and (layers.layer_of(child) or not layers)
+            and child not in covered
+            and _looks_like_one(layers, child)
+        ):
             yield child
         else:
             yield from _walk(layers, child, covered)

@@ -20,7 +20,8 @@ def is_linear(module: nn.Module | None) -> bool:
 
 def _is_pointwise(module: nn.Module | None) -> bool:
     return (
-        isinstance(module, nn.Conv1d | nn.Conv2d) and math.prod((*module.kernel_size, *module.stride)) * module.groups == 1
+        isinstance(module, nn.Conv1d | nn.Conv2d)
+        and math.prod((*module.kernel_size, *module.stride)) * module.groups == 1
     )
 
 

@@ -153,8 +153,8 @@ class NeuronTable:
             found = survey(model, pattern, ff_blocks)
             if found.left_out:
                 logger.warning(
-                    f"{len(found.left_out)} modules of {type(model).__name__} look like feed-forward blocks and are left "
-                    f"out, because their layout is unknown: {summary(found.left_out)}. No method touches them; "
+                    f"{len(found.left_out)} modules of {type(model).__name__} look like feed-forward blocks and are "
+                    f"left out, because their layout is unknown: {summary(found.left_out)}. No method touches them; "
                     f"{len(found.blocks)} blocks were found."
                 )
             fresh = FreshModules(model)

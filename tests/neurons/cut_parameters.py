@@ -91,7 +91,9 @@ def slices(draw, dtype=torch.float64) -> NeuronSlice:
     expert's."""
     length, width = draw(st.integers(1, 7)), draw(st.integers(1, 6))
     stride = draw(st.sampled_from([1, 1, 2]))
-    offset, behind = draw(st.sampled_from([(0, 0), (length, 0), (0, length), (2, 1)] if stride == 1 else [(0, 0), (1, 0)]))
+    offset, behind = draw(
+        st.sampled_from([(0, 0), (length, 0), (0, length), (2, 1)] if stride == 1 else [(0, 0), (1, 0)])
+    )
     lines = offset + length * stride + behind
     expert = draw(st.sampled_from([None, 0, 1, 2]))
     experts = () if expert is None else (3,)

@@ -204,7 +204,9 @@ def test_local_tiles_of_every_process(shape, placements, size, dim):
     assert torch.equal(covered, torch.full_like(covered, copies))
 
 
-@pytest.mark.parametrize(("shape", "placements"), [*PLACEMENTS, ((3,), (Shard(2),)), ((2, 2), (Shard(1), Shard(2)))], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "placements"), [*PLACEMENTS, ((3,), (Shard(2),)), ((2, 2), (Shard(1), Shard(2)))], ids=str
+)
 @pytest.mark.parametrize(("dim", "stride"), [(0, 1), (1, 2)])
 def test_local_tiles_of_an_expert(shape, placements, dim, stride):
     """A process may hold some experts whole, or some rows or columns of each."""
@@ -212,7 +214,9 @@ def test_local_tiles_of_an_expert(shape, placements, dim, stride):
     for values in (torch.arange(72.0).view(size), torch.arange(12.0).view(3, 4)):
         if values.dim() == 2 and (dim or any(p.is_shard(2) for p in placements)):
             continue
-        pieces = [slice_of_expert(values, expert, dim, offset, stride) for expert in range(3) for offset in range(stride)]
+        pieces = [
+            slice_of_expert(values, expert, dim, offset, stride) for expert in range(3) for offset in range(stride)
+        ]
         covered = [torch.zeros(piece.length, piece.width) for piece in pieces]
         for rank in range(torch.Size(shape).numel()):
             with as_rank(rank, shape) as mesh:
