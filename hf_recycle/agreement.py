@@ -56,6 +56,14 @@ def check_agreement(tensors: Iterable[Tensor], what: str, device: torch.device) 
     agreement.check(what, device)
 
 
+def true_everywhere(flag: Tensor) -> bool:
+    """Whether `flag`, a bool of one item on a device that the process group can send from, is true on every process."""
+    flag = flag.reshape(1).to(torch.int32)
+    if _are_several():
+        dist.all_reduce(flag, op=dist.ReduceOp.MIN)
+    return bool(flag)
+
+
 def from_main_process(make: Callable[[], Result], device: torch.device) -> Result:
     """What `make` gives on process 0, on every process.
 
@@ -78,6 +86,26 @@ def from_main_process(make: Callable[[], Result], device: torch.device) -> Resul
     if isinstance(outcome[0], UserError):
         raise outcome[0]
     return outcome[0]
+
+
+def on_every_process(check: Callable[[], None], *, here: bool = True) -> None:
+    """Runs `check` on the processes where `here` is true; what one of them refuses is raised on all.
+
+    Raises:
+        UserError: on every process, if `check` does on any.
+    """
+    refused = None
+    if here:
+        try:
+            check()
+        except UserError as error:
+            refused = error
+    if _are_several():
+        everyone: list[UserError | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, refused)
+        refused = next(filter(None, everyone), None)
+    if refused is not None:
+        raise refused
 
 
 def _are_several() -> bool:

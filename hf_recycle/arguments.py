@@ -1,5 +1,6 @@
 """`RecyclingArguments`: `TrainingArguments` with the settings of every method, flat."""
 
+import os
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -13,6 +14,7 @@ from hf_recycle.settings import (
     PruningSettings,
     RecyclingSettings,
     Settings,
+    check_training_numbers,
     flat_field,
 )
 
@@ -90,12 +92,12 @@ class RecyclingArguments(TrainingArguments):
             "gradient checkpointing or ZeRO-3."
         },
     )
-    onednn_linear: bool | None = field(
-        default=None,
+    onednn_linear: bool = field(
+        default=False,
         metadata={
-            "help": "On a CPU, compute float32 linear layers by oneDNN, not by PyTorch's usual library: sums come in "
-            "another order, so last digits differ. None: where that is known to be faster (AMD's processors from Zen 5 "
-            "on, about twice), unless every method and masked_head are off. Not with torch_compile or DeepSpeed."
+            "help": "On a CPU, compute float32 linear layers by oneDNN while training, not by PyTorch's usual library: "
+            "about twice as fast on AMD's processors from Zen 5 on; sums come in another order, so last digits differ. "
+            "Not with torch_compile or DeepSpeed."
         },
     )
     deterministic_masking: bool | None = field(
@@ -120,6 +122,13 @@ class RecyclingArguments(TrainingArguments):
             "vision, language, encoder, decoder, ...; None: all parts."
         },
     )
+    verify_checkpoint: bool = field(
+        default=False,
+        metadata={
+            "help": "Also keep checksums of files over 64 MiB (weights, optimizer) with each checkpoint, which takes "
+            "about a second per GB. What has a checksum is compared when training resumes; of other files the size is."
+        },
+    )
     trust_pickled_checkpoint: bool = field(
         default=False,
         metadata={
@@ -134,19 +143,21 @@ class RecyclingArguments(TrainingArguments):
     )
 
     def __post_init__(self):
+        check_training_numbers(self)
         super().__post_init__()
+        self.output_dir = os.path.abspath(self.output_dir)  # also where the working directory changes later
         for method in METHODS:
-            self.method_settings(method).validate(method.prefix)
-        if self.recycle_seed is None:
-            self.recycle_seed = self.seed
-        if self.prune_seed is None:
-            self.prune_seed = self.seed
-        if self.overtrain_seed is None:
-            self.overtrain_seed = self.seed
+            self.method_settings(method)
 
     def method_settings(self, method: type[Settings]) -> Settings:
-        """The settings of one method, without their prefix."""
-        return method(**{item.name: getattr(self, method.prefix + item.name) for item in fields(method)})
+        """The settings of one method as they are now, without their prefix.
+
+        Raises:
+            ValueError: for a value that is not allowed.
+        """
+        settings = method(**{item.name: getattr(self, method.prefix + item.name) for item in fields(method)})
+        settings.validate(method.prefix)
+        return settings
 
     def method_arguments(self) -> dict[str, Any]:
         """All settings of all methods, flat: what `recycling_config.json` records."""

@@ -13,19 +13,15 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import torch
-from huggingface_hub import hf_hub_download
 
-from hf_recycle.file_checks import fail
-from hf_recycle.files import (
-    CONFIG_FILE,
-    RECYCLING_FILES,
-    read_config,
-    read_history,
-    read_state,
-    read_stats,
-)
-from hf_recycle.history_checks import check_agreement
+from hf_recycle.errors import UserError
+from hf_recycle.file_checks import RecyclingFileError, fail
+from hf_recycle.file_set import read_files
+from hf_recycle.files import CONFIG_FILE, RECYCLING_FILES
+from hf_recycle.hub.address import locate
+from hf_recycle.hub.checks.recycling_files import check_content, check_expansion
 from hf_recycle.hub.explain import explain, is_maybe_a_folder
+from hf_recycle.hub.fetch import fetch_file
 from hf_recycle.recorder import HistoryRecorder, metric_values, rows_of_kind
 from hf_recycle.statistics import summarize
 
@@ -39,11 +35,18 @@ class RecyclingHistory:
         config: the content of `recycling_config.json`: arguments, package version, blocks.
         stats: the content of `recycling_stats.json`, see `summarize`.
         table: every record, with `recorder.HISTORY_SCHEMA`.
+        folder: where its files were found, or None.
     """
 
     def __init__(
-        self, config: dict[str, Any], tensors: dict[str, torch.Tensor], table: pa.Table, stats: dict[str, Any]
+        self,
+        config: dict[str, Any],
+        tensors: dict[str, torch.Tensor],
+        table: pa.Table,
+        stats: dict[str, Any],
+        folder: Path | None = None,
     ) -> None:
+        self.folder = folder
         self.config = config
         self.stats = stats
         self.table = table
@@ -58,23 +61,30 @@ class RecyclingHistory:
         Args:
             folder_or_repo_id: a checkpoint, a run's output folder (its newest complete checkpoint is read
                 unless it holds the files itself), or a repository of the Hub (only the small files are
-                downloaded).
+                downloaded) by its name or as `hf://user/repo[@revision][/folder]`.
             revision: branch, tag or commit of the repository.
             token: token for a private repository.
 
         Raises:
-            RecyclingFileError: nothing is found there, or a file is damaged or contradicts another.
+            RecyclingFileError: nothing is found there, or a file is damaged or contradicts another, or holds what no
+                run can have written.
         """
         if os.path.isdir(folder_or_repo_id):
-            folder = find_checkpoint(folder_or_repo_id)
+            folder, content = read_files(folder_or_repo_id, lambda path: _bounded(find_checkpoint(path)))
         else:
-            folder = _download(os.fspath(folder_or_repo_id), revision, token)
-        config = read_config(folder)
-        tensors, _ = read_state(folder, config["blocks"])
-        table = read_history(folder, config["blocks"])
-        stats = read_stats(folder)
-        check_agreement(folder, config, tensors, table, stats)
-        return cls(config, tensors, table, stats)
+            folder, content = read_files(_download(os.fspath(folder_or_repo_id), revision, token), _bounded)
+        check_content(folder, *content)
+        return cls(*content, folder=folder)
+
+    @classmethod
+    def of_own_run(cls, folder: str | os.PathLike[str]) -> RecyclingHistory:
+        """Read the recycling files that this process, or another one of the same user's, has written into a folder.
+
+        Raises:
+            RecyclingFileError: a file is missing or damaged, or contradicts another.
+        """
+        folder, content = read_files(folder, find_checkpoint)
+        return cls(*content, folder=folder)
 
     @property
     def blocks(self) -> list[str]:
@@ -162,6 +172,8 @@ def find_checkpoint(folder: str | os.PathLike[str]) -> Path:
     missing = _missing(folder)
     if not missing:
         return folder
+    if not folder.is_dir():
+        fail(folder, "there is no such folder any more", "name the run's folder, whose newest checkpoint is then read")
     if len(missing) < len(RECYCLING_FILES):
         fail(folder, f"{', '.join(missing)} is missing beside the other recycling files")
     found = [(int(match[1]), child) for child in folder.iterdir() if (match := _CHECKPOINT.match(child.name))]
@@ -172,6 +184,12 @@ def find_checkpoint(folder: str | os.PathLike[str]) -> Path:
     return complete[-1]
 
 
+def _bounded(folder: str | os.PathLike[str]) -> Path:
+    """The folder, once it is known that its files take no more to read than a run's."""
+    check_expansion(Path(folder))
+    return Path(folder)
+
+
 _CHECKPOINT = re.compile(r"checkpoint-([0-9]{1,18})$")
 
 
@@ -179,23 +197,30 @@ def _missing(folder: Path) -> list[str]:
     return [name for name in RECYCLING_FILES if not (folder / name).is_file()]
 
 
-def _download(repo: str, revision: str | None, token: str | None) -> Path:
+def _download(text: str, revision: str | None, token: str | None) -> Path:
     """The folder of the Hub's cache that holds the recycling files of one commit of a repository."""
+    try:
+        repo, inside, revision = locate(text, revision)
+    except UserError as error:
+        raise RecyclingFileError(str(error)) from error
     where = f"{repo}@{revision}" if revision else repo
     folder = None
     for name in RECYCLING_FILES:
         try:
-            path = Path(hf_hub_download(repo, name, revision=revision, token=token))
+            path = fetch_file(repo, f"{inside}{name}", revision, token)
+        except UserError as error:
+            raise RecyclingFileError(str(error)) from error
         except Exception as error:  # the client lets the errors of its HTTP library through, whichever that is
-            problem, remedy = explain(error, name)
+            problem, remedy = explain(error, f"{inside}{name}")
             if is_maybe_a_folder(error):
                 problem = f"it is no folder here{_similar(repo)}, and {problem}"
             fail(where, problem, remedy)
         if folder is None:
             folder = path.parent
             # The other files must come from the same commit, whatever is pushed meanwhile.
-            if re.fullmatch(r"[0-9a-f]{40}", folder.name):
-                revision = folder.name
+            commit = path.parents[inside.count("/")].name
+            if re.fullmatch(r"[0-9a-f]{40}", commit):
+                revision = commit
         elif path.parent != folder:
             fail(where, f"{name} comes from another commit than {CONFIG_FILE}", "try again")
     return folder

@@ -3,18 +3,27 @@
 `RecyclingArguments` flattens them with a prefix for the Trainer and the command line; callbacks take them without.
 """
 
+import math
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, ClassVar
+from dataclasses import MISSING, dataclass, field, fields, replace
+from typing import Any, ClassVar, Self
+
+import torch
+from transformers import TrainingArguments
 
 from hf_recycle.methods.midpoint import CENTERS, DISTANCES
 from hf_recycle.methods.overtraining import SUBSETS
 from hf_recycle.methods.pruning import PRUNE_SCHEDULES
 from hf_recycle.methods.reinit import REINITIALIZATIONS
-from hf_recycle.methods.schedule import FRACTION_SCHEDULES
+from hf_recycle.methods.schedule import FRACTION_SCHEDULES, resolve_steps
 from hf_recycle.methods.selection import CRITERIA
 
 Check = Callable[[Any], str | None]
+
+MOST = 2**53
+"""The largest whole number of a setting: those above are no longer exact where JSON, YAML or a float come between."""
+_LARGEST = float(torch.finfo(torch.float32).max)
+_SEEDS = 2**64
 
 
 def setting(default: Any, help: str, check: Check) -> Any:
@@ -26,8 +35,8 @@ def setting(default: Any, help: str, check: Check) -> Any:
 
 def _steps(value: Any) -> str | None:
     """A number of steps: None, an integer >= 0 or a fraction in (0, 1)."""
-    fine = value is None or (_is_number(value) and value >= 0 and (value < 1 or float(value).is_integer()))
-    return None if fine else "an integer number of steps, or a fraction below 1 of the training"
+    fine = value is None or (_is_number(value) and 0 <= value <= MOST and (value < 1 or value == int(value)))
+    return None if fine else "an integer number of steps, or a fraction below 1 of the training, at most 2**53"
 
 
 def _share(value: Any) -> str | None:
@@ -45,12 +54,12 @@ def _some_steps(value: Any) -> str | None:
 
 
 def _not_negative(value: Any) -> str | None:
-    return None if _is_number(value) and value >= 0 else "a number >= 0"
+    return None if _is_number(value) and 0 <= value <= _LARGEST else "a number >= 0 that float32 can hold"
 
 
-def _whole(value: Any) -> str | None:
-    fine = isinstance(value, int) and not isinstance(value, bool) and value >= 0
-    return None if fine else "an integer >= 0"
+def _whole(value: Any, largest: int = MOST) -> str | None:
+    fine = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= largest
+    return None if fine else f"an integer >= 0, up to {largest}"
 
 
 def _flag(value: Any) -> str | None:
@@ -63,7 +72,7 @@ def _layers(value: Any) -> str | None:
 
 
 def _seed(value: Any) -> str | None:
-    return None if value is None else _whole(value)
+    return None if value is None else _whole(value, largest=_SEEDS - 1)
 
 
 def _one_of(choices) -> Check:
@@ -71,9 +80,23 @@ def _one_of(choices) -> Check:
 
 
 def _is_number(value: Any) -> bool:
-    return (
-        isinstance(value, int | float) and not isinstance(value, bool) and value == value and abs(value) != float("inf")
-    )
+    return isinstance(value, int | float) and not isinstance(value, bool) and -math.inf < value < math.inf
+
+
+def check_training_numbers(arguments: TrainingArguments) -> None:
+    """Refuses numbers of the Trainer's own arguments that no training can come well out of, and on which it would go
+    astray without a word.
+
+    Raises:
+        ValueError: that names the argument, its value and what is allowed.
+    """
+    numbers = ("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm", "num_train_epochs")
+    limits = dict.fromkeys(numbers, _LARGEST) | {"max_steps": MOST}
+    for name, largest in limits.items():
+        value = getattr(arguments, name)
+        endless = name == "max_grad_norm" and value == math.inf  # no clipping, as many write it
+        if isinstance(value, int | float) and not endless and not abs(value) <= largest:
+            raise ValueError(f"{name}={value!r} is not allowed: it must be a number, at most {largest:.3g} in size.")
 
 
 @dataclass
@@ -93,6 +116,22 @@ class Settings:
             allowed = item.metadata["check"](value)
             if allowed is not None:
                 raise ValueError(f"{prefix}{item.name}={value!r} is not allowed: it must be {allowed}.")
+
+    def resolve(self, max_steps: int, seed: int) -> Self:
+        """The settings in a training of `max_steps` steps: numbers of steps instead of shares, and `seed`, that of the
+        training, where none was given. None stays None."""
+        values = {
+            item.name: resolve_steps(getattr(self, item.name), max_steps)
+            for item in fields(self)
+            if item.metadata["check"] in (_steps, _some_steps)
+        }
+        if getattr(self, "seed", 0) is None:
+            values["seed"] = seed
+        return replace(self, **values)
+
+    def differing(self, other: Self) -> list[str]:
+        """The names of the settings that differ."""
+        return [item.name for item in fields(self) if getattr(self, item.name) != getattr(other, item.name)]
 
 
 @dataclass
@@ -139,6 +178,11 @@ class RecyclingSettings(Settings):
         super().validate(prefix)
         _check_order(prefix, self.start, self.end, "recycling would never happen")
 
+    def resolve(self, max_steps: int, seed: int) -> Self:
+        resolved = super().resolve(max_steps, seed)
+        # A decay has to end somewhere; a constant share goes on for as long as the training does.
+        return resolved if resolved.fraction_schedule == "constant" else _ending(resolved, max_steps)
+
 
 def _check_order(prefix: str, start: float | None, end: float | None, consequence: str) -> None:
     """Refuses a start after the end, where the two can be compared without knowing the length of the training."""
@@ -146,6 +190,11 @@ def _check_order(prefix: str, start: float | None, end: float | None, consequenc
     comparable = end is not None and (start < 1) == (end < 1 and end != 0)
     if end is not None and (comparable or start == 0) and start > end:
         raise ValueError(f"{prefix}start={start:g} is after {prefix}end={end:g}: {consequence}.")
+
+
+def _ending(settings: Any, max_steps: int) -> Any:
+    """Resolved settings whose end, if none was given, is the end of the training."""
+    return replace(settings, end=max_steps) if settings.end is None else settings
 
 
 @dataclass
@@ -188,6 +237,9 @@ class PruningSettings(Settings):
     def validate(self, prefix: str = "") -> None:
         super().validate(prefix)
         _check_order(prefix, self.start, self.end, "nothing would be pruned")
+
+    def resolve(self, max_steps: int, seed: int) -> Self:
+        return _ending(super().resolve(max_steps, seed), max_steps)
 
 
 @dataclass
@@ -245,6 +297,12 @@ METHODS: tuple[type[Settings], ...] = (
     OvertrainingSettings,
     MagnitudeSettings,
 )
+
+
+def flat(settings: Settings) -> dict[str, Any]:
+    """The settings with their prefix, as in the JSON of a checkpoint, which knows no tuples."""
+    values = {settings.prefix + item.name: getattr(settings, item.name) for item in fields(settings)}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 def flat_field(settings: type[Settings], name: str) -> Any:

@@ -23,6 +23,8 @@ from hf_recycle.analysis.shrink import check_pruned_are_zero
 from hf_recycle.analysis.source import Source
 from hf_recycle.errors import UserError
 from hf_recycle.files import STATE_FILE
+from hf_recycle.hub.explain import explained
+from hf_recycle.hub.fetch import check_small_files
 from hf_recycle.neurons.find import find_feed_forwards
 
 Processor = PreTrainedTokenizerBase | ProcessorMixin | ImageProcessingMixin | FeatureExtractionMixin
@@ -53,8 +55,12 @@ def load_model(
         next(iter(checkpoint.tiles(piece)))  # and what is damaged or incomplete
     where, revision = (source.folder, None) if source.folder else (source.name, source.revision)
     options = {} if revision is None else {"revision": revision}
+    if source.subfolder:
+        options["subfolder"] = source.subfolder.rstrip("/")
     if source.folder is None:
         options["use_safetensors"] = True
+        with explained(source.name):
+            check_small_files(source.name, source.subfolder, source.revision, source.token)
     try:
         model = cls.from_pretrained(where, config=checkpoint.config, dtype="auto", **options).eval()
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -110,6 +116,8 @@ def _processor(source: Source, where: Path | str, revision: str | None) -> Proce
     if not any(map(source.file, _PROCESSOR_FILES)):
         return None
     try:
-        return AutoProcessor.from_pretrained(where, revision=revision or "main")
+        return AutoProcessor.from_pretrained(
+            where, revision=revision or "main", subfolder=source.subfolder.rstrip("/"), trust_remote_code=False
+        )
     except Exception:  # which error says that there is none depends on what is missing
         return None

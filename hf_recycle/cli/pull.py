@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import shutil
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from hf_recycle.command_words import path_word
 from hf_recycle.errors import UserError
 from hf_recycle.hub.address import LAST, SCHEME, HubAddress, is_address
 
@@ -43,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("repo", help=f"user/repo, or {SCHEME}user/repo[/folder][@revision]")
+    parser.add_argument("repo", help=f"user/repo, or {SCHEME}user/repo[@revision][/folder]")
     parser.add_argument("--folder", help=f"{LAST} or checkpoint-N; by default the newest checkpoint")
     parser.add_argument("--revision", help="branch, tag or commit; by default the default branch")
     parser.add_argument("--to", type=Path, metavar="FOLDER", help="copy the checkpoint into this output folder")
@@ -65,7 +67,8 @@ def _pull(options: argparse.Namespace) -> str:
     if options.to is None:
         return f"{settled.address}\n{folder}\nresume with: --resume_from_checkpoint {settled.address}"
     copied = copy_checkpoint(folder, [Path(name).relative_to(folder.name) for name in settled.files], options.to)
-    return f"{settled.address}\n{copied}\nresume with: --output_dir {options.to} --resume_from_checkpoint true"
+    word = shlex.quote(path_word(options.to))
+    return f"{settled.address}\n{copied}\nresume with: --output_dir {word} --resume_from_checkpoint true"
 
 
 def _address(options: argparse.Namespace) -> HubAddress:

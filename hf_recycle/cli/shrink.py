@@ -26,7 +26,7 @@ neurons masked, and both are timed.
   --criterion NAME    with fraction: selection criterion, the neurons of lowest score go (default: low_magnitude)
   --multiple_of INT   round the width up to a multiple of it (default: 8)
   --seed INT          seed of the criterion random (default: 0)
-  --revision NAME     branch, tag or commit of a repository
+  --revision NAME     branch, tag or commit of a repository (or write MODEL as hf://user/repo@revision)
   --ff_blocks WORD    of a composite model, the part that is meant: vision, language, encoder, decoder, ...
   --ff_pattern TEXT   linear layers of the feed-forward blocks, for a model of unknown layout: 'fc1 -> fc2'
 """

@@ -45,7 +45,7 @@ def write_card(folder: str | os.PathLike[str], *, repo_id: str | None = None) ->
     from hf_recycle.report.figures import figure_images
 
     folder = Path(folder)
-    history = RecyclingHistory.from_pretrained(folder)
+    history = RecyclingHistory.of_own_run(folder)
     facts = facts_of(history, folder, repo_id)
     images = figure_images(history, unigram_entropy=facts["unigram_entropy"])
     (folder / "figures").mkdir(exist_ok=True)

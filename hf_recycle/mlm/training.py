@@ -1,33 +1,32 @@
-"""What a Trainer does differently for masked language models: data, loss and evaluation."""
+"""What a Trainer does differently for masked language models: loss and evaluation."""
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import datasets
 import torch
 from accelerate.utils import DistributedType, DynamoBackend
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import Trainer
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from hf_recycle.mlm.capacity import MASKED_TOKENS, CountingCollator, usual_size
 from hf_recycle.mlm.cross_entropy import compact_loss
+from hf_recycle.mlm.data import ReproducibleDataMixin
 from hf_recycle.mlm.heads import find_masked_head, is_masked_language_model
+from hf_recycle.mlm.loaders import base_loader
 from hf_recycle.mlm.loss import IGNORED, masked_lm_loss, masked_positions, padded_positions
-from hf_recycle.mlm.passes import PASS_COLUMN
-from hf_recycle.mlm.seeded import apart, reproducible
-from hf_recycle.mlm.stream import EndlessStream
+from hf_recycle.mlm.random_state import OwnRandomState, generators_of
 from hf_recycle.mlm.tally import EvaluationTally
-from hf_recycle.second_pass import SecondPass, mask_seed
+from hf_recycle.second_pass import SecondPass
 
 logger = logging.get_logger(__name__)
 
 
-class MaskedLanguageModelingMixin(Trainer):
-    """Reproducible masks, a loss over the masked tokens of the whole batch, the head on masked positions, and
+class MaskedLanguageModelingMixin(ReproducibleDataMixin):
+    """Reproducible batches, a loss over the masked tokens of the whole batch, the head on masked positions, and
     evaluation over all masked tokens.
 
     The loss and the evaluation switch themselves on for masked language models only, and only where the user gave no
@@ -50,11 +49,8 @@ class MaskedLanguageModelingMixin(Trainer):
         self._compiled = self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
         self._head_model: nn.Module | None = None
         self._head = None
-        self._deterministic = deterministic_masking
         self._tally: EvaluationTally | None = None
-        if deterministic_masking:
-            self.data_collator = reproducible(self.data_collator, seed)
-            self._evaluation_collator = self.data_collator.for_evaluation()
+        self.set_up_data(deterministic=deterministic_masking)
 
     def can_sum_sparsely(self) -> bool:
         """Whether `sparse_tied_gradient` holds: every loss goes through the head, and one process on a CPU sums."""
@@ -64,18 +60,12 @@ class MaskedLanguageModelingMixin(Trainer):
 
     # ---- Data ----
 
-    def _get_dataloader(self, dataset, *args, is_training: bool = False, **kwargs) -> DataLoader:
-        if self._deterministic and is_training and isinstance(dataset, IterableDataset) and not has_length(dataset):
-            dataset = EndlessStream(dataset)
-        training_collator = self.data_collator
-        collator = self._evaluation_collator if self._deterministic and not is_training else training_collator
+    def _get_dataloader(self, dataset, *args, **kwargs) -> DataLoader:
+        loader = super()._get_dataloader(dataset, *args, **kwargs)
         if self._masked_head_wanted and not self._is_dispatched(dataset):
-            collator = CountingCollator(collator)
-        self.data_collator = collator
-        try:
-            return super()._get_dataloader(dataset, *args, is_training=is_training, **kwargs)
-        finally:
-            self.data_collator = training_collator
+            base = base_loader(loader)
+            base.collate_fn = CountingCollator(base.collate_fn)
+        return loader
 
     def _is_dispatched(self, dataset) -> bool:
         """Whether process 0 loads the batches of all, which joins and slices tensors and takes nothing else."""
@@ -92,46 +82,28 @@ class MaskedLanguageModelingMixin(Trainer):
             return inputs
         return super()._prepare_inputs(inputs)
 
-    def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()
-        if PASS_COLUMN not in self._signature_columns:
-            self._signature_columns.append(PASS_COLUMN)
-
-    def _run_epoch(self, *args, epoch: int, **kwargs) -> None:
-        if self._deterministic:
-            self.data_collator.set_pass(epoch)
-        super()._run_epoch(*args, epoch=epoch, **kwargs)
-
     def check_labels(self) -> None:
         """Refuses, before training, batches without labels, on which `masked_head` can't work.
 
         Raises:
             ValueError: if the collator makes no labels of the first training example.
         """
-        if not self._masked_head_wanted or not has_length(self.train_dataset) or not len(self.train_dataset):
+        is_stream = isinstance(self.train_dataset, IterableDataset) or not has_length(self.train_dataset)
+        if not self._masked_head_wanted or is_stream or not len(self.train_dataset):
             return
-        # On copies of the random state: looking must not change what comes.
-        with torch.random.fork_rng(devices=[]):
-            dataset = self.train_dataset
-            if hasattr(dataset, "remove_columns"):
-                dataset = self._remove_unused_columns(dataset)
-            batch = self.data_collator([dataset[0]])
+        dataset, collator = self.train_dataset, copy.copy(self.data_collator)  # the stock one makes itself a generator
+        if hasattr(dataset, "remove_columns"):
+            dataset = self._remove_unused_columns(dataset)
+        # Looking must not change what comes.
+        with OwnRandomState(0, [*generators_of(dataset), *generators_of(collator)]):
+            batch = collator([dataset[0]])
         self._require_labels(batch)
 
     def second_pass(self, seed: int) -> SecondPass:
-        """A second pass over the training set, with an order and masks of its own.
-
-        Raises:
-            ValueError: if the training set is a stream.
-        """
-        dataset, collator = self.train_dataset, apart(self.data_collator, mask_seed(seed))
+        extra = super().second_pass(seed)
         if self._masked_head_wanted:
-            collator = CountingCollator(collator)
-        if isinstance(dataset, datasets.Dataset):
-            dataset = self._remove_unused_columns(dataset, description="overtraining")
-        else:
-            collator = self._get_collator_with_removed_columns(collator, description="overtraining")
-        return SecondPass(dataset, collator, seed)
+            extra.collator = CountingCollator(extra.collator)
+        return extra
 
     def _require_labels(self, batch: Mapping[str, Any]) -> None:
         if "labels" not in batch:

@@ -1,13 +1,19 @@
 """`RecyclingArguments`: one field for every setting, with the name, default and checks that users rely on."""
 
 import dataclasses
+import math
+import re
 from typing import get_type_hints
 
+import hypothesis
 import pytest
+from hypothesis import strategies as st
 from transformers import HfArgumentParser, TrainingArguments
 
 from hf_recycle import RecyclingArguments
-from hf_recycle.settings import METHODS, MagnitudeSettings, MidpointSettings, RecyclingSettings
+from hf_recycle.callbacks.pruning import make_schedule as make_pruning_schedule
+from hf_recycle.callbacks.recycling import make_schedule
+from hf_recycle.settings import METHODS, MagnitudeSettings, MidpointSettings, PruningSettings, RecyclingSettings
 
 # The interface as it is documented.
 DOCUMENTED = {
@@ -24,7 +30,7 @@ DOCUMENTED = {
     "recycle_smooth_steps": 0,
     "recycle_optimizer_state": "reset",
     "recycle_layers": None,
-    "recycle_seed": 42,  # that is `seed`
+    "recycle_seed": None,  # that is `seed`, as it is when training begins
     "midpoint_weight": 0.0,
     "midpoint_distance": "l1",
     "midpoint_center": "mean",
@@ -36,12 +42,12 @@ DOCUMENTED = {
     "prune_steps": 100,
     "prune_schedule": "linear",
     "prune_selection": "low_magnitude",
-    "prune_seed": 42,  # that is `seed`
+    "prune_seed": None,
     "overtrain_steps": None,
     "overtrain_batches": 0,
     "overtrain_subset": "all",
     "overtrain_fraction": 1.0,
-    "overtrain_seed": 42,  # that is `seed`
+    "overtrain_seed": None,
     "magnitude_steps": None,
     "masked_head": True,
 }
@@ -82,8 +88,7 @@ def test_fields_mirror_the_settings(make):
             assert field.metadata["help"] == item.metadata["help"]
             count += 1
         arguments = make()
-        expected = method(**({"seed": 42} if "seed" in method.__dataclass_fields__ else {}))
-        assert arguments.method_settings(method) == expected
+        assert arguments.method_settings(method) == method()
     assert count == len(DOCUMENTED) - 1
 
 
@@ -98,10 +103,11 @@ def test_values_arrive_in_the_settings(make):
     assert set(DOCUMENTED) <= set(flat)
 
 
-def test_the_seed_of_the_training_is_the_default(make):
-    assert make(seed=7).recycle_seed == 7
-    assert make(seed=7, recycle_seed=3).recycle_seed == 3
-    assert make(seed=7, recycle_seed=0).recycle_seed == 0
+def test_the_seed_of_the_training_is_the_default_when_training_begins(make):
+    for given, expected in (({"seed": 7}, 7), ({"seed": 7, "recycle_seed": 3}, 3), ({"seed": 7, "recycle_seed": 0}, 0)):
+        assert make(**given).method_settings(RecyclingSettings).resolve(10, make(**given).seed).seed == expected
+    copied = dataclasses.replace(make(), seed=5)
+    assert copied.method_settings(RecyclingSettings).resolve(10, copied.seed).seed == 5
 
 
 @pytest.mark.parametrize(
@@ -124,6 +130,68 @@ def test_the_seed_of_the_training_is_the_default(make):
 def test_messages_name_the_field_the_value_and_what_is_allowed(make, arguments, message):
     with pytest.raises(ValueError, match=message):
         make(**arguments)
+
+
+INF, NAN = math.inf, math.nan
+
+
+@hypothesis.given(
+    method=st.sampled_from(METHODS),
+    number=st.one_of(
+        st.sampled_from([0, -0.0, 5e-324, 1e-300, 2**53, 2**63, 10**30, 10**400, 1e30, 1.7e308, INF, -INF, NAN, -1]),
+        st.floats(),
+        st.integers(),
+    ),
+    total=st.sampled_from([1, 7, 2**53]),
+    data=st.data(),
+)
+def test_every_number_is_refused_in_a_sentence_or_works(method, number, total, data):
+    numeric = [item.name for item in dataclasses.fields(method) if type(item.default) in (int, float, type(None))]
+    names = data.draw(st.sets(st.sampled_from([name for name in numeric if name != "layers"]), min_size=1))
+    refusal = None
+    try:
+        _use(method(**dict.fromkeys(names, number)), total)
+    except ValueError as error:
+        refusal = str(error)
+    assert refusal is None or re.fullmatch(rf".*{method.prefix}.*\.", refusal)
+
+
+def _use(settings, total):
+    """As a training of `total` steps does."""
+    settings.validate(settings.prefix)
+    settings, step = settings.resolve(total, 42), min(5, total)
+    if isinstance(settings, RecyclingSettings) and settings.enabled:
+        schedule = make_schedule(settings, total)
+        assert len(schedule.phases_until(total)) >= 0
+        assert not schedule.is_phase(step) or 0 <= schedule.quota(step, 100) <= 100
+    if isinstance(settings, PruningSettings) and settings.enabled:
+        assert 0 <= make_pruning_schedule(settings, total).target(step, 100) <= 100
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"max_steps": 2**63},
+        {"num_train_epochs": INF},
+        {"num_train_epochs": NAN},
+        {"learning_rate": INF},
+        {"learning_rate": NAN},
+        {"learning_rate": 1e300},
+        {"weight_decay": -INF},
+        {"max_grad_norm": NAN},
+    ],
+    ids=str,
+)
+def test_numbers_of_the_trainer_that_no_training_comes_well_out_of(make, arguments):
+    ((name, value),) = arguments.items()
+    with pytest.raises(
+        ValueError, match=f"^{name}={re.escape(repr(value))} is not allowed: it must be a number, at most"
+    ):
+        make(**arguments)
+
+
+def test_no_clipping_may_be_written_as_an_infinite_norm(make):
+    assert make(max_grad_norm=INF).max_grad_norm == INF
 
 
 @pytest.mark.parametrize("value", [None, 0, 1, 1.0, 0.5, 100_000, 0.0001])
