@@ -49,10 +49,10 @@ def candidates(layers: Layers) -> list[str]:
     """What a user could name as a block: pairs of linear layers, one behind the other in a layer, whose shapes mirror
     each other, or where the first makes two halves of a gated block."""
     found = []
-    for names in _linears_by_layer(layers).values():
+    for layer, names in _linears_by_layer(layers).items():
         for first, second in itertools.pairwise(names):
             a, b = layers.modules[first], layers.modules[second]
-            if not layers.within_one((first, second)):
+            if not layers.within_one((first, second)) or _is_turned_around(layers, layer, b):
                 continue
             shape = f"({in_features(a)} -> {out_features(a)} -> {out_features(b)})"
             if mirrors(a, b):

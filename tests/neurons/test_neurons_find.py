@@ -232,11 +232,12 @@ def test_residual_dimensions_are_no_neurons():
     """With d_ff below d_model, shapes alone take one layer's second and the next one's first for a block."""
     with pytest.raises(ValueError, match="No feed-forward block"):
         find_feed_forwards(nn.Sequential(_Layer(), _Layer()))
-    twice = nn.ModuleDict({"norm": nn.LayerNorm(8), "one": nn.Sequential(*_Layer().children())})
-    twice["two"] = nn.Sequential(*_Layer().children())
-    with pytest.raises(ValueError, match=r"could be a block: 0\.one\.1 -> 0\.one\.2 \(8 -> 5 -> 8\)"):
+    shapes = {"a": (8, 5), "b": (5, 8), "c": (8, 5), "d": (5, 8)}
+    twice = nn.ModuleDict({"norm": nn.LayerNorm(8), **{name: nn.Linear(*shape) for name, shape in shapes.items()}})
+    with pytest.raises(ValueError, match="No feed-forward block") as error:
         find_feed_forwards(nn.ModuleList([twice]))
-    assert [block.num_neurons for block in find_feed_forwards(nn.ModuleList([twice]), "1 -> 2")] == [5, 5]
+    assert "could be a block: 0.a -> 0.b (8 -> 5 -> 8); 0.c -> 0.d (8 -> 5 -> 8)." in str(error.value)
+    assert [block.num_neurons for block in find_feed_forwards(nn.ModuleList([twice]), "a -> b")] == [5]
 
 
 def test_grouped_layers_are_refused_and_named():
