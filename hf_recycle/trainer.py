@@ -2,10 +2,12 @@
 
 from contextlib import ExitStack
 from dataclasses import fields
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import Trainer
 from transformers.utils import logging
 
 from hf_recycle.arguments import RecyclingArguments
@@ -57,7 +59,7 @@ class RecyclingTrainer(HubMixin, CheckpointMixin, MaskedLanguageModelingMixin):
     """A `transformers.Trainer` that recycles feed-forward neurons while it trains.
 
     Same signature and methods as `Trainer`; `args` is a `RecyclingArguments`, and the callbacks that it asks for are
-    added by themselves. With every method and `masked_head` off it trains exactly as `Trainer` does on one process.
+    added by themselves. With every method and `masked_head` off it trains and evaluates exactly as `Trainer` does.
 
     Beyond the methods it gives: checkpoints that are whole or absent and resume to the bit, the history of every neuron
     in them, and for masked language models a loss normalised over the masked tokens of the whole batch, the head
@@ -69,6 +71,7 @@ class RecyclingTrainer(HubMixin, CheckpointMixin, MaskedLanguageModelingMixin):
             FSDP version 1, fewer processes or another engine than the launcher was asked for.
     """
 
+    @wraps(Trainer.__init__, assigned=())  # for whoever asks for its signature
     def __init__(self, model=None, args: RecyclingArguments | None = None, *positional, **kwargs):
         if args is None:
             args = RecyclingArguments(output_dir="tmp_trainer")
@@ -95,18 +98,15 @@ class RecyclingTrainer(HubMixin, CheckpointMixin, MaskedLanguageModelingMixin):
             check_layers(self.recycling.settings, len(table.blocks))
         seed = args.seed if args.data_seed is None else args.data_seed
         deterministic, self._onednn = args.deterministic_masking, args.onednn_linear
-        as_stock = not (args.masked_head or self.neuron_callbacks)
         if deterministic is None:
-            deterministic = not as_stock
+            deterministic = not self.steps_aside
         if self._onednn is None:
-            self._onednn = not as_stock and is_faster()
+            self._onednn = not self.steps_aside and is_faster()
         if self._onednn and not is_available():
             raise ValueError(
                 "onednn_linear=True, but this PyTorch is without oneDNN or it is switched off: leave it out."
             )
-        self.set_up_masked_language_modeling(
-            masked_head=args.masked_head, deterministic_masking=deterministic, seed=seed
-        )
+        self.set_up_masked_language_modeling(deterministic_masking=deterministic, seed=seed)
         self._last_loss: torch.Tensor | None = None
         self._savings = ExitStack()
 
@@ -144,6 +144,12 @@ class RecyclingTrainer(HubMixin, CheckpointMixin, MaskedLanguageModelingMixin):
                 callback.loss_of, callback.second_pass = self.loss_of, self.second_pass
         self.neuron_callbacks = wired
         self._share_recorder(wired)
+
+    @property
+    def steps_aside(self) -> bool:
+        """Whether every method and `masked_head` are off. Then training, evaluation, collator and batches are those of
+        the stock Trainer."""
+        return not (self.args.masked_head or self.neuron_callbacks)
 
     # ---- Neurons ----
 
@@ -208,7 +214,7 @@ class RecyclingTrainer(HubMixin, CheckpointMixin, MaskedLanguageModelingMixin):
         """Saves memory and time until the end of the training."""
         self._savings.close()  # of an attempt with a larger batch
         table = self.neuron_table()
-        if self.args.recompute_activations and table is not None and can_recompute(self):
+        if self.args.recompute_activations and not self.steps_aside and table is not None and can_recompute(self):
             self._savings.callback(Recomputation(table.blocks).remove)
         if self._onednn and can_use_onednn(self):
             self._savings.enter_context(onednn_linear(self.model))
@@ -225,31 +231,31 @@ class RecyclingTrainer(HubMixin, CheckpointMixin, MaskedLanguageModelingMixin):
         start |= {f"the shape of {name}": full_shape(value) for name, value in self.model.named_parameters()}
         return start | {"the number of training examples": getattr(self.train_dataset, "__len__", lambda: None)()}
 
-    def create_optimizer(self, *args, **kwargs):
-        optimizer = super().create_optimizer(*args, **kwargs)
+    def create_optimizer(self, model=None):
+        optimizer = super().create_optimizer(model)
         if self.is_fsdp_enabled:
             # Only now, so that the optimizer numbers the parameters as it does without FSDP.
             self.tied_aliases |= drop_tied_aliases(self.accelerator.unwrap_model(self.model, keep_torch_compile=False))
         return optimizer
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+    def train(self, resume_from_checkpoint: str | bool | None = None, trial=None, ignore_keys_for_eval=None):
         """As `Trainer.train`; `resume_from_checkpoint` may also be `hub://user/repo[/folder][@revision]`, with
         `last-checkpoint` or `checkpoint-N` as folder, by default the newest one.
 
         Raises:
             UserError: if the checkpoint can't be had from the Hub, or is not to be trusted.
         """
-        self.check_labels()
         self._wire_callbacks()  # with those that were added since
         try:
-            return super().train(local_checkpoint(resume_from_checkpoint, self.args), *args, **kwargs)
+            checkpoint = local_checkpoint(resume_from_checkpoint, self.args)
+            return super().train(checkpoint, trial, ignore_keys_for_eval)
         finally:
             self._savings.close()
             self.meter.stop()
 
-    def training_step(self, model, inputs, *args, **kwargs) -> torch.Tensor:
+    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         self.meter.count(inputs)
-        self._last_loss = super().training_step(model, inputs, *args, **kwargs)
+        self._last_loss = super().training_step(model, inputs, num_items_in_batch)
         return self._last_loss
 
     def _loss_is_finite(self) -> bool:

@@ -69,11 +69,11 @@ class HubMixin(Trainer):
 
     # ---- While training ----
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+    def train(self, resume_from_checkpoint: str | bool | None = None, trial=None, ignore_keys_for_eval=None):
         if self.publisher is not None:
             self._take_up_leftovers(resume=bool(resume_from_checkpoint))
         try:
-            result = super().train(resume_from_checkpoint, *args, **kwargs)
+            result = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         except BaseException:
             if self.publisher is not None:
                 self.publisher.abandon()
