@@ -195,7 +195,8 @@ class RecyclingTrainer(HubMixin, CheckpointMixin, MaskedLanguageModelingMixin):
 
     def immune_neurons(self) -> int:
         """Neurons that the next selection phase may not take because of their immunity."""
-        return self.recycling.immune() if self.recycling is not None else 0
+        begun = self.recycling is not None and self.recycling.table is not None
+        return self.recycling.immune() if begun else 0
 
     # ---- Training ----
 

@@ -95,7 +95,7 @@ def _looks_masked(module: nn.Module) -> bool:
 
 
 def has_known_forward(model: nn.Module) -> bool:
-    """Whether the forward of `model` is, as it came, that of a class of transformers with plain masked cross entropy."""
+    """Whether `model` has the forward, as it came, of a class of transformers with plain masked cross entropy."""
     return _forward_of(model) in IN_FORWARD | BY_LOSS_FUNCTION
 
 

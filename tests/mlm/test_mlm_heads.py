@@ -10,10 +10,7 @@ import torch
 from torch.nn import functional as F
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoModelForMaskedLM,
-    AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
     BertForMaskedLM,
     BertForPreTraining,
 )
