@@ -23,6 +23,8 @@ from hf_recycle.errors import UserError
 from hf_recycle.mlm.heads import find_masked_head
 from hf_recycle.mlm.loss import IGNORED, masked_positions, token_losses
 from hf_recycle.mlm.masking import MaskedLanguageModelingCollator
+from hf_recycle.mlm.numbered import Numbered
+from hf_recycle.mlm.seeded import EVALUATION_SEED, SeededCollator
 
 Batch = dict[str, Tensor]
 
@@ -124,7 +126,7 @@ def load_language_model(source: Source, settings: EvaluationSettings) -> Languag
     model = load_model(arguments, tokenizer, length)
     sequences = load_data(settings.data(length), tokenizer)[1]
     if task == "mlm":
-        collator = MaskedLanguageModelingCollator(tokenizer).for_evaluation()
+        collator = MaskedLanguageModelingCollator(tokenizer)
     else:
         collator = CausalCollator(tokenizer.pad_token_id or tokenizer.eos_token_id or 0)
     rows = [sequences[index] for index in range(len(sequences))]
@@ -144,7 +146,9 @@ def language_model(
         collator: makes a batch of some of them, with its labels.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    batches = [collator(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
+    numbered = [Numbered(0, number, row) for number, row in enumerate(rows)]
+    collator = SeededCollator(collator, EVALUATION_SEED)  # the masks of every evaluation
+    batches = [collator(numbered[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
     batches = [{name: value.to(device) for name, value in batch.items()} for batch in batches]
     shift = 1 if task == "clm" else 0
     tokens = sum(int((batch["labels"][:, shift:] != IGNORED).sum()) for batch in batches)

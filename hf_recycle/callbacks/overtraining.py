@@ -10,10 +10,9 @@ from torch import Tensor, nn
 from hf_recycle.callbacks.base import NeuronCallback
 from hf_recycle.methods.overtraining import subset_size
 from hf_recycle.methods.schedule import resolve_steps
-from hf_recycle.mlm.seeded import apart
 from hf_recycle.neurons.fresh_optimizer import fresh_optimizer
 from hf_recycle.overtraining import overtrain
-from hf_recycle.second_pass import SecondPass, mask_seed
+from hf_recycle.second_pass import SecondPass
 from hf_recycle.settings import OvertrainingSettings
 
 
@@ -141,7 +140,7 @@ def model_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
 
 def _second_pass_of(loader) -> Callable[[int], SecondPass]:
     """Over the data of a stock Trainer's loader."""
-    return lambda seed: SecondPass(loader.dataset, apart(loader.collate_fn, mask_seed(seed)), seed)
+    return lambda seed: SecondPass(loader.dataset, loader.collate_fn, seed)
 
 
 def _count_tokens(batch: Mapping[str, Any]) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import numpy as np
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_TOKEN = np.uint64(0xD1342543DE82EF95)  # an odd constant, so that distinct tokens stay distinct
 _WORD = 0xFFFFFFFFFFFFFFFF
 
 
@@ -20,26 +19,11 @@ def mix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def content_hash(input_ids: np.ndarray, real: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """A 64-bit hash of each sequence's real tokens and their places: uint64 `(batch,)`.
-
-    Args:
-        input_ids: int64 `(batch, sequence)`.
-        real: bool `(batch, sequence)`, false where a token is padding.
-        positions: int64 `(batch or 1, sequence)`, the place of each token among the real ones. Padding, on
-            whichever side, changes nothing.
-    """
-    places = mix((positions.astype(np.uint64) + np.uint64(1)) * GOLDEN)
-    tokens = mix(places + input_ids.astype(np.uint64) * _TOKEN)
-    return mix(tokens.sum(axis=1, dtype=np.uint64, where=real))
-
-
-def sample_keys(seed: int, pass_: np.ndarray | int, content: np.ndarray) -> np.ndarray:
-    """The key of each sample's random numbers: uint64 `(batch,)` from the seed, the pass (one or
-    `(batch,)`) and the content hashes `(batch,)`."""
+def example_keys(seed: int, epochs: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+    """The key of each example's random numbers: uint64 `(batch,)`, from the seed, and the epochs and the examples'
+    numbers, both uint64 `(batch,)`."""
     key = mix(np.array([seed & _WORD], dtype=np.uint64) + GOLDEN)
-    key = mix(key + np.atleast_1d(np.asarray(pass_, dtype=np.int64)).astype(np.uint64))
-    return mix(key + content)
+    return mix(mix(key + epochs * GOLDEN) + numbers * GOLDEN)
 
 
 def draw(keys: np.ndarray, positions: np.ndarray, which: int, of: int) -> np.ndarray:

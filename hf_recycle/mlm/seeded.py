@@ -1,180 +1,117 @@
-"""Any collator, made reproducible."""
+"""Any collator, its random numbers a pure function of seed, epoch and example."""
 
 from __future__ import annotations
 
 import copy
-import hashlib
-import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import DataCollatorForLanguageModeling
+from torch import nn
+from torch.utils.data import get_worker_info
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
 
-from hf_recycle.mlm.masking import MaskedLanguageModelingCollator
-from hf_recycle.mlm.passes import EVALUATION_SEED, PassCounter
+from hf_recycle.mlm.counter import example_keys
+from hf_recycle.mlm.example_draws import ExampleDraws
+from hf_recycle.mlm.numbered import Numbered, SharedNumber
+from hf_recycle.mlm.random_state import OwnRandomState, generators_of, seed_of
+
+logger = logging.get_logger(__name__)
+
+EVALUATION_SEED = 20_231_215
+"""Seed of the masks of every evaluation of every run, so that evaluation losses compare."""
+
+_WORD = 0xFFFFFFFFFFFFFFFF
 
 
 class SeededCollator:
-    """Runs another collator under a random state of its own, seeded by (seed, pass, content of the batch).
+    """Calls a collator as it is at that moment, with random numbers that depend on the seed and on which examples it
+    is given, and on nothing else. Nothing outside is drawn from or advanced.
 
-    The same batch gives the same result in the same pass, in any process, and the global random state
-    (shuffling, dropout) is left as it was. Unlike `MaskedLanguageModelingCollator` it can't give a sample
-    the same mask in another batch: here **masks depend on the composition and the order of the batch**, so
-    another batch size or number of processes gives other masks.
+    What the collator draws through torch for the rows of the batch depends on each example alone (`ExampleDraws`): so
+    it is with the stock collators for language modelling, whole words included, and most others. What it draws
+    otherwise, from Python, numpy or a generator among its attributes, depends on the examples of the batch and their
+    order. A generator that can't be reached is said once.
 
-    Randomness is caught where it comes from Python's, numpy's or torch's global generators, or from the
-    collator's attribute `generator` or `seed` as in the stock collators; nothing can be done about a
-    generator hidden deeper.
+    Args:
+        collator: called with the bare examples.
+        seed: any integer; its low 64 bits count.
     """
 
-    def __init__(self, collator: Callable[[list[Any]], Any], seed: int = 0) -> None:
-        self.collator = collator
-        self.seed = seed
-        self._passes = PassCounter()
+    def __init__(self, collator: Callable[[list[Any]], Any], seed: int) -> None:
+        self.collator, self.seed = collator, seed
+        self._checked = SharedNumber()
 
-    @property
-    def tokenizer(self) -> Any:
-        """The collator's tokenizer. Raises AttributeError where it has none."""
-        return self.collator.tokenizer
+    def __call__(self, numbered: Sequence[Numbered]) -> Any:
+        epochs = np.array([item.epoch & _WORD for item in numbered], dtype=np.uint64)
+        numbers = np.array([item.number & _WORD for item in numbered], dtype=np.uint64)
+        keys, examples = example_keys(self.seed, epochs, numbers), [item.example for item in numbered]
+        if not self._checked.get() and getattr(get_worker_info(), "id", 0) == 0:
+            self._checked.set(1)
+            self._check(keys, examples)
+        return _collate(self.collator, keys, examples)
 
-    @property
-    def mlm_probability(self) -> float:
-        """The collator's masking probability. Raises AttributeError where it has none."""
-        return self.collator.mlm_probability
-
-    def set_pass(self, number: int) -> None:
-        """Say which pass over the data comes next; running data workers see it too."""
-        self._passes.set(number)
-
-    def for_evaluation(self) -> SeededCollator:
-        """A copy whose randomness depends on the batch alone, the same in every pass and every run."""
-        fixed = copy.copy(self)
-        fixed.seed, fixed._passes = EVALUATION_SEED, PassCounter(frozen=True)
-        return fixed
-
-    def __call__(self, examples: Sequence[Any]) -> Any:
-        """What the collator makes of the examples, `PASS_COLUMN` taken off."""
-        examples, passes = self._passes.split(examples)
-        seed = _batch_seed(self.seed, passes, examples)
-        with _random_state(seed), _own_generator(self.collator, seed):
-            return self.collator(examples)
-
-
-def reproducible(collator: Callable[[list[Any]], Any], seed: int) -> Any:
-    """A collator like `collator` whose output is a function of its seed, the pass and the data.
-
-    One of ours is returned as it is. The stock `DataCollatorForLanguageModeling` that masks single tokens
-    becomes a `MaskedLanguageModelingCollator` with the same settings, and its own seed if it has one.
-    Everything else, subclasses and whole-word masking included, is wrapped in a `SeededCollator`.
-    """
-    if isinstance(collator, (MaskedLanguageModelingCollator, SeededCollator)):
-        return collator
-    if (
-        type(collator) is DataCollatorForLanguageModeling
-        and collator.mlm
-        and not collator.whole_word_mask
-        and collator.return_tensors == "pt"
-    ):
-        return MaskedLanguageModelingCollator(
-            collator.tokenizer,
-            mlm_probability=collator.mlm_probability,
-            mask_replace_prob=collator.mask_replace_prob,
-            random_replace_prob=collator.random_replace_prob,
-            pad_to_multiple_of=collator.pad_to_multiple_of,
-            seed=seed if collator.seed is None else collator.seed,
-        )
-    return SeededCollator(collator, seed)
-
-
-def apart(collator: Callable[[list[Any]], Any], seed: int) -> Any:
-    """A reproducible collator like `collator` with masks of its own: another seed, and passes of its own."""
-    fresh = copy.copy(reproducible(collator, seed))
-    fresh.seed, fresh._passes = seed, PassCounter()
-    return fresh
-
-
-@contextmanager
-def _random_state(seed: int) -> Iterator[None]:
-    """Python's, numpy's and torch's (CPU) global random states seeded, and put back afterwards."""
-    before = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
-    try:
-        random.seed(seed)
-        np.random.seed(seed % 2**32)  # noqa: NPY002
-        # Not torch.manual_seed: that would seed the accelerators as well, where dropout draws.
-        torch.default_generator.manual_seed(seed)
-        yield
-    finally:
-        random.setstate(before[0])
-        np.random.set_state(before[1])  # noqa: NPY002
-        torch.set_rng_state(before[2])
-
-
-@contextmanager
-def _own_generator(collator: Any, seed: int) -> Iterator[None]:
-    """The collator's own generator, if it has or is about to make one, seeded, and put back afterwards."""
-    before = getattr(collator, "generator", None)
-    if isinstance(before, torch.Generator):
-        state = before.get_state()
-        before.manual_seed(seed)
+    def _check(self, keys: np.ndarray, examples: list[Any]) -> None:
+        """Says so if the collator makes two batches of the same examples."""
+        shared = {id(value): value for value in _attributes(self.collator) if isinstance(value, _HEAVY)}
         try:
-            yield
-        finally:
-            before.set_state(state)
-        return
-    if isinstance(before, np.random.Generator):
-        fresh = np.random.default_rng(seed)
-    elif getattr(collator, "seed", None) is not None and hasattr(collator, "get_generator"):
-        fresh = collator.get_generator(seed)  # stock: made on first use, from the seed and the data worker
-    else:
-        yield
-        return
-    collator.generator = fresh
+            twin = copy.deepcopy(self.collator, shared)
+            batches = [_collate(twin, keys, copy.deepcopy(examples)) for _ in range(2)]
+            differs = not _same(*batches)
+        except Exception:  # it can't be copied, or its batch not compared; what is wrong with it will show in its use
+            return
+        if differs:
+            logger.warning(
+                f"{_name(self.collator)} makes another batch of the same examples when it is called again: it draws "
+                "from a random generator that can't be reached, or keeps count of its calls. A resumed run will get "
+                "other masks than an uninterrupted one, and will not equal it to the bit."
+            )
+
+
+def _collate(collator: Callable[[list[Any]], Any], keys: np.ndarray, examples: list[Any]) -> Any:
+    for inner in (collator, *_attributes(collator)):
+        if getattr(inner, "seed", None) is not None and getattr(inner, "generator", 0) is None:
+            make = getattr(inner, "create_rng", None)  # stock: made on first use, by which it would be too late
+            if make is not None:
+                make()
+    with OwnRandomState(seed_of("collator", keys.tobytes()), generators_of(collator)), _draws(collator, keys, examples):
+        return collator(examples)
+
+
+def _draws(collator: Any, keys: np.ndarray, examples: list[Any]) -> ExampleDraws:
+    tokenizer = next((t for t in _attributes(collator) if isinstance(t, PreTrainedTokenizerBase)), None)
+    if getattr(tokenizer, "padding_side", "right") != "left":
+        return ExampleDraws(keys)
     try:
-        yield
-    finally:
-        collator.generator = before
+        rows = [example["input_ids"] if isinstance(example, Mapping) else example for example in examples]
+        lengths = np.array([len(row) for row in rows])
+    except (KeyError, TypeError):
+        return ExampleDraws(keys)
+    return ExampleDraws(keys, lambda width: width - lengths)
 
 
-def _batch_seed(seed: int, passes: np.ndarray, examples: Sequence[Any]) -> int:
-    digest = hashlib.blake2b(digest_size=8)
-    digest.update(f"{seed}:".encode())
-    _digest(digest, passes)
-    for example in examples:
-        identity = isinstance(example, Mapping) and "input_ids" in example
-        _digest(digest, example["input_ids"] if identity else example)
-    # 63 bits: torch takes a signed seed.
-    return int.from_bytes(digest.digest(), "little") >> 1
+def _attributes(collator: Any) -> list[Any]:
+    """The attributes of a collator, and of the one that it wraps."""
+    own = list(getattr(collator, "__dict__", {}).values())
+    inner = getattr(collator, "data_collator", None)  # of RemoveColumnsCollator
+    return own if inner is None else [*own, *_attributes(inner)]
 
 
-def _digest(digest: Any, value: Any) -> None:
-    """Feed numbers and strings, however nested, to the hash. Values of other kinds are passed over, for
-    their bytes may differ between processes."""
-    if isinstance(value, (str, bytes)):
-        value = value.encode() if isinstance(value, str) else value
-        digest.update(b"s%d:" % len(value) + value)
-    elif isinstance(value, Mapping):
-        digest.update(b"m%d:" % len(value))
-        for name in sorted(value, key=str):
-            _digest(digest, str(name))
-            _digest(digest, value[name])
-    elif (array := _numbers(value)) is not None:
-        digest.update(b"a" + str((array.dtype.str, array.shape)).encode() + array.tobytes())
-    elif isinstance(value, (list, tuple)):
-        digest.update(b"l%d:" % len(value))
-        for item in value:
-            _digest(digest, item)
+def _name(collator: Any) -> str:
+    collator = getattr(collator, "data_collator", collator)
+    return getattr(collator, "__name__", type(collator).__name__)
 
 
-def _numbers(value: Any) -> np.ndarray | None:
-    """`value` as an array if it is made of numbers. The same numbers in a list, an array or a tensor hash
-    alike."""
-    try:
-        array = np.asarray(value)
-    except (ValueError, TypeError, RuntimeError):  # ragged, or a tensor numpy has no dtype for
-        return None
-    if array.dtype.kind in "biu":
-        return array.astype(np.int64)
-    return array.astype(np.float64) if array.dtype.kind == "f" else None
+_HEAVY = (PreTrainedTokenizerBase, nn.Module)
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Mapping):
+        return a.keys() == b.keys() and all(_same(a[name], b[name]) for name in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(_same, a, b))
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    return bool(np.array_equal(a, b))

@@ -1,23 +1,22 @@
-"""What a Trainer does differently for masked language models: data, loss and evaluation."""
+"""What a Trainer does differently for masked language models: loss and evaluation."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import datasets
 import torch
 from accelerate.utils import DistributedType, DynamoBackend, send_to_device
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
-from transformers import Trainer
-from transformers.trainer_utils import EvalLoopOutput, has_length
+from torch.utils.data import DataLoader
+from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
 from hf_recycle.mlm.capacity import CountingCollator, counted, masked_tokens, usual_size
 from hf_recycle.mlm.cross_entropy import compact_loss
+from hf_recycle.mlm.data import ReproducibleDataMixin
 from hf_recycle.mlm.heads import MaskedHead, find_masked_head
+from hf_recycle.mlm.loaders import base_loader
 from hf_recycle.mlm.loss import IGNORED, masked_lm_loss, masked_positions, padded_positions
-from hf_recycle.mlm.passes import PASS_COLUMN
 from hf_recycle.mlm.plain_loss import (
     core_model,
     has_plain_loss,
@@ -25,16 +24,13 @@ from hf_recycle.mlm.plain_loss import (
     ignores_item_count,
     is_masked_language_model,
 )
-from hf_recycle.mlm.seeded import apart, reproducible
-from hf_recycle.mlm.stream import EndlessStream
 from hf_recycle.mlm.tally import EvaluationTally
-from hf_recycle.second_pass import SecondPass, mask_seed
 
 logger = logging.get_logger(__name__)
 
 
-class MaskedLanguageModelingMixin(Trainer):
-    """Reproducible masks, a loss over the masked tokens of the whole batch, the head on masked positions, and
+class MaskedLanguageModelingMixin(ReproducibleDataMixin):
+    """Reproducible batches, a loss over the masked tokens of the whole batch, the head on masked positions, and
     evaluation over all masked tokens.
 
     Loss, head and evaluation are ours only where that changes no loss of the user's: for models that are known to
@@ -58,10 +54,7 @@ class MaskedLanguageModelingMixin(Trainer):
         self._said_inflated = False
         self._stock_accepts_loss_kwargs = self._settled_accepts_loss_kwargs = self.model_accepts_loss_kwargs
         self._settle_loss()
-        self._deterministic = deterministic_masking
-        if deterministic_masking:
-            self.data_collator = reproducible(self.data_collator, seed)
-            self._evaluation_collator = self.data_collator.for_evaluation()
+        self.set_up_data(deterministic=deterministic_masking, seed=seed)
 
     def can_sum_sparsely(self) -> bool:
         """Whether `sparse_tied_gradient` holds: every loss goes through the head, and one process on a CPU sums."""
@@ -69,45 +62,16 @@ class MaskedLanguageModelingMixin(Trainer):
         steps_are_ours = type(self).training_step.__module__.startswith("hf_recycle.")
         return self._wants_masked_head and steps_are_ours and alone and not self._compiled
 
-    # ---- Data ----
-
     def _get_dataloader(
         self, dataset, description, batch_size, sampler_fn=None, is_training=False, dataloader_key=None
     ) -> DataLoader:
-        if self._deterministic and is_training and isinstance(dataset, IterableDataset) and not has_length(dataset):
-            dataset = EndlessStream(dataset)
-        training_collator = self.data_collator
-        collator = self._evaluation_collator if self._deterministic and not is_training else training_collator
+        loader = super()._get_dataloader(
+            dataset, description, batch_size, sampler_fn, is_training=is_training, dataloader_key=dataloader_key
+        )
         if self._wants_masked_head and self.accelerator.device.type != "cpu":  # on a CPU, counting waits for nothing
-            collator = CountingCollator(collator)
-        self.data_collator = collator
-        try:
-            return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
-        finally:
-            self.data_collator = training_collator
-
-    def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()
-        if PASS_COLUMN not in self._signature_columns:
-            self._signature_columns.append(PASS_COLUMN)
-
-    def _run_epoch(self, model, epoch: int, *args, **kwargs) -> None:
-        if self._deterministic:
-            self.data_collator.set_pass(epoch)
-        super()._run_epoch(model, epoch, *args, **kwargs)
-
-    def second_pass(self, seed: int) -> SecondPass:
-        """A second pass over the training set, with an order and masks of its own.
-
-        Raises:
-            ValueError: if the training set is a stream.
-        """
-        dataset, collator = self.train_dataset, apart(self.data_collator, mask_seed(seed))
-        if isinstance(dataset, datasets.Dataset):
-            dataset = self._remove_unused_columns(dataset, description="overtraining")
-        else:
-            collator = self._get_collator_with_removed_columns(collator, description="overtraining")
-        return SecondPass(dataset, collator, seed)
+            base = base_loader(loader)
+            base.collate_fn = CountingCollator(base.collate_fn)
+        return loader
 
     # ---- Loss ----
 

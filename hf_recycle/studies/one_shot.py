@@ -55,8 +55,6 @@ def _load(folder: Path) -> LanguageModel:
     saved = ModelArguments(model_name_or_path=str(folder), task=arguments.model.task)
     model = load_model(saved, tokenizer, arguments.data.max_seq_length)
     collator = make_collator(arguments, tokenizer)
-    if arguments.model.task == "mlm":
-        collator = collator.for_evaluation()
     rows = [validation[index] for index in range(min(_SEQUENCES, len(validation)))]
     return language_model(model, arguments.model.task, rows, collator, _BATCH)
 

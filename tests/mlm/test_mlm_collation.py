@@ -53,9 +53,26 @@ def test_special_tokens_mask_decides(tokenizer):
     assert (batch_labels[3:] != -100).all()
 
 
+def test_the_tokenizers_own_special_tokens_are_not_masked(make_tokenizer):
+    class Odd(type(make_tokenizer())):
+        def get_special_tokens_mask(self, token_ids_0, token_ids_1=None, already_has_special_tokens=False):
+            return [token % 2 for token in token_ids_0]
+
+    backend = make_tokenizer()
+    tokenizer = Odd(tokenizer_object=backend.backend_tokenizer, **backend.special_tokens_map)
+    ids = list(range(5, 105))
+    for collator in (
+        MaskedLanguageModelingCollator(tokenizer, mlm_probability=1.0),
+        DataCollatorForLanguageModeling(tokenizer, mlm_probability=1.0),
+    ):
+        labels = collator([{"input_ids": ids}])["labels"][0]
+        assert [label != -100 for label in labels.tolist()] == [token % 2 == 0 for token in ids]
+
+
 def test_every_kind_of_example_gives_the_same_batch(tokenizer, sequences):
     collator = MaskedLanguageModelingCollator(tokenizer)
     for group in (sequences, [s[:5] for s in sequences]):
+        torch.manual_seed(0)
         reference = collator(group)
         kinds = [
             [tuple(s) for s in group],
@@ -67,6 +84,7 @@ def test_every_kind_of_example_gives_the_same_batch(tokenizer, sequences):
             [BatchEncoding({"input_ids": s}) for s in group],
         ]
         for examples in kinds:
+            torch.manual_seed(0)
             batch = collator(examples)
             assert set(batch) == set(reference)
             assert all(torch.equal(batch[name], reference[name]) for name in batch)

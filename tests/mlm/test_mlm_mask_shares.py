@@ -10,6 +10,8 @@ from hf_recycle.mlm.masking import MaskedLanguageModelingCollator, mask_tokens
 SPECIAL_IDS = [0, 1, 2, 3, 4]
 MASK, VOCABULARY = 4, 200
 SHARES = {"mlm_probability": 0.15, "mask_replace_prob": 0.8, "random_replace_prob": 0.1}
+IDS = {"mask_token_id": MASK, "vocab_size": VOCABULARY}
+KEYS = np.arange(100, dtype=np.uint64)
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +112,7 @@ def test_extreme_shares_are_exact(shares, fates):
     ids = np.random.default_rng(5).integers(5, VOCABULARY, (50, 128))
     every = np.ones(ids.shape, bool)
     names = dict(zip(SHARES, shares, strict=True))
-    inputs, labels = mask_tokens(ids, every, every, 0, 0, mask_token_id=MASK, vocab_size=VOCABULARY, **names)
+    inputs, labels = mask_tokens(ids, every, every, KEYS[: len(ids)], **IDS, **names)
     assert ((labels == ids).all()) if fates else (labels == -100).all()
     assert (inputs == MASK).all() == (fates == {"mask"})
     assert (inputs == ids).all() == (fates in ({"kept"}, set()))
@@ -120,7 +122,7 @@ def test_mask_tokens_leaves_its_arguments_alone():
     ids = np.random.default_rng(6).integers(5, VOCABULARY, (5, 30))
     every = np.ones(ids.shape, bool)
     before = ids.copy()
-    inputs, labels = mask_tokens(ids, every, every, 0, 0, mask_token_id=MASK, vocab_size=VOCABULARY, **SHARES)
+    inputs, labels = mask_tokens(ids, every, every, KEYS[: len(ids)], **IDS, **SHARES)
     assert (ids == before).all()
     assert (inputs != ids).any()
     assert inputs.dtype == labels.dtype == np.int64

@@ -1,8 +1,9 @@
-"""Any collator under a random state of its own."""
+"""Any collator, with random numbers that depend on seed, epoch and example alone."""
 
 import copy
 import pickle
 import random
+from collections.abc import Mapping
 
 import numpy as np
 import pytest
@@ -12,46 +13,39 @@ from transformers import (
     DataCollatorForLanguageModeling,
     DataCollatorForPermutationLanguageModeling,
     DataCollatorWithPadding,
-    default_data_collator,
 )
+from transformers.trainer_utils import RemoveColumnsCollator
 
 from hf_recycle.mlm.masking import MaskedLanguageModelingCollator
-from hf_recycle.mlm.passes import PASS_COLUMN
-from hf_recycle.mlm.seeded import SeededCollator, reproducible
+from hf_recycle.mlm.numbered import Numbered, NumberedDataset, SharedNumber
+from hf_recycle.mlm.seeded import SeededCollator
 
 
 class Dice:
-    """A collator that throws one die of each kind of global generator."""
-
-    def __call__(self, examples):
-        self.columns = [sorted(e) for e in examples if isinstance(e, dict)]
-        dice = [random.random(), float(np.random.random()), torch.rand(()).item()]  # noqa: NPY002
-        return torch.tensor(dice, dtype=torch.float64)
-
-
-class OwnDie:
-    """A collator with a torch generator of its own."""
+    """A collator that throws one die of each kind of global generator, and some of its own."""
 
     def __init__(self):
-        self.generator = torch.Generator().manual_seed(5)
+        self.own = torch.Generator().manual_seed(5)
+        self.generator = random.Random(5)
+        self.numbers = np.random.default_rng(5)
+        self.old = np.random.RandomState(5)
 
     def __call__(self, examples):
-        return torch.rand(3, generator=self.generator)
+        dice = [random.random(), float(np.random.random()), torch.rand(()).item()]  # noqa: NPY002
+        own = [torch.rand((), generator=self.own).item(), self.generator.random(), self.numbers.random()]
+        return torch.tensor([*dice, *own, self.old.random_sample()], dtype=torch.float64)
 
 
-def global_state() -> tuple:
-    numpy_state = np.random.get_state()  # noqa: NPY002
-    return random.getstate(), numpy_state[1].tolist(), numpy_state[2], torch.get_rng_state().tolist()
+class Span(DataCollatorForLanguageModeling):
+    """A user's masking: for each row a share of its own, then tokens by that share."""
 
-
-def examples(*firsts: int) -> list[dict]:
-    return [{"input_ids": list(range(first, first + 12))} for first in firsts]
-
-
-def same(a, b) -> bool:
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    return set(a) == set(b) and all(torch.equal(a[name], b[name]) for name in a)
+    def torch_mask_tokens(self, inputs, special_tokens_mask=None, offset_mapping=None):
+        labels = inputs.clone()
+        share = torch.rand(len(inputs))[:, None]
+        chosen = (torch.empty(inputs.shape).uniform_() < share) & torch.zeros(inputs.shape).bernoulli_(0.8).bool()
+        chosen &= inputs >= 5
+        words = torch.randint(5, 200, inputs.shape)
+        return torch.where(chosen, words, inputs), labels.masked_fill(~chosen, -100)
 
 
 def whole_words(tokenizer):
@@ -59,58 +53,121 @@ def whole_words(tokenizer):
         return DataCollatorForLanguageModeling(tokenizer, whole_word_mask=True, mlm_probability=0.5)
 
 
-def with_offsets(*firsts: int) -> list[dict]:
-    offsets = [(3 * i + i % 2, 3 * i + 3) for i in range(12)]
-    return [{**e, "offset_mapping": offsets, "special_tokens_mask": [1] + [0] * 10 + [1]} for e in examples(*firsts)]
+def patched(tokenizer):
+    collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.3)
+    stock = collator.torch_mask_tokens
+    collator.torch_mask_tokens = lambda inputs, **kwargs: stock(inputs, **kwargs)
+    return collator
 
 
-KINDS = {
-    "dice": (lambda t: Dice(), examples),
-    "own generator": (lambda t: OwnDie(), examples),
-    "seeded stock": (lambda t: DataCollatorForLanguageModeling(t, seed=3), examples),
-    "seeded stock numpy": (
-        lambda t: lambda e: torch.from_numpy(DataCollatorForLanguageModeling(t, return_tensors="np")(e)["input_ids"]),
-        examples,
-    ),
-    "whole words": (whole_words, with_offsets),
-    "permutation": (
-        lambda t: lambda e: DataCollatorForPermutationLanguageModeling(t)(e)["perm_mask"],
-        examples,
+def examples(count: int = 12) -> list[dict]:
+    """Ragged; every fifth one is the same."""
+    result = []
+    for number in range(count):
+        length = 6 + number % 5
+        ids = [2, *range(10, 8 + length), 3]
+        result.append({"input_ids": ids, "special_tokens_mask": [1] + [0] * (length - 2) + [1]})
+    return result
+
+
+def equal_examples(count: int = 12) -> list[dict]:
+    """All the same, with words of two tokens, which the stock collator can't pad."""
+    offsets = [(3 * i + i % 2, 3 * i + 3) for i in range(6)]
+    return [{**row, "offset_mapping": offsets} for row in examples(5 * count)[::5]]
+
+
+def numbered(rows, epoch=0, start=0):
+    return [Numbered(epoch, start + number, row) for number, row in enumerate(rows)]
+
+
+PER_EXAMPLE = {
+    "stock": lambda t: DataCollatorForLanguageModeling(t, mlm_probability=0.3),
+    "stock with a seed": lambda t: DataCollatorForLanguageModeling(t, mlm_probability=0.3, seed=3),
+    "patched": patched,
+    "a user's masking": Span,
+    "whole words": whole_words,
+    "ours": MaskedLanguageModelingCollator,
+}
+
+
+def by_row(batch, rows) -> list[tuple]:
+    """Inputs and labels of each row, padding taken off."""
+    masks = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+    result = []
+    for inputs, labels, mask, row in zip(batch["input_ids"], batch["labels"], masks, rows, strict=True):
+        assert int(mask.sum()) == len(row["input_ids"])
+        result.append((inputs[mask].tolist(), labels[mask].tolist()))
+    return result
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("kind", PER_EXAMPLE)
+def test_a_mask_does_not_depend_on_the_batch(make_tokenizer, kind, side):
+    rows = equal_examples() if kind == "whole words" else examples()
+    inner = PER_EXAMPLE[kind](make_tokenizer(padding_side=side))
+    items = numbered(copy.deepcopy(rows))
+    whole = by_row(SeededCollator(inner, 1)(copy.deepcopy(items)), rows)
+    again = SeededCollator(inner, 1)
+    order = random.Random(0).sample(range(len(rows)), len(rows))
+    for start in range(0, len(order), 5):
+        torch.manual_seed(start)
+        part = order[start : start + 5]
+        batch = again([copy.deepcopy(items[i]) for i in part])
+        assert by_row(batch, [rows[i] for i in part]) == [whole[i] for i in part]
+    assert len({str(row) for row, example in zip(whole, rows, strict=True) if example == rows[0]}) > 1
+    for other in (SeededCollator(inner, 2)(copy.deepcopy(items)), SeededCollator(inner, 1)(numbered(rows, epoch=1))):
+        assert by_row(other, rows) != whole
+
+
+KINDS = PER_EXAMPLE | {
+    "dice": lambda t: Dice(),
+    "dice with columns removed": lambda t: RemoveColumnsCollator(Dice(), ["input_ids"]),
+    "bound method": lambda t: Dice().__call__,
+    "numpy": lambda t: DataCollatorForLanguageModeling(t, return_tensors="np"),
+    "numpy with a seed": lambda t: DataCollatorForLanguageModeling(t, return_tensors="np", seed=3),
+    "permutation": lambda t: (
+        lambda rows: DataCollatorForPermutationLanguageModeling(t)([{"input_ids": row["input_ids"]} for row in rows])
     ),
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_function_of_seed_pass_and_batch(tokenizer, kind):
-    build, group = KINDS[kind]
-    collator = SeededCollator(build(tokenizer), seed=1)
-    batch = group(5, 40, 80, 120)
-    torch.manual_seed(0)
-    first = collator(batch)
-    collator(group(6, 41, 81, 121))  # other batches in between leave no trace
-    torch.manual_seed(1)
-    assert same(collator(batch), first)
-    assert same(SeededCollator(build(tokenizer), seed=1)(batch), first)
-    assert not same(SeededCollator(build(tokenizer), seed=2)(batch), first)
-    assert not same(collator(group(5, 40, 80, 121)), first)
-    collator.set_pass(1)
-    assert not same(collator(batch), first)
-    collator.set_pass(0)
-    assert same(collator(batch), first)
+def content(batch) -> str:
+    values = batch.values() if isinstance(batch, Mapping) else [batch]
+    return str([np.asarray(value).tolist() for value in values])
+
+
+def global_state() -> tuple:
+    numpy_state = np.random.get_state()  # noqa: NPY002
+    return random.getstate(), numpy_state[1].tolist(), numpy_state[2], torch.get_rng_state().tolist()
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_global_random_state_is_unchanged(tokenizer, kind):
-    build, group = KINDS[kind]
-    inner = build(tokenizer)
-    collator = SeededCollator(inner, seed=1)
-    before = global_state()
-    own = getattr(inner, "generator", None)
-    own_state = own.get_state() if own is not None else None
-    collator(group(5, 40, 80, 120))
+def test_a_batch_is_a_function_of_seed_epoch_and_examples(tokenizer, kind, caplog):
+    rows = equal_examples()
+    inner = KINDS[kind](tokenizer)
+
+    def collate(collator, epoch=0, start=0):
+        return content(collator(numbered(copy.deepcopy(rows), epoch, start)))
+
+    collator, before = SeededCollator(inner, 1), global_state()
+    first = collate(collator)
     assert global_state() == before
-    assert getattr(inner, "generator", None) is own
-    assert own is None or torch.equal(own.get_state(), own_state)
+    assert "can't be reached" not in caplog.text
+    torch.manual_seed(1)
+    random.seed(1)
+    others = [collate(collator, start=7), collate(collator, epoch=1), collate(SeededCollator(inner, 2))]
+    assert first not in others
+    assert collate(collator) == first
+    assert collate(SeededCollator(KINDS[kind](tokenizer), 1)) == first
+
+
+def test_generators_of_the_collator_are_as_they_were():
+    dice, twin = Dice(), Dice()
+    SeededCollator(dice, 1)(numbered(examples()))
+    torch.manual_seed(0), random.seed(0), np.random.seed(0)  # noqa: NPY002
+    after = dice([])
+    torch.manual_seed(0), random.seed(0), np.random.seed(0)  # noqa: NPY002
+    assert torch.equal(after, twin([]))
 
 
 def test_the_state_is_restored_after_an_error():
@@ -121,142 +178,96 @@ def test_the_state_is_restored_after_an_error():
 
     before = global_state()
     with pytest.raises(RuntimeError, match="broken"):
-        SeededCollator(breaks)(examples(5))
+        SeededCollator(breaks, 0)(numbered(examples()))
     assert global_state() == before
 
 
-def test_whole_word_masks_are_whole(tokenizer):
-    batch = reproducible(whole_words(tokenizer), seed=0)(with_offsets(5, 40, 80, 120))
-    masked = (batch["labels"] != -100)[:, 1:-1]
-    # By the offsets above, tokens 1 | 2 3 ... pair up as (odd starts a word, even goes on).
-    starts = [i for i in range(1, 11) if i % 2 == 1 or i == 1]
-    for start in starts[1:]:
-        end = start + 1
-        if end <= 10 and 3 * end + end % 2 == 3 * start + 3:
-            assert (masked[:, start - 1] == masked[:, end - 1]).all()
-    assert masked.any()
-    assert not masked.all()
+class Hidden:
+    """A collator whose generator is nowhere to be found, or that counts."""
+
+    def __init__(self, draw):
+        self.draws = [draw]
+
+    def __call__(self, rows):
+        return {"x": torch.tensor([self.draws[0]() for _ in rows])}
 
 
-def test_pass_column_is_stripped_and_counts():
-    dice = Dice()
-    collator = SeededCollator(dice)
-    tagged = [{**e, PASS_COLUMN: 4} for e in examples(5, 40)]
-    result = collator(tagged)
-    assert dice.columns == [["input_ids"], ["input_ids"]]
-    assert PASS_COLUMN in tagged[0]  # the caller's samples are left alone
-    collator.set_pass(4)
-    assert same(collator(examples(5, 40)), result)
-    collator.set_pass(3)
-    assert not same(collator(examples(5, 40)), result)
+class Count:
+    calls = 0
+
+    def __call__(self):
+        self.calls += 1
+        return self.calls
 
 
-@pytest.mark.parametrize(
-    ("a", "b"),
-    [
-        ([{"x": [1, 2]}], [{"x": [1, 3]}]),
-        ([{"x": [1, 2]}], [{"y": [1, 2]}]),
-        ([{"x": 1.5}], [{"x": 1.25}]),
-        ([{"text": "one"}], [{"text": "two"}]),
-        ([{"x": [[1], [2, 3]]}], [{"x": [[1, 2], [3]]}]),
-        ([{"x": [1, 2]}, {"x": [3]}], [{"x": [1]}, {"x": [2, 3]}]),
-        ([[1, 2, 3]], [[1, 2, 4]]),
-        ([{"words": ["a", "bc"]}], [{"words": ["ab", "c"]}]),
-    ],
-)
-def test_batches_without_input_ids_are_told_apart(a, b):
-    collator = SeededCollator(Dice())
-    assert same(collator(a), collator(copy.deepcopy(a)))
-    assert not same(collator(a), collator(b))
+@pytest.mark.parametrize("draw", [random.Random(3).random, Count()], ids=["generator", "counter"])
+def test_randomness_out_of_reach_is_said_once(draw, caplog):
+    collator = SeededCollator(Hidden(draw), 0)
+    collator(numbered(examples()))
+    collator(numbered(examples()))
+    assert caplog.text.count("Hidden makes another batch of the same examples") == 1
+    assert "will not equal it to the bit" in caplog.text
 
 
-def test_containers_and_other_columns_do_not_matter():
-    collator = SeededCollator(Dice())
-    ids = [5, 6, 7]
-    result = collator([{"input_ids": ids}])
-    for like in (np.array(ids, np.int32), torch.tensor(ids), tuple(ids)):
-        assert same(collator([{"input_ids": like}]), result)
-    assert same(collator([{"note": object(), "input_ids": ids}]), result)
+def test_settings_are_read_at_each_call(tokenizer):
+    inner = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.0)
+    collator = SeededCollator(inner, 0)
+    shares = []
+    for share in (0.0, 1.0):
+        inner.mlm_probability = share
+        batch = collator(numbered([{"input_ids": list(range(5, 30))}]))
+        shares.append(float((batch["labels"] != -100).float().mean()))
+    assert shares == [0, 1]
+    inner.mlm_probability = 1.5
+    with pytest.raises(RuntimeError):  # as the stock one
+        collator(numbered([{"input_ids": list(range(5, 30))}]))
+
+
+def test_shares_are_those_of_the_stock_collator(tokenizer):
+    rows = [{"input_ids": list(range(5, 195))} for _ in range(400)]
+    ids = torch.tensor([row["input_ids"] for row in rows])
+    inner = DataCollatorForLanguageModeling(
+        tokenizer, mlm_probability=0.3, mask_replace_prob=0.5, random_replace_prob=0.3
+    )
+    batch = SeededCollator(inner, 0)(numbered(rows))
+    chosen = batch["labels"] != -100
+    inputs = batch["input_ids"][chosen]
+    found = [chosen.float().mean(), (inputs == 4).float().mean(), (inputs == ids[chosen]).float().mean()]
+    # 76,000 tokens, 22,800 of them chosen: five standard deviations.
+    assert torch.allclose(torch.tensor(found), torch.tensor([0.3, 0.5 + 0.3 / 200, 0.2 + 0.3 / 200]), atol=0.017)
+    drawn = inputs[(inputs != 4) & (inputs != ids[chosen])]
+    assert abs(drawn.float().mean() - 99.5) < 5 * 57.7 / len(drawn) ** 0.5
+    # Places and rows are independent of one another.
+    for shift in (chosen[:, 1:] & chosen[:, :-1], chosen[1:] & chosen[:-1]):
+        assert abs(shift.float().mean() - 0.09) < 5 * (0.09 / shift.numel()) ** 0.5
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_in_data_workers(tokenizer, workers):
-    data = [{"input_ids": list(range(i, i + 12)), "special_tokens_mask": [0] * 12} for i in range(5, 69)]
-    collator = SeededCollator(DataCollatorForLanguageModeling(tokenizer, seed=3), seed=1)
-    loader = DataLoader(data, batch_size=8, collate_fn=collator, num_workers=workers, persistent_workers=workers > 0)
-    reference = SeededCollator(DataCollatorForLanguageModeling(tokenizer, seed=3), seed=1)
-    for number in (0, 1):
-        collator.set_pass(number)
-        reference.set_pass(number)
-        batches = list(loader)
-        for i, batch in enumerate(batches):
-            assert same(dict(batch), dict(reference(data[8 * i : 8 * i + 8])))
-        assert len(batches) == 8
-
-
-def test_evaluation_copies_never_change(tokenizer):
-    collator = SeededCollator(Dice(), seed=1)
-    evaluation = collator.for_evaluation()
-    first = evaluation(examples(5, 40))
-    evaluation.set_pass(3)
-    collator.set_pass(3)
-    assert same(evaluation(examples(5, 40)), first)
-    assert same(evaluation([{**e, PASS_COLUMN: 2} for e in examples(5, 40)]), first)
-    assert same(SeededCollator(Dice(), seed=2).for_evaluation()(examples(5, 40)), first)
-    assert not same(collator(examples(5, 40)), first)
-
-
-@pytest.mark.parametrize("clone", [copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))])
-def test_copies(tokenizer, clone):
-    collator = SeededCollator(DataCollatorForLanguageModeling(tokenizer), seed=4)
-    collator.set_pass(2)
-    assert same(clone(collator)(examples(5, 40)), collator(examples(5, 40)))
-
-
-def test_reproducible_keeps_ours(tokenizer):
-    for ours in (MaskedLanguageModelingCollator(tokenizer), SeededCollator(Dice())):
-        assert reproducible(ours, seed=3) is ours
-
-
-def test_reproducible_takes_over_the_stock_settings(tokenizer):
-    stock = DataCollatorForLanguageModeling(
-        tokenizer, mlm_probability=0.3, mask_replace_prob=0.5, random_replace_prob=0.25, pad_to_multiple_of=8
+    data, epoch = examples(64), SharedNumber()
+    inner = DataCollatorForLanguageModeling(tokenizer, seed=3)
+    loader = DataLoader(
+        NumberedDataset(data, epoch, 1),
+        batch_size=8,
+        collate_fn=SeededCollator(inner, 1),
+        num_workers=workers,
+        persistent_workers=workers > 0,
     )
-    ours = reproducible(stock, seed=11)
-    assert type(ours) is MaskedLanguageModelingCollator
-    settings = ("mlm_probability", "mask_replace_prob", "random_replace_prob", "pad_to_multiple_of")
-    assert [getattr(ours, s) for s in settings] == [getattr(stock, s) for s in settings] == [0.3, 0.5, 0.25, 8]
-    assert ours.seed == 11
-    assert ours.tokenizer is tokenizer
-    assert reproducible(DataCollatorForLanguageModeling(tokenizer, seed=5), seed=11).seed == 5
+    for number in (0, 1):
+        epoch.set(number)
+        batches = [content(batch) for batch in loader]
+        expected = [content(SeededCollator(inner, 1)(numbered(data[i : i + 8], number, i))) for i in range(0, 64, 8)]
+        assert batches == expected
 
 
-class Subclass(DataCollatorForLanguageModeling):
-    pass
-
-
-def test_reproducible_wraps_everything_else(tokenizer):
-    others = [
-        whole_words(tokenizer),
-        Subclass(tokenizer),
-        DataCollatorForLanguageModeling(tokenizer, return_tensors="np"),
-        DataCollatorForLanguageModeling(tokenizer, mlm=False),
-        DataCollatorWithPadding(tokenizer),
-        default_data_collator,
-        Dice(),
-    ]
-    for other in others:
-        wrapped = reproducible(other, seed=6)
-        assert type(wrapped) is SeededCollator
-        assert (wrapped.collator, wrapped.seed) == (other, 6)
-        assert hasattr(wrapped, "tokenizer") == hasattr(other, "tokenizer")  # the Trainer saves it
-    assert reproducible(Subclass(tokenizer), seed=0).tokenizer is tokenizer
+def test_copies(tokenizer):
+    collator = SeededCollator(DataCollatorForLanguageModeling(tokenizer), 4)
+    rows = numbered(examples()[::5])
+    for clone in (copy.deepcopy(collator), pickle.loads(pickle.dumps(collator))):
+        assert content(clone(rows)) == content(collator(rows))
 
 
 def test_collators_without_randomness_give_what_they_gave(tokenizer):
-    for collator in (
-        DataCollatorForLanguageModeling(tokenizer, mlm=False),
-        DataCollatorWithPadding(tokenizer),
-    ):
-        tagged = [{**e, PASS_COLUMN: 1} for e in examples(5, 40)]
-        assert same(dict(reproducible(collator, 0)(tagged)), dict(collator(examples(5, 40))))
+    rows = [{"input_ids": row["input_ids"]} for row in examples()]
+    for collator in (DataCollatorForLanguageModeling(tokenizer, mlm=False), DataCollatorWithPadding(tokenizer)):
+        assert content(SeededCollator(collator, 0)(numbered(rows))) == content(collator(rows))

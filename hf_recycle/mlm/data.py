@@ -1,0 +1,142 @@
+"""What a Trainer does differently with its data: random numbers by example, order by epoch, streams that resume."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import datasets
+import torch
+from torch.utils.data import IterableDataset
+from transformers import Trainer, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import has_length
+from transformers.utils import logging
+
+from hf_recycle.mlm.loaders import base_loader, make_reproducible, set_sampler_epoch
+from hf_recycle.mlm.numbered import SharedNumber
+from hf_recycle.mlm.seeded import EVALUATION_SEED
+from hf_recycle.second_pass import SecondPass
+
+logger = logging.get_logger(__name__)
+
+
+class ReproducibleDataMixin(Trainer):
+    """Batches as a pure function of (seed, epoch, example), so that a resumed run gets those of an uninterrupted one.
+
+    The collator stays the user's own object and does what it would do at that moment; so do the datasets and the
+    samplers. Only their random numbers are others: see `make_reproducible`. Evaluations get the same masks always.
+    """
+
+    def set_up_data(self, *, deterministic: bool, seed: int) -> None:
+        """To be called once, at the end of `__init__`. Not deterministic: everything is the stock Trainer's."""
+        self._deterministic, self._data_seed = deterministic, seed
+        self._epoch, self._no_epoch = SharedNumber(), SharedNumber()
+        self._stream_ends_unannounced = False
+
+    # ---- Loaders ----
+
+    def _get_dataloader(self, dataset, *args, is_training: bool = False, **kwargs):
+        if self._deterministic:
+            self._check_stream(dataset, is_training)
+        loader = super()._get_dataloader(dataset, *args, is_training=is_training, **kwargs)
+        if self._deterministic:
+            self._make_reproducible(loader, is_training)
+        return loader
+
+    def _make_reproducible(self, loader, is_training: bool) -> None:
+        own = getattr(self.data_collator, "seed", None)
+        seed = (own if isinstance(own, int) else self._data_seed) if is_training else EVALUATION_SEED
+        divided = (
+            isinstance(getattr(base_loader(loader), "dataset", None), IterableDataset)
+            and not self._dispatches_streams()
+        )
+        part = (self.args.process_index, self.args.world_size) if divided else (0, 1)
+        if not make_reproducible(loader, seed, self._epoch if is_training else self._no_epoch, part):
+            logger.warning_once(
+                f"get_train_dataloader gives a {type(loader).__name__}, whose random numbers can't be reached: a "
+                "resumed run will get other batches than an uninterrupted one, and will not equal it to the bit."
+            )
+        elif self.args.dataloader_persistent_workers:
+            # They draw a seed from the global generator when they start, which is at another time in a resumed run.
+            base_loader(loader).generator = torch.Generator().manual_seed(seed)
+
+    def _dispatches_streams(self) -> bool:
+        """Whether process 0 reads streams for all."""
+        chosen = self.accelerator.dispatch_batches
+        return chosen is None or chosen
+
+    def _check_stream(self, dataset, is_training: bool) -> None:
+        processes = self.args.world_size
+        if processes == 1 or not isinstance(dataset, IterableDataset):
+            return
+        if getattr(dataset, "_distributed", None) is not None:
+            raise ValueError(
+                f"The stream was split by split_dataset_by_node, and the Trainer splits it once more over {processes} "
+                "processes, so that most examples would never be seen: pass the whole stream."
+            )
+        if not is_training and not self._dispatches_streams():
+            raise ValueError(
+                f"dispatch_batches=False can't evaluate on a stream with {processes} processes, which would count some "
+                "examples twice: leave it out, or evaluate on a dataset with a length."
+            )
+
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        if self._deterministic:
+            self._make_reproducible(train_dataloader, is_training=True)  # the user may have made it
+        return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+
+    def evaluation_loop(self, dataloader, *args, **kwargs):
+        if self._deterministic:
+            self._make_reproducible(dataloader, is_training=False)
+        return super().evaluation_loop(dataloader, *args, **kwargs)
+
+    # ---- Epochs ----
+
+    def _run_epoch(self, model, epoch: int, train_dataloader, *args, **kwargs) -> None:
+        self._epoch.set(epoch)
+        if self._deterministic:
+            set_sampler_epoch(train_dataloader, epoch)
+        super()._run_epoch(model, epoch, train_dataloader, *args, **kwargs)
+
+    def set_initial_training_values(self, args, dataloader):
+        self._stream_ends_unannounced = not has_length(dataloader)
+        return super().set_initial_training_values(args, dataloader)
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not self._deterministic or not self._stream_ends_unannounced or len(samples) == num_batches:
+            return samples, items
+        # The end of a stream. Too few batches for an optimizer step are left out: the stock Trainer adds their
+        # gradients to those of the next epoch's first step, and a checkpoint in between would lose them.
+        self.state.epoch = float(self._epoch.get() + 1)
+        self.control.should_epoch_stop = True
+        return [], None
+
+    def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, checkpoint, trial):
+        progress = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, checkpoint, trial
+        )
+        saved = Path(checkpoint, TRAINER_STATE_NAME) if checkpoint is not None else None
+        if not self._deterministic or not self._stream_ends_unannounced or saved is None or not saved.is_file():
+            return progress
+        # The stock Trainer takes all that was trained for one epoch. But the state says how far the epoch had come, as
+        # a share of the batches that all steps together would take.
+        state = TrainerState.load_from_json(str(saved))
+        epoch = int(state.epoch)
+        batches = round((state.epoch - epoch) * state.max_steps * self.args.gradient_accumulation_steps)
+        return epoch, 0 if self.args.ignore_data_skip else batches
+
+    # ---- A second pass ----
+
+    def second_pass(self, seed: int) -> SecondPass:
+        """A second pass over the training set, with an order and masks of its own.
+
+        Raises:
+            ValueError: if the training set is a stream.
+        """
+        dataset, collator = self.train_dataset, self.data_collator
+        if isinstance(dataset, datasets.Dataset):
+            dataset = self._remove_unused_columns(dataset, description="overtraining")
+        else:
+            collator = self._get_collator_with_removed_columns(collator, description="overtraining")
+        return SecondPass(dataset, collator, seed)

@@ -1,0 +1,110 @@
+"""Datasets whose examples say which ones they are, so that a collator can give each random numbers of its own."""
+
+from __future__ import annotations
+
+import hashlib
+import operator
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
+
+from hf_recycle.mlm.random_state import OwnRandomState, generators_of, seed_of
+
+
+class Numbered(NamedTuple):
+    """An example, its epoch, and its number: its index in a dataset, or its place in a stream."""
+
+    epoch: int
+    number: int
+    example: Any
+
+
+class SharedNumber:
+    """A whole number in shared memory: data workers that run already see it change."""
+
+    def __init__(self) -> None:
+        self._value = torch.zeros(1, dtype=torch.int64).share_memory_()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._value.share_memory_()  # plain pickle gives the tensor ordinary memory
+
+    def set(self, number: int) -> None:
+        self._value.fill_(number)
+
+    def get(self) -> int:
+        return int(self._value.item())
+
+
+class _Wrapper:
+    """What a wrapper of a dataset does not do itself, the dataset does: callbacks find there what the user gave."""
+
+    def __init__(self, dataset: Any, epoch: SharedNumber, seed: int) -> None:
+        vars(self).update(dataset=dataset, _epoch=epoch, _seed=seed)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "dataset":  # while it is unpickled
+            raise AttributeError(name)
+        return getattr(self.dataset, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.dataset, name, value)
+
+    def __reduce__(self):
+        return type(self), (self.dataset, self._epoch, self._seed)
+
+
+class NumberedDataset(_Wrapper, Dataset):
+    """The examples of a map-style dataset as `Numbered`.
+
+    What the dataset draws while it loads a batch depends on the seed, the epoch and the batch, and on nothing else.
+    """
+
+    def __getitem__(self, index: Any) -> Numbered:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[Any]) -> list[Numbered]:
+        epoch, numbers = self._epoch.get(), [_number(index) for index in indices]
+        with OwnRandomState(seed_of("dataset", self._seed, epoch, *numbers), generators_of(self.dataset)):
+            several = getattr(self.dataset, "__getitems__", None)
+            examples = several(indices) if several else [self.dataset[index] for index in indices]
+        return [Numbered(epoch, number, example) for number, example in zip(numbers, examples, strict=True)]
+
+
+class NumberedStream(_Wrapper, IterableDataset):
+    """The examples of a stream as `Numbered`, by their places in it.
+
+    Who reads a part of the stream counts that part alone, so the numbers depend on how many parts there are: data
+    workers, and processes where Accelerate divides the stream between them.
+
+    Args:
+        part: `(index, number)` of this process's part.
+    """
+
+    def __init__(self, dataset: Any, epoch: SharedNumber, seed: int, part: tuple[int, int] = (0, 1)) -> None:
+        super().__init__(dataset, epoch, seed)
+        vars(self).update(_part=part)
+
+    def __iter__(self) -> Iterator[Numbered]:
+        (index, parts), worker = self._part, get_worker_info()
+        if worker is not None:
+            index, parts = index * worker.num_workers + worker.id, parts * worker.num_workers
+        epoch = self._epoch.get()
+        for place, example in enumerate(self.dataset):
+            yield Numbered(epoch, place * parts + index, example)
+
+    def __reduce__(self):
+        return type(self), (self.dataset, self._epoch, self._seed, self._part)
+
+
+def _number(index: Any) -> int:
+    """A number for an index; samplers may give any key."""
+    try:
+        return operator.index(index)
+    except TypeError:
+        return int.from_bytes(hashlib.blake2b(repr(index).encode(), digest_size=8).digest(), "little")
