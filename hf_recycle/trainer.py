@@ -260,6 +260,8 @@ class RecyclingTrainer(HubMixin, CheckpointMixin, MaskedLanguageModelingMixin):
         return self._last_loss
 
     def _loss_is_finite(self) -> bool:
+        if self._last_loss is None:  # training steps are the user's
+            return True
         # Asked at selection phases only: it waits for the device.
         finite = torch.isfinite(self._last_loss).reshape(1)
         return bool(self.accelerator.gather(finite).all())

@@ -67,13 +67,13 @@ def ignores_item_count(model: nn.Module) -> bool:
     """Whether the (unwrapped) `model` is known to average its loss over its own batch, although its forward takes
     `**kwargs`, which the Trainer takes for a sign of the contrary.
 
-    So do `IN_FORWARD` and `WITH_ANOTHER_LOSS`, and a module of the user's around one of them that does not name
-    `num_items_in_batch`."""
+    So do the classes `WITH_ANOTHER_LOSS`, and a module of the user's around one of them or of `IN_FORWARD` that does
+    not name `num_items_in_batch`."""
     if isinstance(model, PreTrainedModel):
-        return _is_untouched(model) and _forward_of(model) in IN_FORWARD | WITH_ANOTHER_LOSS
+        return _is_untouched(model) and _forward_of(model) in WITH_ANOTHER_LOSS
     if hasattr(model, "accepts_loss_kwargs") or "num_items_in_batch" in inspect.signature(model.forward).parameters:
         return False
-    return any(isinstance(m, PreTrainedModel) and ignores_item_count(m) for m in model.modules())
+    return any(_forward_of(module) in IN_FORWARD | WITH_ANOTHER_LOSS for module in model.modules())
 
 
 def honours_item_count(model: nn.Module) -> bool:
