@@ -56,6 +56,14 @@ def check_agreement(tensors: Iterable[Tensor], what: str, device: torch.device) 
     agreement.check(what, device)
 
 
+def true_everywhere(flag: Tensor) -> bool:
+    """Whether `flag`, a bool of one item on a device that the process group can send from, is true on every process."""
+    flag = flag.reshape(1).to(torch.int32)
+    if _are_several():
+        dist.all_reduce(flag, op=dist.ReduceOp.MIN)
+    return bool(flag)
+
+
 def from_main_process(make: Callable[[], Result], device: torch.device) -> Result:
     """What `make` gives on process 0, on every process.
 

@@ -129,17 +129,17 @@ class RecyclingArguments(TrainingArguments):
     def __post_init__(self):
         super().__post_init__()
         for method in METHODS:
-            self.method_settings(method).validate(method.prefix)
-        if self.recycle_seed is None:
-            self.recycle_seed = self.seed
-        if self.prune_seed is None:
-            self.prune_seed = self.seed
-        if self.overtrain_seed is None:
-            self.overtrain_seed = self.seed
+            self.method_settings(method)
 
     def method_settings(self, method: type[Settings]) -> Settings:
-        """The settings of one method, without their prefix."""
-        return method(**{item.name: getattr(self, method.prefix + item.name) for item in fields(method)})
+        """The settings of one method as they are now, without their prefix.
+
+        Raises:
+            ValueError: for a value that is not allowed.
+        """
+        settings = method(**{item.name: getattr(self, method.prefix + item.name) for item in fields(method)})
+        settings.validate(method.prefix)
+        return settings
 
     def method_arguments(self) -> dict[str, Any]:
         """All settings of all methods, flat: what `recycling_config.json` records."""

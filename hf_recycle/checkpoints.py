@@ -24,8 +24,8 @@ from hf_recycle.hub.run_facts import run_facts
 from hf_recycle.hub.run_meter import RunMeter
 from hf_recycle.neurons.table import NeuronTable
 from hf_recycle.recorder import HistoryRecorder
+from hf_recycle.resumed_settings import began_with
 from hf_recycle.run_schema import run_problem
-from hf_recycle.settings import METHODS
 from hf_recycle.statistics import summarize
 
 logger = logging.get_logger(__name__)
@@ -156,6 +156,8 @@ class CheckpointMixin(EngineCheckpointMixin):
             tensors[_LAST_LOGGED] = torch.tensor([self._globalstep_last_logged])
         blocks = [{"name": b.name, "num_neurons": b.num_neurons, "gated": b.gated} for b in table.blocks]
         config = {"arguments": self.recycling_arguments(), "blocks": blocks, "run": self._run_facts(tokens)}
+        if resolved := self.resolved_arguments():
+            config["resolved"] = resolved
         files.write_config(folder, config)
         files.write_state(folder, tensors)
         files.write_history(folder, self.recorder.to_table())
@@ -183,8 +185,9 @@ class CheckpointMixin(EngineCheckpointMixin):
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
         self._resumed_loss: tuple[float, int] | None = None
+        self.neuron_methods.began_with = {}
         if resume_from_checkpoint is None:
-            self.use_recorder(HistoryRecorder())
+            self.neuron_methods.use_recorder(HistoryRecorder())
             self.meter.start({"seconds": 0.0, "tokens": 0})
             if (table := self.neuron_table()) is not None:
                 table.reset()
@@ -204,7 +207,7 @@ class CheckpointMixin(EngineCheckpointMixin):
         table = self.neuron_table()
         present = [name for name in files.RECYCLING_FILES if Path(folder, name).exists()]
         if table is None or not present:
-            self.use_recorder(HistoryRecorder())
+            self.neuron_methods.use_recorder(HistoryRecorder())
             self.meter.start({})  # how long the stock Trainer has trained it is not known
             if table is not None:
                 table.reset()
@@ -217,7 +220,9 @@ class CheckpointMixin(EngineCheckpointMixin):
             )
         config = files.read_config(folder)
         _check_same_blocks(folder, config["blocks"], table)
-        _check_same_settings(folder, config["arguments"], self.recycling_arguments())
+        self.neuron_methods.began_with = began_with(
+            folder, config, self.recycling_arguments(), self.state.max_steps, self.args.seed
+        )
         tensors, _ = files.read_state(folder, config["blocks"])
         try:
             table.load_state_dict(tensors)
@@ -227,7 +232,7 @@ class CheckpointMixin(EngineCheckpointMixin):
             ) from None
         history = files.read_history(folder, config["blocks"])
         check_agreement(Path(folder), config, tensors, history)
-        self.use_recorder(HistoryRecorder.from_table(history))
+        self.neuron_methods.use_recorder(HistoryRecorder.from_table(history))
         self.meter.start(config.get("run", {}))
         if _RUNNING_LOSS in tensors and _LAST_LOGGED in tensors:
             self._resumed_loss = float(tensors[_RUNNING_LOSS][0]), int(tensors[_LAST_LOGGED][0])
@@ -261,27 +266,6 @@ def _check_same_blocks(folder, saved: Iterable[dict[str, Any]], table: NeuronTab
                 f"The checkpoint {folder} has {before.get(name, 'no')} neurons in block {name!r} and the model has "
                 f"{now.get(name, 'none')}: resume it with the model it was made with."
             )
-
-
-def _check_same_settings(folder, saved: dict[str, Any], current: dict[str, Any]) -> None:
-    """A method that was on must go on as it was; one that was off may begin. Recording may change at any time."""
-    for method in METHODS:
-        names = [name for name in current if name.startswith(method.prefix)]
-        if method.prefix == "magnitude_" or not _was_enabled(method, saved):
-            continue
-        differing = [name for name in names if name in saved and saved[name] != current[name]]
-        if differing:
-            pairs = ", ".join(f"{name}={saved[name]!r} (now {current[name]!r})" for name in differing)
-            raise files.RecyclingFileError(
-                f"The checkpoint {folder} was made with {pairs}: resume it with the same settings, or start a new run "
-                "from its weights."
-            )
-
-
-def _was_enabled(method, saved: dict[str, Any]) -> bool:
-    known = {name.removeprefix(method.prefix): value for name, value in saved.items() if name.startswith(method.prefix)}
-    fields = method.__dataclass_fields__
-    return method(**{name: value for name, value in known.items() if name in fields}).enabled
 
 
 def _remove_leftovers(run_dir: Path) -> None:

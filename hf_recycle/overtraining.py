@@ -1,6 +1,6 @@
 """Overtrains feed-forward neurons: trains them alone for some extra batches, notes what was done."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +47,7 @@ def overtrain(
     max_grad_norm: float,
     device: torch.device,
     process: int,
+    frozen: Collection[int] = (),
 ) -> OvertrainingRecord | None:
     """Trains the chosen neurons on `settings.batches` batches, one optimizer step each, everything else frozen: other
     neurons and the out-projections' biases stay as they are to the bit.
@@ -60,17 +61,21 @@ def overtrain(
         loss_of: the loss of a batch, to be averaged over processes.
         max_grad_norm: gradients, of the chosen neurons alone, are clipped to this norm; 0: not clipped.
         process: number of this process.
+        frozen: indices of the blocks that are not trained now, and stay as they are.
 
     Returns:
         None if nothing was done: no neuron is left to train, or the learning rate is 0.
     """
-    fresh = fresh_optimizer(optimizer, _parameters(table))
-    rates = [group["lr"] for group in fresh.param_groups]
-    trained = [parameter for group in fresh.param_groups for parameter in group["params"]]
-    chosen = _choose(table, settings, step, device)
+    chosen = _choose(table, settings, step, frozen, device)
     neurons = sum(map(len, chosen))
-    if not neurons or not any(rates):
+    if not neurons:
         return None
+    blocks = (block for position, block in enumerate(table.blocks) if position not in frozen)
+    fresh = fresh_optimizer(optimizer, (parameter for block in blocks for parameter in block.parameters()))
+    rates = [group["lr"] for group in fresh.param_groups]
+    if not any(rates):
+        return None
+    trained = [parameter for group in fresh.param_groups for parameter in group["params"]]
     others = _Others(table, chosen)
     scaler = getattr(optimizer, "scaler", None)
     scale = scaler.get_scale() if scaler is not None and scaler.is_enabled() else 1.0
@@ -97,18 +102,15 @@ def overtrain(
     return OvertrainingRecord(neurons, max(rates), torch.stack(losses), skipped)
 
 
-def _parameters(table: NeuronTable) -> Iterator[nn.Parameter]:
-    for block in table.blocks:
-        yield from block.parameters()
-
-
-def _choose(table: NeuronTable, settings: OvertrainingSettings, step: int, device: torch.device) -> list[Tensor]:
+def _choose(
+    table: NeuronTable, settings: OvertrainingSettings, step: int, frozen: Collection[int], device: torch.device
+) -> list[Tensor]:
     """The neurons to train, for each block."""
     magnitudes = table.magnitudes()
     chosen = [
         choose(
             magnitudes[block.name],
-            ~(state.pruned | state.in_transition()),
+            ~(state.pruned | state.in_transition()) & (position not in frozen),
             settings.subset,
             settings.fraction,
             generator_for(settings.seed, step, position, "overtrain subset"),

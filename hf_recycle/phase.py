@@ -1,5 +1,6 @@
 """One selection phase: choose neurons, give them new weights, note what was done."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
 
@@ -55,6 +56,7 @@ def run_phase(
     smooth_steps: int,
     optimizer=None,
     loss_is_finite: bool = True,
+    frozen: Collection[int] = (),
 ) -> list[PhaseRecord]:
     """Runs the selection phase right after step `step` of the Trainer.
 
@@ -65,11 +67,17 @@ def run_phase(
         settings: validated settings, with a seed.
         smooth_steps: steps over which new weights fade in; 0: they are written at once.
         optimizer: whose state is reset; None: none.
+        loss_is_finite: whether the loss of the whole batch was.
+        frozen: indices of blocks that are not trained now. The phase leaves them out, which their records say.
 
     Returns:
-        One record for each block that takes part.
+        One record for each block that takes part or is left out.
     """
-    positions = list(range(len(table.blocks))) if settings.layers is None else sorted(set(settings.layers))
+    asked = range(len(table.blocks)) if settings.layers is None else sorted(set(settings.layers))
+    positions = [position for position in asked if position not in frozen]
+    left_out = _left_out(table, [position for position in asked if position in frozen], step, nothing=not positions)
+    if not positions:
+        return left_out
     magnitudes = on_cpu(magnitudes_of([table.blocks[position] for position in positions]))
     phase, taken = table.phases + 1, table.optimizer_steps(step)
     if settings.scope == "global":
@@ -84,7 +92,7 @@ def run_phase(
         requested = quotas
         if settings.scope == "global":
             requested, reason = [0] * len(positions), f"{reason} ({quotas[0]} requested over all blocks)"
-        return [
+        return left_out + [
             PhaseRecord(step, phase, table.blocks[position].name, request, int(mask.count_nonzero()), [], reason)
             for position, request, mask in zip(positions, requested, eligible, strict=True)
         ]
@@ -115,10 +123,17 @@ def run_phase(
     for position, index in zip(positions, chosen, strict=True):
         table.states[position].note(index, phase, step)
     agreement.check(f"the neurons recycled at step {step}", table.blocks[positions[0]].out_slice.device)
-    return [
+    return left_out + [
         PhaseRecord(step, phase, table.blocks[position].name, request, int(mask.count_nonzero()), index.tolist(), note)
         for position, request, mask, index, note in zip(positions, requested, eligible, chosen, notes, strict=True)
     ]
+
+
+def _left_out(table: NeuronTable, positions: list[int], step: int, nothing: bool) -> list[PhaseRecord]:
+    """Records of blocks that the next phase leaves out; a phase that has `nothing` else is skipped."""
+    note = f"{SKIPPED if nothing else ''}the weights of some blocks are frozen"
+    phase = table.phases + 1
+    return [PhaseRecord(step, phase, table.blocks[position].name, 0, 0, [], note) for position in positions]
 
 
 def _eligible(states: list[BlockState], phase: int, immunity: int) -> list[Tensor]:

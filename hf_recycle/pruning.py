@@ -1,6 +1,7 @@
 """Prunes neurons: chooses them, sets them to zero for good, notes what was done."""
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -35,14 +36,21 @@ class PruningRecord:
 
 
 @torch.no_grad()
-def prune(table: NeuronTable, settings: PruningSettings, schedule: PruningSchedule, step: int) -> list[PruningRecord]:
+def prune(
+    table: NeuronTable,
+    settings: PruningSettings,
+    schedule: PruningSchedule,
+    step: int,
+    frozen: Collection[int] = (),
+) -> list[PruningRecord]:
     """Prunes each layer to the share that is due right after optimizer step `step`.
 
     A pruned neuron's weights and biases are zero; `hold_at_zero` keeps them so. One in transition leaves it.
-    A layer with magnitudes that are not finite waits for the next pruning.
+    A layer that is frozen, or has magnitudes that are not finite, waits for the next pruning.
 
     Args:
         settings: validated settings, with a seed.
+        frozen: indices of the blocks that are not trained now.
 
     Returns:
         One record for each block.
@@ -54,8 +62,11 @@ def prune(table: NeuronTable, settings: PruningSettings, schedule: PruningSchedu
         eligible = ~state.pruned
         requested = max(schedule.target(step, block.num_neurons) - int(state.pruned.sum()), 0)
         record = PruningRecord(step, block.name, requested, int(eligible.sum()), [])
-        if not magnitudes[block.name].isfinite().all():
-            records.append(PruningRecord(**vars(record) | {"note": "put off: some magnitudes are not finite"}))
+        reason = "its weights are frozen" if position in frozen else ""
+        if not reason and not magnitudes[block.name].isfinite().all():
+            reason = "some magnitudes are not finite"
+        if reason:
+            records.append(replace(record, note=f"put off: {reason}"))
             continue
         signals = Signals(magnitudes[block.name], partial(generator_for, settings.seed, step, position, "prune"))
         index = select(CRITERIA[settings.selection](signals), eligible, requested)
@@ -64,7 +75,7 @@ def prune(table: NeuronTable, settings: PruningSettings, schedule: PruningSchedu
             state.transition = state.transition.only(block, ~state.pruned[state.transition.index])
         block.switch_off(index)
         chosen.append(index)
-        records.append(PruningRecord(**vars(record) | {"pruned": index.tolist()}))
+        records.append(replace(record, pruned=index.tolist()))
     check_agreement(chosen, f"the neurons pruned at step {step}", table.blocks[0].out_slice.device)
     return records
 

@@ -4,14 +4,14 @@
 """
 
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, ClassVar
+from dataclasses import MISSING, dataclass, field, fields, replace
+from typing import Any, ClassVar, Self
 
 from hf_recycle.methods.midpoint import CENTERS, DISTANCES
 from hf_recycle.methods.overtraining import SUBSETS
 from hf_recycle.methods.pruning import PRUNE_SCHEDULES
 from hf_recycle.methods.reinit import REINITIALIZATIONS
-from hf_recycle.methods.schedule import FRACTION_SCHEDULES
+from hf_recycle.methods.schedule import FRACTION_SCHEDULES, resolve_steps
 from hf_recycle.methods.selection import CRITERIA
 
 Check = Callable[[Any], str | None]
@@ -94,6 +94,22 @@ class Settings:
             if allowed is not None:
                 raise ValueError(f"{prefix}{item.name}={value!r} is not allowed: it must be {allowed}.")
 
+    def resolve(self, max_steps: int, seed: int) -> Self:
+        """The settings in a training of `max_steps` steps: numbers of steps instead of shares, and `seed`, that of the
+        training, where none was given. None stays None."""
+        values = {
+            item.name: resolve_steps(getattr(self, item.name), max_steps)
+            for item in fields(self)
+            if item.metadata["check"] in (_steps, _some_steps)
+        }
+        if getattr(self, "seed", 0) is None:
+            values["seed"] = seed
+        return replace(self, **values)
+
+    def differing(self, other: Self) -> list[str]:
+        """The names of the settings that differ."""
+        return [item.name for item in fields(self) if getattr(self, item.name) != getattr(other, item.name)]
+
 
 @dataclass
 class RecyclingSettings(Settings):
@@ -139,6 +155,11 @@ class RecyclingSettings(Settings):
         super().validate(prefix)
         _check_order(prefix, self.start, self.end, "recycling would never happen")
 
+    def resolve(self, max_steps: int, seed: int) -> Self:
+        resolved = super().resolve(max_steps, seed)
+        # A decay has to end somewhere; a constant share goes on for as long as the training does.
+        return resolved if resolved.fraction_schedule == "constant" else _ending(resolved, max_steps)
+
 
 def _check_order(prefix: str, start: float | None, end: float | None, consequence: str) -> None:
     """Refuses a start after the end, where the two can be compared without knowing the length of the training."""
@@ -146,6 +167,11 @@ def _check_order(prefix: str, start: float | None, end: float | None, consequenc
     comparable = end is not None and (start < 1) == (end < 1 and end != 0)
     if end is not None and (comparable or start == 0) and start > end:
         raise ValueError(f"{prefix}start={start:g} is after {prefix}end={end:g}: {consequence}.")
+
+
+def _ending(settings: Any, max_steps: int) -> Any:
+    """Resolved settings whose end, if none was given, is the end of the training."""
+    return replace(settings, end=max_steps) if settings.end is None else settings
 
 
 @dataclass
@@ -188,6 +214,9 @@ class PruningSettings(Settings):
     def validate(self, prefix: str = "") -> None:
         super().validate(prefix)
         _check_order(prefix, self.start, self.end, "nothing would be pruned")
+
+    def resolve(self, max_steps: int, seed: int) -> Self:
+        return _ending(super().resolve(max_steps, seed), max_steps)
 
 
 @dataclass
@@ -245,6 +274,12 @@ METHODS: tuple[type[Settings], ...] = (
     OvertrainingSettings,
     MagnitudeSettings,
 )
+
+
+def flat(settings: Settings) -> dict[str, Any]:
+    """The settings with their prefix, as in the JSON of a checkpoint, which knows no tuples."""
+    values = {settings.prefix + item.name: getattr(settings, item.name) for item in fields(settings)}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 def flat_field(settings: type[Settings], name: str) -> Any:

@@ -1,7 +1,6 @@
 """`RecyclingTrainer`: a Hugging Face Trainer with the methods of this package."""
 
 from contextlib import ExitStack
-from dataclasses import fields
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -11,15 +10,10 @@ from transformers import Trainer
 from transformers.utils import logging
 
 from hf_recycle.arguments import RecyclingArguments
-from hf_recycle.callbacks import (
-    MagnitudeCallback,
-    MidpointLossCallback,
-    OvertrainingCallback,
-    PruningCallback,
-    RecyclingCallback,
-)
-from hf_recycle.callbacks.base import NeuronCallback
-from hf_recycle.callbacks.recycling import check_layers
+from hf_recycle.callbacks import CALLBACKS, NeuronMethods
+from hf_recycle.callbacks.method import Method
+from hf_recycle.callbacks.overtraining import Overtraining
+from hf_recycle.callbacks.recycling import Recycling
 from hf_recycle.checkpoints import CheckpointMixin
 from hf_recycle.engines import (
     can_recompute,
@@ -40,17 +34,9 @@ from hf_recycle.neurons.recomputation import Recomputation
 from hf_recycle.neurons.table import NeuronTable
 from hf_recycle.onednn import is_available, is_faster, onednn_linear
 from hf_recycle.recorder import HistoryRecorder
+from hf_recycle.settings import flat
 
 logger = logging.get_logger(__name__)
-
-# In the order in which they act after an optimizer step.
-CALLBACKS: tuple[type[NeuronCallback], ...] = (
-    MidpointLossCallback,
-    PruningCallback,
-    RecyclingCallback,
-    OvertrainingCallback,
-    MagnitudeCallback,
-)
 
 _LOGGED_QUANTILES = {"magnitude_p10": 0.1, "magnitude_p50": 0.5, "magnitude_p90": 0.9}
 
@@ -85,17 +71,15 @@ class RecyclingTrainer(HubMixin, CheckpointMixin, MaskedLanguageModelingMixin):
                 f"{args.n_gpu} GPUs are visible to one process, which transformers would use through nn.DataParallel; "
                 f"run `accelerate launch --num_processes {args.n_gpu} <your script>`, or set CUDA_VISIBLE_DEVICES=0."
             )
-        self.recorder, self.tied_aliases = HistoryRecorder(), {}
+        self.neuron_methods = NeuronMethods(loss_of=self.loss_of, second_pass=self.second_pass)
+        self.tied_aliases = {}
         self.meter = RunMeter()
         # What the caller knows of the run and the trainer can't, for its card: keys of `run_schema.RUN_SCHEMA`.
         self.run_context: dict[str, Any] = {}
         super().__init__(model, args, *positional, **kwargs)
-        self._add_callbacks()
-        self._wire_callbacks()
         check_engine(self)
-        table = self.neuron_table()  # a model without blocks is refused here
-        if self.recycling is not None:
-            check_layers(self.recycling.settings, len(table.blocks))
+        self._use_methods()
+        self.add_callback(self.neuron_methods)
         seed = args.seed if args.data_seed is None else args.data_seed
         deterministic, self._onednn = args.deterministic_masking, args.onednn_linear
         if deterministic is None:
@@ -107,13 +91,19 @@ class RecyclingTrainer(HubMixin, CheckpointMixin, MaskedLanguageModelingMixin):
                 "onednn_linear=True, but this PyTorch is without oneDNN or it is switched off: leave it out."
             )
         self.set_up_masked_language_modeling(deterministic_masking=deterministic, seed=seed)
-        self._last_loss: torch.Tensor | None = None
         self._savings = ExitStack()
 
-    def _add_callbacks(self) -> None:
-        """Adds a callback for each method that the arguments ask for."""
+    def _use_methods(self) -> None:
+        """Has the coordinator run what the arguments, as they are now, and the user's own callbacks ask for.
+
+        Raises:
+            ValueError: for a value that is not allowed, a method that is asked for twice, or one that the model or the
+                engine can't have.
+        """
+        methods: list[Method] = []
+        fronts = []
         for cls in CALLBACKS:
-            settings = self.args.method_settings(cls.settings_class)
+            settings = self.args.method_settings(cls.method_class.settings_class)
             own = [callback for callback in self.callback_handler.callbacks if isinstance(callback, cls)]
             if own and (settings.enabled or len(own) > 1):
                 raise ValueError(
@@ -121,42 +111,35 @@ class RecyclingTrainer(HubMixin, CheckpointMixin, MaskedLanguageModelingMixin):
                     if settings.enabled
                     else f"{cls.__name__} is passed {len(own)} times in callbacks: pass it once."
                 )
-            if settings.enabled:
-                values = {item.name: getattr(settings, item.name) for item in fields(settings)}
-                self.add_callback(cls(ff_pattern=self.args.ff_pattern, **values))
-
-    def _wire_callbacks(self) -> None:
-        """Wires the callbacks of methods that the trainer has now, its own and the user's."""
-        callbacks = self.callback_handler.callbacks
-        places = [place for place, callback in enumerate(callbacks) if isinstance(callback, CALLBACKS)]
-        # In the places that they have between them, in the order in which methods act.
-        wired = [callbacks[place] for cls in CALLBACKS for place in places if isinstance(callbacks[place], cls)]
-        for place, callback in zip(places, wired, strict=True):
-            callbacks[place] = callback
-        for callback in wired:
-            if getattr(callback.settings, "seed", 0) is None:
-                # Now, because a checkpoint that is resumed is compared before training begins.
-                callback.settings.seed = self.args.seed
-            if isinstance(callback, RecyclingCallback):
-                callback.loss_is_finite = self._loss_is_finite
-            if isinstance(callback, OvertrainingCallback) and callback.settings.enabled:
-                check_can_overtrain(self)
-                callback.loss_of, callback.second_pass = self.loss_of, self.second_pass
-        self.neuron_callbacks = wired
-        self._share_recorder(wired)
+            asked = [cls.method_class(settings), *(front.method for front in own)]
+            methods += [method for method in asked if method.given.enabled]
+            fronts += own
+        patterns = [self.args.ff_pattern, *(front.ff_pattern for front in fronts)]
+        self.neuron_methods.ff_pattern = next(filter(None, patterns), None)
+        self.neuron_methods.use(methods, fronts)
+        table = self.neuron_table()  # a model without blocks is refused here
+        for method in methods:
+            method.check_blocks(table.blocks)
+        if any(isinstance(method, Overtraining) for method in methods):
+            check_can_overtrain(self)
 
     @property
     def steps_aside(self) -> bool:
         """Whether every method and `masked_head` are off. Then training, evaluation, collator and batches are those of
         the stock Trainer."""
-        return not (self.args.masked_head or self.neuron_callbacks)
+        return not (self.args.masked_head or self.neuron_methods.methods)
 
     # ---- Neurons ----
 
     @property
-    def recycling(self) -> RecyclingCallback | None:
-        """The callback that recycles, or None if recycling is off."""
-        return next((cb for cb in self.neuron_callbacks if isinstance(cb, RecyclingCallback)), None)
+    def recorder(self) -> HistoryRecorder:
+        """What happened to the neurons so far."""
+        return self.neuron_methods.recorder
+
+    @property
+    def recycling(self) -> Recycling | None:
+        """The method that recycles, or None if recycling is off."""
+        return next((method for method in self.neuron_methods.methods if isinstance(method, Recycling)), None)
 
     def neuron_table(self) -> NeuronTable | None:
         """The state of the current model's neurons; None if it has no feed-forward blocks and no method needs any.
@@ -165,38 +148,29 @@ class RecyclingTrainer(HubMixin, CheckpointMixin, MaskedLanguageModelingMixin):
             ValueError: if a method is on and the model has no feed-forward block.
         """
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        patterns = [self.args.ff_pattern, *(callback.ff_pattern for callback in self.neuron_callbacks)]
         try:
-            return NeuronTable.of(model, next(filter(None, patterns), None))
+            return NeuronTable.of(model, self.neuron_methods.ff_pattern)
         except ValueError:
-            if self.neuron_callbacks or self.args.ff_pattern:
+            if self.neuron_methods.methods or self.args.ff_pattern:
                 raise
             return None
 
-    def use_recorder(self, recorder: HistoryRecorder) -> None:
-        """Makes `recorder` the place where this trainer and its callbacks note what happens."""
-        self.recorder = recorder
-        self._share_recorder(self.neuron_callbacks)
-
-    def _share_recorder(self, callbacks: list[NeuronCallback]) -> None:
-        for callback in callbacks:
-            callback.recorder = self.recorder
-
     def recycling_arguments(self) -> dict[str, Any]:
-        """The settings in force, flat."""
+        """The settings as they were given, flat."""
         arguments = self.args.method_arguments()
-        for callback in self.neuron_callbacks:
-            prefix = callback.settings.prefix
-            arguments |= {
-                prefix + item.name: getattr(callback.settings, item.name) for item in fields(callback.settings)
-            }
-        # As in the JSON of a checkpoint, which knows no tuples.
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in arguments.items()}
+        for method in self.neuron_methods.methods:
+            arguments |= flat(method.given)
+        return arguments
+
+    def resolved_arguments(self) -> dict[str, Any]:
+        """The settings in force of the methods that are on, flat, with steps instead of shares of the training; empty
+        before training."""
+        methods = [method for method in self.neuron_methods.methods if method.run is not None]
+        return {name: value for method in methods for name, value in flat(method.settings).items()}
 
     def immune_neurons(self) -> int:
         """Neurons that the next selection phase may not take because of their immunity."""
-        begun = self.recycling is not None and self.recycling.table is not None
-        return self.recycling.immune() if begun else 0
+        return self.recycling.immune(self.neuron_table()) if self.recycling is not None else 0
 
     # ---- Training ----
 
@@ -206,6 +180,7 @@ class RecyclingTrainer(HubMixin, CheckpointMixin, MaskedLanguageModelingMixin):
         if self.recycling is not None:
             for view in self.neuron_table().views:
                 view.learn_distribution()
+        self.settle_loss()
         self._economize()
         if self.is_fsdp_enabled:
             leave_embeddings_ungrouped(self.accelerator.state.fsdp_plugin, self.model)
@@ -246,51 +221,43 @@ class RecyclingTrainer(HubMixin, CheckpointMixin, MaskedLanguageModelingMixin):
         Raises:
             UserError: if the checkpoint can't be had from the Hub, or is not to be trusted.
         """
-        self._wire_callbacks()  # with those that were added since
         try:
             checkpoint = local_checkpoint(resume_from_checkpoint, self.args)
             return super().train(checkpoint, trial, ignore_keys_for_eval)
         finally:
+            self.neuron_methods.release()
             self._savings.close()
             self.meter.stop()
 
+    def _hp_search_setup(self, trial) -> None:
+        super()._hp_search_setup(trial)
+        self._use_methods()  # by the arguments as they are now, of a trial or changed since, and callbacks added since
+
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         self.meter.count(inputs)
-        self._last_loss = super().training_step(model, inputs, num_items_in_batch)
-        return self._last_loss
-
-    def _loss_is_finite(self) -> bool:
-        if self._last_loss is None:  # training steps are the user's
-            return True
-        # Asked at selection phases only: it waits for the device.
-        finite = torch.isfinite(self._last_loss).reshape(1)
-        return bool(self.accelerator.gather(finite).all())
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.neuron_methods.note_loss(loss)
+        return loss
 
     def _clip_grad_norm(self, model):
-        self._before_clipping()
+        self.neuron_methods.before_clipping()
         return super()._clip_grad_norm(model)
 
     def _get_grad_norm(self, model, grad_norm=None):
         # The one that is called when clipping is off.
-        self._before_clipping()
+        self.neuron_methods.before_clipping()
         return super()._get_grad_norm(model, grad_norm=grad_norm)
-
-    def _before_clipping(self) -> None:
-        if self.recycling is not None:
-            self.recycling.scale_gradients()
 
     # ---- Logging ----
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs and self.neuron_callbacks:
+        if "loss" in logs and self.neuron_methods.methods:
             logs |= self._neuron_scalars()
         super().log(logs, start_time)
         self.recorder.log(self.state.global_step, logs)
 
     def _neuron_scalars(self) -> dict[str, float]:
-        scalars: dict[str, float] = {}
-        for callback in self.neuron_callbacks:
-            scalars |= callback.scalars()
+        scalars = self.neuron_methods.scalars()
         magnitudes = torch.cat(list(self.neuron_table().magnitudes().values()))
         for name, level in _LOGGED_QUANTILES.items():
             # kthvalue, because torch.quantile refuses more than 16 million values.

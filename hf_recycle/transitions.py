@@ -33,8 +33,8 @@ def begin(block: FeedForward, state: BlockState, index: Tensor, values: dict[str
 
 def settle(table: NeuronTable, smooth_steps: int) -> None:
     """Takes transitions that were just loaded from a checkpoint into use, once the engine has taken over the model."""
-    for block, state in _in_transition(table):
-        if not state.transition.whole:
+    for block, state in zip(table.blocks, table.states, strict=True):
+        if state.transition is None or not state.transition.whole:
             continue
         transition = state.transition = state.transition.cut(block)
         for piece in block.slices:
@@ -124,6 +124,7 @@ def _show(block: FeedForward, transition: Transition, smooth_steps: int) -> Tens
 
 
 def _in_transition(table: NeuronTable) -> Iterator[tuple[FeedForward, BlockState]]:
+    """The blocks with neurons in transition. Those of a block that is frozen now wait where they are."""
     for block, state in zip(table.blocks, table.states, strict=True):
-        if state.transition is not None:
+        if state.transition is not None and not block.is_frozen:
             yield block, state

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from transformers import Trainer, TrainerCallback
-
-from hf_recycle.callbacks.magnitudes import MagnitudeCallback
-from hf_recycle.callbacks.midpoint import MidpointLossCallback
-from hf_recycle.callbacks.recycling import RecyclingCallback
+from hf_recycle.callbacks.magnitudes import Magnitudes
+from hf_recycle.callbacks.method import Method
+from hf_recycle.callbacks.midpoint import Midpoint
+from hf_recycle.callbacks.recycling import Recycling
+from hf_recycle.trainer import RecyclingTrainer
 
 Switch = Callable[[bool], None]
 
@@ -24,31 +24,30 @@ def is_on(step: int) -> bool:
     return step % 4 < 2
 
 
-def _callback(trainer: Trainer, kind: type[TrainerCallback]) -> Switch:
-    """Takes a callback off the trainer's list and puts the list back."""
-    handler = trainer.callback_handler
-    all_of_them = handler.callbacks
-    others = [callback for callback in all_of_them if not isinstance(callback, kind)]
+def _method(trainer: RecyclingTrainer, kind: type[Method]) -> Switch:
+    """Takes a method off the coordinator's list, which a training makes when it begins, and puts the list back."""
+    coordinator, whole = trainer.neuron_methods, []
 
     def switch(on: bool) -> None:
-        handler.callbacks = all_of_them if on else others
+        if not whole:
+            whole.extend(coordinator.methods)
+        coordinator.methods = [method for method in whole if on or not isinstance(method, kind)]
 
     return switch
 
 
-def _smooth(trainer: Trainer) -> Switch:
+def _smooth(trainer: RecyclingTrainer) -> Switch:
     """Leaves the neurons in transition where they are for a step, as ordinary ones."""
-    [callback] = (each for each in trainer.callback_handler.callbacks if isinstance(each, RecyclingCallback))
 
     def switch(on: bool) -> None:
-        callback.smooth_steps = trainer.args.recycle_smooth_steps if on else 0
+        trainer.recycling.smooth_steps = trainer.args.recycle_smooth_steps if on else 0
 
     return switch
 
 
-SWITCHES: dict[str, Callable[[Trainer], Switch]] = {
-    "recycling": partial(_callback, kind=RecyclingCallback),
+SWITCHES: dict[str, Callable[[RecyclingTrainer], Switch]] = {
+    "recycling": partial(_method, kind=Recycling),
     "smooth": _smooth,
-    "midpoint": partial(_callback, kind=MidpointLossCallback),
-    "magnitudes": partial(_callback, kind=MagnitudeCallback),
+    "midpoint": partial(_method, kind=Midpoint),
+    "magnitudes": partial(_method, kind=Magnitudes),
 }

@@ -8,62 +8,32 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hf_recycle.callbacks.base import NeuronCallback
+from hf_recycle.callbacks.method import Method, Run, StepInfo
 from hf_recycle.methods.overtraining import subset_size
-from hf_recycle.methods.schedule import resolve_steps
 from hf_recycle.neurons.fresh_optimizer import fresh_optimizer
+from hf_recycle.neurons.optimizer import check_optimizer
 from hf_recycle.overtraining import overtrain
+from hf_recycle.recorder import HistoryRecorder, metric_values
 from hf_recycle.second_pass import SecondPass
 from hf_recycle.settings import OvertrainingSettings
 
 
-class OvertrainingCallback(NeuronCallback):
-    """Overtraining: every `steps` optimizer steps, the FF weights alone are trained on `batches` extra batches.
-
-    Source: *Neuron Recycling*, section "Understanding neuron magnitudes". Everything else is frozen, the
-    out-projections' biases too; so are pruned neurons, neurons in transition and, with `subset` smallest, largest or
-    random, all but `fraction` of each layer's neurons.
-
-    A batch is `per_device_train_batch_size` samples on each process and one optimizer step, without accumulation. The
-    batches come from a second pass over the training set, in an order and with masks of its own. The optimizer is a
-    fresh one of the class and hyper-parameters of the main one, at the learning rate that the main schedule has come
-    to; over the first tenth of the batches (at least one), w in all, the rate of batch b is b / (w + 1) of that.
-    Gradients are clipped as in the main run, over the weights that are trained. Afterwards the main run goes on where
-    it was: optimizer, schedule, data order and random states are untouched. Steps that the optimizer skips, because a
-    gradient scaler found an overflow, do not count. It works on one process, DDP and FSDP2,
-    uncompiled where the main run is compiled; DeepSpeed is refused.
-
-    Takes the settings of `RecyclingArguments` whose names begin with `overtrain_`, without that prefix. On a stock
-    `Trainer` it works with these limits, which `RecyclingTrainer` does not have: the loss is the one the model returns,
-    each process averaging over its own batch; the extra tokens are in `callback.table` and `callback.recorder` only;
-    and a resumed run begins the second pass anew.
-    """
+class Overtraining(Method):
+    """Overtrains feed-forward weights every so many steps."""
 
     settings_class = OvertrainingSettings
     settings: OvertrainingSettings
 
-    def __init__(self, **settings):
-        super().__init__(**settings)
-        self.loss_of: Callable[[nn.Module, Any], Tensor] = model_loss
-        self.second_pass: Callable[[int], SecondPass] | None = None
-        self._data: SecondPass | None = None
-        self._every = 0
-        self._last_loss: float | None = None
-
-    def on_train_begin(self, args, state, control, model=None, optimizer=None, train_dataloader=None, **kwargs):
-        self.attach(model, state)
-        settings = self.settings
-        if not settings.enabled:
-            return
-        if settings.seed is None:
-            settings.seed = args.seed
-        self._every = resolve_steps(settings.steps, state.max_steps)
-        if any(block.out_slice.storage.separate_masters for block in self.table.blocks):
+    def start(self, run: Run, settings: OvertrainingSettings) -> None:
+        super().start(run, settings)
+        if any(block.out_slice.storage.separate_masters for block in run.table.blocks):
             raise ValueError("overtrain_steps can't be used with DeepSpeed: use DDP or FSDP2.")
+        check_optimizer(run.optimizer, "overtrain_steps", settings.steps)
         self._check_subset()
         # One is made at every overtraining; what can't be made is said now.
-        fresh_optimizer(optimizer, (p for block in self.table.blocks for p in block.parameters()))
-        self.watch(optimizer)
-        self._data = (self.second_pass or _second_pass_of(train_dataloader))(settings.seed)
+        fresh_optimizer(run.optimizer, (p for block in run.table.blocks for p in block.parameters()))
+        self._data = (run.second_pass or _second_pass_of(run.train_dataloader))(settings.seed)
+        self._last_loss = _last_loss(run.recorder)
 
     def _check_subset(self) -> None:
         smallest = min(self.table.blocks, key=lambda block: block.num_neurons)
@@ -73,36 +43,33 @@ class OvertrainingCallback(NeuronCallback):
                 f"{smallest.name} is less than one: raise it."
             )
 
-    def on_optimizer_step(self, args, state, control, **kwargs):
-        if self._every:
-            self.note_step(state)
-
-    def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
-        taken = self.table.optimizer_steps(state.global_step)
-        if not self._every or not self._stepped or taken % self._every:
+    def after_step(self, info: StepInfo) -> None:
+        if not info.stepped or info.optimizer_steps % self.settings.steps:
             return
+        args, table = self.run.args, self.table
         size, tokens = args.per_device_train_batch_size, []
         record = overtrain(
-            self.table,
+            table,
             self.settings,
-            taken,
-            model=model,
-            optimizer=optimizer,
+            info.optimizer_steps,
+            model=self.run.model,
+            optimizer=self.run.optimizer,
             batches=self._batches(size, args.process_index, args.world_size, tokens),
-            loss_of=self.loss_of,
+            loss_of=self.run.loss_of or model_loss,
             max_grad_norm=args.max_grad_norm,
             device=args.device,
             process=args.process_index,
+            frozen=self.run.frozen(),
         )
         if record is None:
             return
         first, last, tokens = _over_processes([*record.losses[[0, -1]].tolist(), sum(tokens)], args.device)
         samples = self.settings.batches * size * args.world_size
-        self.table.overtrain_samples += samples
-        self.table.overtrain_tokens += int(tokens)
+        table.overtrain_samples += samples
+        table.overtrain_tokens += int(tokens)
         self._last_loss = last / args.world_size
-        self.recorder.overtraining(
-            state.global_step,
+        self.run.recorder.overtraining(
+            info.step,
             {
                 "batches": self.settings.batches,
                 "skipped": record.skipped,
@@ -129,6 +96,37 @@ class OvertrainingCallback(NeuronCallback):
             return {}
         loss = {} if self._last_loss is None else {"overtrain_loss": self._last_loss}
         return {"overtrain_tokens": self.table.overtrain_tokens, **loss}
+
+
+class OvertrainingCallback(NeuronCallback):
+    """Overtraining: every `steps` optimizer steps, the FF weights alone are trained on `batches` extra batches.
+
+    Source: *Neuron Recycling*, section "Understanding neuron magnitudes". Everything else is frozen, the
+    out-projections' biases too; so are pruned neurons, neurons in transition and, with `subset` smallest, largest or
+    random, all but `fraction` of each layer's neurons. Blocks that are frozen at that time stay as they are.
+
+    A batch is `per_device_train_batch_size` samples on each process and one optimizer step, without accumulation. The
+    batches come from a second pass over the training set, in an order and with masks of its own. The optimizer is a
+    fresh one of the class and hyper-parameters of the main one, at the learning rate that the main schedule has come
+    to; over the first tenth of the batches (at least one), w in all, the rate of batch b is b / (w + 1) of that.
+    Gradients are clipped as in the main run, over the weights that are trained. Afterwards the main run goes on where
+    it was: optimizer, schedule, data order and random states are untouched. Steps that the optimizer skips, because a
+    gradient scaler found an overflow, do not count. It works on one process, DDP and FSDP2,
+    uncompiled where the main run is compiled; DeepSpeed is refused.
+
+    Takes the settings of `RecyclingArguments` whose names begin with `overtrain_`, without that prefix. On a stock
+    `Trainer` it works with these limits, which `RecyclingTrainer` does not have: the loss is the one the model returns,
+    each process averaging over its own batch; the extra tokens are in `callback.table` and `callback.recorder` only;
+    and a resumed run begins the second pass anew.
+    """
+
+    method_class = Overtraining
+
+
+def _last_loss(recorder: HistoryRecorder) -> float | None:
+    """The loss of the last extra batch of the run so far, None if there was none."""
+    _, losses = metric_values(recorder.to_table(), "overtraining").get("last_loss", ((), ()))
+    return float(losses[-1]) if len(losses) else None
 
 
 def model_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:

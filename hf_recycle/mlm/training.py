@@ -53,7 +53,7 @@ class MaskedLanguageModelingMixin(ReproducibleDataMixin):
         self._tally: EvaluationTally | None = None
         self._said_inflated = False
         self._stock_accepts_loss_kwargs = self._settled_accepts_loss_kwargs = self.model_accepts_loss_kwargs
-        self._settle_loss()
+        self.settle_loss()
         self.set_up_data(deterministic=deterministic_masking, seed=seed)
 
     def can_sum_sparsely(self) -> bool:
@@ -75,9 +75,9 @@ class MaskedLanguageModelingMixin(ReproducibleDataMixin):
 
     # ---- Loss ----
 
-    def _settle_loss(self) -> None:
-        """Works out whose loss it is: before training and evaluation, because until then a subclass or a script may
-        have changed anything."""
+    def settle_loss(self) -> None:
+        """Works out whose loss it is: when a training begins, before the model is wrapped or sharded, and when an
+        evaluation does, because until then a subclass or a script may have changed anything."""
         model = self._unwrapped_model()
         users = (
             self.steps_aside
@@ -100,10 +100,6 @@ class MaskedLanguageModelingMixin(ReproducibleDataMixin):
 
     def _unwrapped_model(self) -> nn.Module:
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-
-    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
-        self._settle_loss()  # of a model that `model_init` has made
-        return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
 
     def loss_of(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         """The loss of one batch of all processes, as in training: to be averaged over processes, not backpropagated."""
@@ -226,7 +222,7 @@ class MaskedLanguageModelingMixin(ReproducibleDataMixin):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         if not self.is_in_train:
-            self._settle_loss()
+            self.settle_loss()
         with self._tallying() as tally, self._noting_metrics() as users:
             output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix

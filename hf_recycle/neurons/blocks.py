@@ -89,6 +89,11 @@ class FeedForward:
         """All but the biases."""
         return (*self.in_slices, self.out_slice)
 
+    @property
+    def is_frozen(self) -> bool:
+        """Whether any of its weights requires no gradient now."""
+        return not all(piece.parameter.requires_grad for piece in self.weight_slices)
+
     def __getitem__(self, role: str) -> NeuronSlice:
         return next(piece for piece in self.slices if piece.role == role)
 

@@ -187,6 +187,10 @@ class StepWatch:
         rates = ((id(group), group["lr"]) for group in optimizer.param_groups)
         self._rates |= {group: rate.clone() if isinstance(rate, Tensor) else rate for group, rate in rates}
 
+    def is_optimized(self, piece: NeuronSlice) -> bool:
+        """Whether the optimizer has the slice's parameter."""
+        return piece.storage.group_of(piece, self._wrapped) >= 0
+
     def rate(self, piece: NeuronSlice) -> float | Tensor:
         """The learning rate the last step had for a slice's parameter; 0 for a parameter that is not optimized."""
         group = piece.storage.group_of(piece, self._wrapped)

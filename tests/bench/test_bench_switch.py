@@ -6,7 +6,7 @@ from hf_recycle.bench.contestant import OURS, Contestant, make_trainer
 from hf_recycle.bench.costs import _AT_EVERY_HUNDREDTH, _AT_EVERY_STEP
 from hf_recycle.bench.shapes import TINY
 from hf_recycle.bench.switch import SWITCHES, is_on
-from hf_recycle.callbacks.midpoint import MidpointLossCallback
+from hf_recycle.callbacks.midpoint import Midpoint
 from hf_recycle.neurons.table import NeuronTable
 
 STEPS = 8
@@ -65,7 +65,7 @@ def test_transitions_go_on_at_the_steps_they_are_on(tmp_path):
 
 def test_the_midpoint_step_is_taken_at_the_steps_it_is_on(tmp_path, monkeypatch):
     seen, taken = [], []
-    monkeypatch.setattr(MidpointLossCallback, "_take", lambda self, positions, slopes: taken.append(len(seen)))
+    monkeypatch.setattr(Midpoint, "_take", lambda self, positions, slopes, rate_of: taken.append(len(seen)))
     train("midpoint", tmp_path, lambda model: seen.append(None))
     # Counted are the steps that were over before.
     assert [done + 1 for done in taken] == ON

@@ -24,7 +24,7 @@ DOCUMENTED = {
     "recycle_smooth_steps": 0,
     "recycle_optimizer_state": "reset",
     "recycle_layers": None,
-    "recycle_seed": 42,  # that is `seed`
+    "recycle_seed": None,  # that is `seed`, as it is when training begins
     "midpoint_weight": 0.0,
     "midpoint_distance": "l1",
     "midpoint_center": "mean",
@@ -36,12 +36,12 @@ DOCUMENTED = {
     "prune_steps": 100,
     "prune_schedule": "linear",
     "prune_selection": "low_magnitude",
-    "prune_seed": 42,  # that is `seed`
+    "prune_seed": None,
     "overtrain_steps": None,
     "overtrain_batches": 0,
     "overtrain_subset": "all",
     "overtrain_fraction": 1.0,
-    "overtrain_seed": 42,  # that is `seed`
+    "overtrain_seed": None,
     "magnitude_steps": None,
     "masked_head": True,
 }
@@ -82,8 +82,7 @@ def test_fields_mirror_the_settings(make):
             assert field.metadata["help"] == item.metadata["help"]
             count += 1
         arguments = make()
-        expected = method(**({"seed": 42} if "seed" in method.__dataclass_fields__ else {}))
-        assert arguments.method_settings(method) == expected
+        assert arguments.method_settings(method) == method()
     assert count == len(DOCUMENTED) - 1
 
 
@@ -98,10 +97,11 @@ def test_values_arrive_in_the_settings(make):
     assert set(DOCUMENTED) <= set(flat)
 
 
-def test_the_seed_of_the_training_is_the_default(make):
-    assert make(seed=7).recycle_seed == 7
-    assert make(seed=7, recycle_seed=3).recycle_seed == 3
-    assert make(seed=7, recycle_seed=0).recycle_seed == 0
+def test_the_seed_of_the_training_is_the_default_when_training_begins(make):
+    for given, expected in (({"seed": 7}, 7), ({"seed": 7, "recycle_seed": 3}, 3), ({"seed": 7, "recycle_seed": 0}, 0)):
+        assert make(**given).method_settings(RecyclingSettings).resolve(10, make(**given).seed).seed == expected
+    copied = dataclasses.replace(make(), seed=5)
+    assert copied.method_settings(RecyclingSettings).resolve(10, copied.seed).seed == 5
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -85,7 +86,7 @@ class Resumed(State):
 
 def step(callback, model, optimizer, skipped=False, state=State):
     """The events of one optimizer step, by hand. Without gradients, the optimizer itself moves nothing."""
-    callback.on_train_begin(None, state, None, model=model, optimizer=optimizer)
+    callback.on_train_begin(SimpleNamespace(seed=0), state, None, model=model, optimizer=optimizer)
     if not skipped:
         optimizer.step()
     callback.on_optimizer_step(None, state, None, optimizer=optimizer)

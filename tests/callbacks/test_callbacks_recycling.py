@@ -68,7 +68,7 @@ def test_fractions_of_the_training(bert, train):
     callback = RecyclingCallback(steps=0.1, start=0.2, end=0.5, smooth_steps=0.1)
     train(bert, [callback])
     assert sorted({row["step"] for row in events(callback)}) == [6, 9, 12, 15]
-    assert callback.smooth_steps == 3
+    assert callback.settings.smooth_steps == 3
 
 
 def test_off_it_changes_nothing(bert, train):

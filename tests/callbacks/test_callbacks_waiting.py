@@ -64,7 +64,7 @@ def test_a_midpoint_step_does_not_wait(model, center, log):
     callback = MidpointLossCallback(weight=0.1, center=center, log=log)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     state = SimpleNamespace(global_step=1, max_steps=9)
-    callback.on_train_begin(None, state, None, model=model, optimizer=optimizer)
+    callback.on_train_begin(SimpleNamespace(seed=0), state, None, model=model, optimizer=optimizer)
     for _ in range(2):  # the first one looks whether it has an effect, once
         optimizer.step()
         before = model.blocks[0].second.weight.detach().clone()

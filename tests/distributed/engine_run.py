@@ -12,6 +12,7 @@ one launch, because starting the processes takes longer than the runs.
 
 import os
 import sys
+from itertools import count
 from pathlib import Path
 from unittest import mock
 
@@ -108,6 +109,8 @@ def run(
     )
     if drift:
         trainer.add_callback(_Drift(trainer))
+    if how == "infinite":
+        _make_infinite(trainer)
     watched = precision.prepare(trainer, skip=how == "skip")
     with mock.patch.object(onednn, "multiply", side_effect=onednn.multiply) as multiply:
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
@@ -153,6 +156,17 @@ class _Drift(TrainerCallback):
                 block.slices[0].parameter[:8] *= 3
 
 
+def _make_infinite(trainer) -> None:
+    """The loss of the first of two batches of step 3 becomes infinite on process 1, with gradients as they were."""
+    compute, batches = trainer.compute_loss, count()
+
+    def compute_loss(*args, **kwargs):
+        loss = compute(*args, **kwargs)
+        return loss + torch.inf if next(batches) == 4 and os.environ.get("RANK") == "1" else loss
+
+    trainer.compute_loss = compute_loss
+
+
 def main() -> None:
     engine, folder = sys.argv[2], Path(sys.argv[3])
     torch.set_num_threads(1)
@@ -166,6 +180,9 @@ def main() -> None:
         precision_name = precision_name or "fp32"
         if how == "accumulate":
             trainer = run(engine, method, folder / f"{method}-accumulated", accumulation=2)
+            continue
+        if how == "infinite":
+            trainer = run(engine, method, folder / f"{method}-infinite", accumulation=2, how=how)
             continue
         if how == "economical":
             settings = {"activation_checkpointing": True, "onednn_linear": onednn.is_available()}

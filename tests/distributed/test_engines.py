@@ -142,3 +142,13 @@ def test_resume_in_mid_transition(engine, runs):
         assert torch.equal(values, resumed[1][key]), key
     for key, values in whole[0]["state"].items():
         assert torch.equal(values, resumed[0]["state"][key]), key
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_infinite_in_one_batch_of_one_process_skips_the_phase_of_all(tmp_path):
+    found = torch.load(
+        launch("ddp", tmp_path, ["plain:infinite"], 2) / "plain-infinite" / "result.pt", weights_only=False
+    )
+    rows = [(row["step"], len(row["recycled"]), row["note"]) for row in found["history"]]
+    assert rows[:2] == [(3, 0, "skipped: the loss is not finite")] * 2
+    assert all(recycled for _, recycled, _ in rows[2:])

@@ -20,7 +20,7 @@ from processes import run_in_processes
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-EVENTS = ("on_pre_optimizer_step", "on_optimizer_step", "on_step_end")
+EVENTS = ("before_clipping", "before_step", "after_optimizer_step", "after_step")
 
 
 class Measure(TorchDispatchMode):
@@ -42,10 +42,10 @@ class Measure(TorchDispatchMode):
         return out
 
 
-def measure_callbacks() -> dict[str, dict[str, int]]:
-    """From now on every event of every callback is measured: `{callback.event: {communicated, largest}}`, the most of
-    all its calls."""
-    from hf_recycle.trainer import CALLBACKS
+def measure_methods() -> dict[str, dict[str, int]]:
+    """From now on every event of every method is measured: `{method.event: {communicated, largest}}`, the most of all
+    its calls."""
+    from hf_recycle.callbacks import CALLBACKS
 
     measured: dict[str, dict[str, int]] = {}
 
@@ -60,7 +60,7 @@ def measure_callbacks() -> dict[str, dict[str, int]]:
 
         return wrapped
 
-    for cls in CALLBACKS:
+    for cls in (callback.method_class for callback in CALLBACKS):
         for event in EVENTS:
             if event in vars(cls):
                 setattr(cls, event, wrap(f"{cls.__name__}.{event}", vars(cls)[event]))
@@ -81,7 +81,7 @@ def main() -> None:
         values = {key: float(value) for key, value in (setting.split("=") for setting in settings)}
         overrides = {key: int(value) if value.is_integer() else value for key, value in values.items()}
         if overrides.pop("measured", False):
-            measured = measure_callbacks() if measured is None else measured
+            measured = measure_methods() if measured is None else measured
             measured.clear()
         resume = Path(checkpoint) if checkpoint else None
         try:

@@ -211,6 +211,8 @@ NO_WAY = {
         (PLAIN | {"recycle_optimizer_state": "keep"}, "recycle_steps=3"),
         (SMOOTH, "recycle_steps=3"),
         ({"midpoint_weight": 0.1}, "midpoint_weight=0.1"),
+        ({"prune_fraction": 0.5, "prune_steps": 1}, "prune_fraction=0.5"),
+        ({"overtrain_steps": 2, "overtrain_batches": 1}, "overtrain_steps=2"),
     ],
 )
 @pytest.mark.parametrize("name", NO_WAY)

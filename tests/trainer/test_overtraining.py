@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
 from hf_recycle import OvertrainingCallback, RecyclingHistory, RecyclingTrainer
+from hf_recycle.callbacks.overtraining import Overtraining
 from hf_recycle.neurons.table import NeuronTable
 from hf_recycle.report.summary import summary_text
 
@@ -223,14 +224,14 @@ def test_resume_is_exact(at, train):
         assert logged[0][-1] == logged[1][-1]
 
 
-class Untouched(TrainerCallback):
+class Untouched:
     """Compares neurons that are pruned or in transition before and after overtraining."""
 
     def __init__(self):
         self.rows, self.free_rows = [], 0
 
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        self.table = NeuronTable.of(model)
+    def look(self, table):
+        self.table = table
         self.weights = [block.read(torch.arange(block.num_neurons)) for block in self.table.blocks]
 
     def compare(self):
@@ -245,14 +246,14 @@ class Untouched(TrainerCallback):
 @pytest.mark.parametrize("subset", ["all", "largest"])
 def test_pruned_neurons_and_those_in_transition_are_left_out(subset, train, monkeypatch):
     spy = Untouched()
-    original = OvertrainingCallback.on_step_end
+    original = Overtraining.after_step
 
-    def on_step_end(self, args, state, control, **kwargs):
-        spy.on_step_end(args, state, control, **kwargs)  # after pruning and recycling, right before overtraining
-        original(self, args, state, control, **kwargs)
+    def after_step(self, info):
+        spy.look(self.table)  # after pruning and recycling, right before overtraining
+        original(self, info)
         spy.compare()
 
-    monkeypatch.setattr(OvertrainingCallback, "on_step_end", on_step_end)
+    monkeypatch.setattr(Overtraining, "after_step", after_step)
     settings = EVERYTHING | {"overtrain_subset": subset, "overtrain_fraction": 1.0, "weight_decay": 0.1}
     train(lr_scheduler_type="constant", **settings)
     assert all(same for _, same in spy.rows)

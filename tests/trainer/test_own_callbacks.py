@@ -5,17 +5,20 @@ from pathlib import Path
 import pytest
 from tiny_runs import assert_same_weights, masked_sentences, tiny_bert
 from torch import nn
-from transformers import TrainerCallback
+from transformers import Trainer, TrainingArguments
 
 from hf_recycle import (
     MagnitudeCallback,
-    MidpointLossCallback,
     PruningCallback,
     RecyclingCallback,
     RecyclingHistory,
     RecyclingTrainer,
 )
+from hf_recycle.callbacks.magnitudes import Magnitudes
+from hf_recycle.callbacks.midpoint import Midpoint
+from hf_recycle.callbacks.recycling import Recycling
 from hf_recycle.neurons.storage.plain import PlainStorage
+from hf_recycle.neurons.table import NeuronTable
 
 SAVING = {"save_strategy": "steps", "save_steps": 4, "max_steps": 8}
 
@@ -51,29 +54,32 @@ def test_a_run_with_ones_own_callbacks_resumes(arguments):
 def test_a_callback_that_is_added_later_is_wired_too(arguments, kind):
     first = trainer_with(arguments, [kind(steps=3, fraction=0.1, smooth_steps=2)])
     first.train()
-    later = trainer_with(arguments)
-    later.add_callback(kind(steps=3, fraction=0.1, smooth_steps=2))
+    later, callback = trainer_with(arguments), kind(steps=3, fraction=0.1, smooth_steps=2)
+    later.add_callback(callback)
     later.train()
-    assert type(later.recycling) is kind
+    assert later.recycling is callback.method
+    assert callback.recorder is later.recorder
     assert_same_weights(first, later)
     history = RecyclingHistory.from_pretrained(Path(later.args.output_dir, "checkpoint-8"))
     assert history.events["step"].tolist() == [3, 3, 6, 6]
 
 
 def test_methods_act_in_their_order_however_they_came(arguments):
-    class Mine(TrainerCallback):
-        pass
+    trainer = trainer_with(arguments, [MagnitudeCallback(steps=3), RecyclingCallback(steps=3)], midpoint_weight=1.0)
+    assert [type(method) for method in trainer.neuron_methods.methods] == [Midpoint, Recycling, Magnitudes]
 
-    trainer = trainer_with(
-        arguments,
-        [Mine(), MagnitudeCallback(steps=3), RecyclingCallback(steps=3)],
-        midpoint_weight=1.0,
+
+def test_a_callback_works_by_itself_again_on_a_stock_trainer(arguments):
+    callback = RecyclingCallback(steps=3, fraction=0.1)
+    trainer_with(arguments, [callback]).train()
+    stock = Trainer(
+        model=tiny_bert(0.0),
+        args=TrainingArguments(output_dir=arguments().output_dir, max_steps=8, use_cpu=True, save_strategy="no"),
+        train_dataset=masked_sentences(),
+        callbacks=[callback],
     )
-    kinds = [type(callback) for callback in trainer.callback_handler.callbacks]
-    ours = [kind for kind in kinds if kind in (MidpointLossCallback, RecyclingCallback, MagnitudeCallback)]
-    assert ours == [MidpointLossCallback, RecyclingCallback, MagnitudeCallback]
-    # Others stay where they were.
-    assert kinds.index(Mine) < kinds.index(MidpointLossCallback)
+    stock.train()
+    assert sum(int(counts.sum()) for counts in NeuronTable.of(stock.model).counts.values()) > 0
 
 
 class Odd(nn.Module):
@@ -97,17 +103,6 @@ def test_the_pattern_of_a_callback_is_used(arguments):
         arguments, model=trainer.model, ff_pattern="intermediate.dense -> output.dense", masked_head=False
     )
     assert [block.num_neurons for block in other.neuron_table().blocks] == [32, 32]
-
-
-def test_frozen_blocks_are_not_recycled(arguments):
-    model = tiny_bert(0.0)
-    model.bert.encoder.layer[0].requires_grad_(False)
-    with pytest.raises(ValueError, match=r"recycle_steps=3 would overwrite the frozen weights of block '.*layer\.0'"):
-        trainer_with(arguments, model=model, recycle_steps=3).train()
-    trainer = trainer_with(arguments, model=model, recycle_steps=3, recycle_layers=(1,), recycle_fraction=0.1)
-    trainer.train()
-    counts = [int(counts.sum()) for counts in trainer.neuron_table().counts.values()]
-    assert counts[0] == 0 < counts[1]
 
 
 def test_layers_may_be_a_tuple_and_infinity_an_argument(arguments):

@@ -141,8 +141,7 @@ def test_pruned_neurons_are_not_recycled_and_not_in_the_midpoint_loss(train):
     assert any((block, neuron) in when for _, block, neuron in events)  # some were pruned later, in transition or after
     for state in trainer.neuron_table().states:
         assert state.transition is None or not state.pruned[state.transition.index].any()
-    callback = next(cb for cb in trainer.neuron_callbacks if "Midpoint" in type(cb).__name__)
-    assert callback.scalars()["midpoint_loss"] == pytest.approx(spy.expected, rel=1e-5)
+    assert trainer.neuron_methods.scalars()["midpoint_loss"] == pytest.approx(spy.expected, rel=1e-5)
 
 
 def test_works_on_a_stock_trainer(tmp_path, train):

@@ -18,26 +18,17 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.utils import logging
 
 from hf_recycle import (
-    MidpointLossCallback,
     RecyclingArguments,
     RecyclingCallback,
     RecyclingHistory,
     RecyclingTrainer,
 )
+from hf_recycle.callbacks.midpoint import Midpoint
 from hf_recycle.report.summary import summary_text
 
 PLAIN = {"recycle_steps": 3, "recycle_fraction": 0.1}
-
-
-@pytest.fixture
-def said(caplog):
-    """`said()`: the warnings so far."""
-    logging.enable_propagation()
-    yield lambda: [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    logging.disable_propagation()
 
 
 # ---- Bad input ----
@@ -132,14 +123,20 @@ def test_smooth_steps_longer_than_the_gap_are_allowed_and_said(arguments, said):
     assert any("recycle_smooth_steps=5 is longer than the 3 steps between phases" in text for text in said())
 
 
-def test_a_loss_that_is_not_finite_skips_the_phase(arguments):
+@pytest.mark.parametrize("broken", [0, 1])
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_a_loss_that_is_not_finite_in_any_micro_batch_skips_the_phase(arguments, broken, value):
     class Broken(RecyclingTrainer):
+        batches = 0
+
         def compute_loss(self, *args, **kwargs):
             loss = super().compute_loss(*args, **kwargs)
-            # Infinite, with gradients that leave the weights finite.
-            return loss + (math.inf if self.state.global_step == 2 else 0.0)
+            self.batches += 1
+            # With gradients that leave the weights finite.
+            return loss + (value if self.batches == 2 * 2 + broken + 1 else 0.0)
 
-    trainer = Broken(model=tiny_bert(), args=arguments(**PLAIN), train_dataset=masked_sentences())
+    args = arguments(gradient_accumulation_steps=2, per_device_train_batch_size=2, **PLAIN)
+    trainer = Broken(model=tiny_bert(), args=args, train_dataset=masked_sentences())
     trainer.train()
     rows = [row for row in trainer.recorder.to_table().to_pylist() if row["kind"] == "phase"]
     skipped = [row for row in rows if row["step"] == 3]
@@ -275,32 +272,26 @@ def test_gradients_are_scaled_before_they_are_clipped(arguments):
     assert all(norm > 0 for norm in norms["whole"][1][1])
 
 
-def test_scheduled_learning_rate_of_the_midpoint_step(arguments):
+def test_scheduled_learning_rate_of_the_midpoint_step(arguments, monkeypatch):
     """The step just taken has the learning rate before the scheduler moves on: with SGD at lr 0 the only change of the
     FF weights is the midpoint's, and the last of the linear schedule's steps tells its lr."""
-    from hf_recycle.methods.midpoint import MidpointLoss
-
-    model = tiny_bert(dropout=0.0)
     seen = []
+    original = Midpoint.after_step
 
-    class Spy(MidpointLossCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            block = self.table.blocks[0]
-            in_norm, out_norm = (norm.clone() for norm in block.norms())
-            _, slope, _ = MidpointLoss("l2").slopes(in_norm, out_norm, torch.ones(32, dtype=torch.bool))
-            super().on_step_end(args, state, control, **kwargs)
-            ratio = block.norms()[0] / in_norm
-            seen.append(float(((1 - ratio) / (slope * self.settings.weight)).median()))
+    def after_step(self, info):
+        block = self.table.blocks[0]
+        in_norm, out_norm = (norm.clone() for norm in block.norms())
+        derivative = 2 * (in_norm * out_norm - (in_norm * out_norm).mean())  # of the squared distance from the mean
+        original(self, info)
+        change = 1 - block.norms()[0] / in_norm
+        seen.append(float((change / (derivative * out_norm / in_norm * self.settings.weight)).median()))
 
-    trainer = RecyclingTrainer(
-        model=model,
-        args=arguments(max_steps=4, learning_rate=0.08, optim="sgd"),
+    monkeypatch.setattr(Midpoint, "after_step", after_step)
+    RecyclingTrainer(
+        model=tiny_bert(dropout=0.0),
+        args=arguments(max_steps=4, learning_rate=0.08, optim="sgd", midpoint_weight=5.0, midpoint_distance="l2"),
         train_dataset=masked_sentences(),
-        callbacks=[],
-    )
-    trainer.add_callback(Spy(weight=5.0, distance="l2"))
-    trainer.neuron_callbacks.append(next(cb for cb in trainer.callback_handler.callbacks if isinstance(cb, Spy)))
-    trainer.train()
+    ).train()
     assert seen == pytest.approx([0.08, 0.06, 0.04, 0.02], rel=2e-2)
 
 

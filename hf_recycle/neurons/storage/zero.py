@@ -92,8 +92,8 @@ class PartitionedZeroStorage(ZeroStorage):
         }
 
     def group_of(self, piece: "NeuronSlice", optimizer) -> int:
-        zero = piece.parameter._z3_optimizer
-        return zero.sub_group_to_group_id[_position(piece.parameter)[0]]
+        zero = getattr(piece.parameter, "_z3_optimizer", None)  # a parameter that was frozen from the start has none
+        return -1 if zero is None else zero.sub_group_to_group_id[_position(piece.parameter)[0]]
 
     def publish(self, piece: "NeuronSlice", index: Tensor) -> None:
         self.write_forward(piece, index, self.read(piece, index))

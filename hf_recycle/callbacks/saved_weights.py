@@ -1,0 +1,27 @@
+"""Whether what methods change will be in the checkpoints: a PEFT model saves its adapter only."""
+
+import sys
+
+from torch import nn
+
+from hf_recycle.neurons.blocks import FeedForward
+
+
+def check_weights_are_saved(model: nn.Module, blocks: list[FeedForward]) -> None:
+    """Refuses a PEFT model that trains feed-forward weights which its saved adapter lacks.
+
+    Raises:
+        ValueError: naming the first such block and what to do.
+    """
+    peft = sys.modules.get("peft")  # whoever made such a model has imported it
+    if peft is None or not isinstance(model, peft.PeftModel):
+        return
+    saved = {tensor.data_ptr() for tensor in peft.get_peft_model_state_dict(model).values()}
+    for block in blocks:
+        for piece in block.slices:
+            if piece.parameter.requires_grad and piece.parameter.data_ptr() not in saved:
+                raise ValueError(
+                    f"The weights of block {block.name!r} are trained, but checkpoints of this PEFT model would hold "
+                    "its adapter without them, and what happens to neurons would be lost: name their layers in the "
+                    "adapter's modules_to_save, or train the model without PEFT."
+                )

@@ -1,0 +1,112 @@
+"""Arguments count as they are when training begins, and a resumed run keeps the schedule that it began with."""
+
+import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from tiny_runs import assert_same_weights, masked_sentences, tiny_bert
+from transformers import integrations
+from transformers.trainer_utils import HPSearchBackend
+
+from hf_recycle import RecyclingHistory, RecyclingTrainer
+from hf_recycle.files import RecyclingFileError
+
+PLAIN = {"recycle_steps": 2, "recycle_fraction": 0.25}
+
+
+def trainer_with(args, **kwargs):
+    return RecyclingTrainer(args=args, train_dataset=masked_sentences(), **({"model": tiny_bert(0.0)} | kwargs))
+
+
+def phases(trainer):
+    return [(row["step"], row["recycled"]) for row in trainer.recorder.to_table().to_pylist() if row["kind"] == "phase"]
+
+
+def test_an_argument_that_is_changed_after_construction(arguments):
+    changed = trainer_with(arguments(max_steps=6, recycle_fraction=0.1, magnitude_steps=1))
+    changed.args.recycle_steps, changed.args.recycle_fraction = 2, 0.25
+    changed.args.midpoint_weight, changed.args.magnitude_steps = 0.5, None
+    changed.train()
+    expected = trainer_with(arguments(max_steps=6, midpoint_weight=0.5, **PLAIN))
+    expected.train()
+    assert_same_weights(changed, expected)
+    assert phases(changed) == phases(expected) != []
+    assert not any(row["kind"] == "magnitude" for row in changed.recorder.to_table().to_pylist())
+
+
+def test_a_value_that_is_not_allowed_is_refused_also_later(arguments):
+    trainer = trainer_with(arguments(max_steps=6, **PLAIN))
+    trainer.args.recycle_fraction = 2
+    with pytest.raises(ValueError, match=r"recycle_fraction=2 is not allowed: it must be a number in \(0, 1\]"):
+        trainer.train()
+
+
+def test_trials_of_a_hyperparameter_search_have_the_methods_of_their_own_arguments(arguments, monkeypatch):
+    monkeypatch.setattr(integrations, "hp_params", lambda trial: getattr(trial, "params", {}))
+    trainer = trainer_with(arguments(max_steps=6, **PLAIN), model=None, model_init=lambda: tiny_bert(0.0))
+    trainer.hp_search_backend, trainer.hp_space = HPSearchBackend.OPTUNA, lambda trial: dict(trial.params)
+    recycled = []
+    for params in (
+        {"recycle_fraction": 0.25},
+        {"recycle_fraction": 0.5},
+        {"recycle_steps": 3, "recycle_fraction": 0.25},
+    ):
+        trainer.train(trial=SimpleNamespace(params=params, number=len(recycled)))
+        recycled.append(sum(int(counts.sum()) for counts in trainer.neuron_table().counts.values()))
+    assert recycled == [2 * 2 * 8, 2 * 2 * 16, 2 * 8]
+
+
+def test_another_seed_by_dataclasses_replace_is_that_of_the_method_too(arguments):
+    args = arguments(max_steps=6, recycle_selection="random", **PLAIN)
+    replaced = trainer_with(dataclasses.replace(args, seed=7))
+    given = trainer_with(arguments(max_steps=6, recycle_selection="random", seed=7, **PLAIN))
+    for trainer in (replaced, given):
+        trainer.train()
+    assert phases(replaced) == phases(given) != []
+
+
+SHARES = {"recycle_steps": 0.25, "recycle_start": 0.25, "recycle_fraction": 0.25, "recycle_smooth_steps": 0.25}
+DECAY = SHARES | {"recycle_fraction_schedule": "linear"}
+PRUNING = {"prune_fraction": 0.5, "prune_start": 0.25, "prune_steps": 0.125}
+
+
+@pytest.mark.parametrize("settings", [SHARES, DECAY, PRUNING])
+def test_shares_of_the_steps_stay_what_they_were_when_a_longer_training_goes_on(arguments, said, settings):
+    def train(max_steps, resume=None, **overrides):
+        args = arguments(
+            max_steps=max_steps, save_strategy="steps", save_steps=4, lr_scheduler_type="constant", **overrides
+        )
+        trainer = trainer_with(args)
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    first = train(8, **settings)
+    folder = str(Path(first.args.output_dir, "checkpoint-4"))
+    steps = {0.25: 2, 0.125: 1}
+    whole = {name: steps.get(v, v) if "fraction" not in name else v for name, v in settings.items()}
+    if settings is not SHARES:  # a decay and a course of pruning end where the training ended
+        whole["recycle_end" if settings is DECAY else "prune_end"] = 8
+    longer = train(12, folder, **settings)
+    expected = train(12, **whole)
+    assert_same_weights(longer, expected)
+    assert phases(longer) == phases(expected)
+    assert any("as when this run began" in text for text in said())
+
+
+def test_the_resolved_schedule_is_in_the_checkpoint_and_the_same_steps_may_be_written_otherwise(arguments):
+    args = arguments(max_steps=8, save_strategy="steps", save_steps=4, **SHARES)
+    trainer_with(args).train()
+    folder = Path(args.output_dir, "checkpoint-4")
+    config = RecyclingHistory.from_pretrained(folder).config
+    assert config["arguments"]["recycle_steps"] == 0.25
+    assert (config["resolved"]["recycle_steps"], config["resolved"]["recycle_seed"]) == (2, args.seed)
+    same = trainer_with(arguments(max_steps=8, **SHARES | {"recycle_steps": 2}))
+    same.train(resume_from_checkpoint=str(folder))
+    for settings, message in (
+        ({"recycle_steps": 3}, r"recycle_steps=0\.25 \(now 3\)"),
+        ({"seed": 5}, rf"recycle_seed={args.seed} \(now 5\)"),
+        ({"recycle_fraction": 0.5}, r"recycle_fraction=0\.25 \(now 0\.5\)"),
+    ):
+        with pytest.raises(RecyclingFileError, match=message):
+            trainer_with(arguments(max_steps=8, **SHARES | settings)).train(resume_from_checkpoint=str(folder))
