@@ -24,8 +24,8 @@ class ExampleDraws(TorchFunctionMode):
 
     Args:
         keys: uint64 `(batch,)`.
-        padding: int64 `(batch,)`, the tokens by which each row will be padded on the left in a batch of its width;
-            called with that width. None: no row is padded on the left.
+        padding: gives, for a width in tokens, how many of them are padding on the left of each row, int64 `(batch,)`.
+            None: rows are padded on the right.
     """
 
     def __init__(self, keys: np.ndarray, padding: Callable[[int], np.ndarray] | None = None) -> None:
@@ -43,7 +43,7 @@ class ExampleDraws(TorchFunctionMode):
         if not shape or shape[0] != len(self._keys):
             return None
         self._calls += 1
-        keys = mix(self._keys + np.uint64(self._calls) * GOLDEN)
+        keys = mix(self._keys + np.array([self._calls], dtype=np.uint64) * GOLDEN)
         positions = np.arange(math.prod(shape[1:]))[None]
         if self._padding is not None and len(shape) == 2:
             positions = positions - self._padding(shape[1])[:, None]
@@ -56,11 +56,13 @@ class ExampleDraws(TorchFunctionMode):
 
 
 def _bernoulli(draws: ExampleDraws, like: Tensor, p: float | None = None, *, generator=None, out=None):
-    chance = like.double() if p is None else torch.tensor(float(p))
-    if out is not None or like.device.type != "cpu" or not ((chance >= 0) & (chance <= 1)).all():
+    if out is not None or like.device.type != "cpu" or not like.numel():
         return None
-    lots = draws.uniform(tuple(like.shape))
-    return None if lots is None else (lots < chance).to(like.dtype)
+    chances = like.detach().double().numpy() if p is None else np.array(float(p))
+    if not (chances.min() >= 0 and chances.max() <= 1):
+        return None  # torch says what is wrong
+    words = draws.words(tuple(like.shape))
+    return None if words is None else torch.from_numpy(uniform(words) < chances).to(like.dtype)
 
 
 def _bernoulli_in_place(draws: ExampleDraws, tensor: Tensor, p: float | Tensor = 0.5, *, generator=None):

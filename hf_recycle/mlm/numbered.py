@@ -7,6 +7,7 @@ import operator
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import datasets
 import torch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
@@ -65,14 +66,20 @@ class NumberedDataset(_Wrapper, Dataset):
     What the dataset draws while it loads a batch depends on the seed, the epoch and the batch, and on nothing else.
     """
 
+    def __init__(self, dataset: Any, epoch: SharedNumber, seed: int) -> None:
+        super().__init__(dataset, epoch, seed)
+        vars(self).update(_draws=_may_draw(dataset))
+
     def __getitem__(self, index: Any) -> Numbered:
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[Any]) -> list[Numbered]:
         epoch, numbers = self._epoch.get(), [_number(index) for index in indices]
-        with OwnRandomState(seed_of("dataset", self._seed, epoch, *numbers), generators_of(self.dataset)):
-            several = getattr(self.dataset, "__getitems__", None)
-            examples = several(indices) if several else [self.dataset[index] for index in indices]
+        if self._draws:
+            with OwnRandomState(seed_of("dataset", self._seed, epoch, *numbers), generators_of(self.dataset)):
+                examples = _load(self.dataset, indices)
+        else:
+            examples = _load(self.dataset, indices)
         return [Numbered(epoch, number, example) for number, example in zip(numbers, examples, strict=True)]
 
 
@@ -100,6 +107,19 @@ class NumberedStream(_Wrapper, IterableDataset):
 
     def __reduce__(self):
         return type(self), (self.dataset, self._epoch, self._seed, self._part)
+
+
+def _may_draw(dataset: Any) -> bool:
+    """Whether a dataset may draw random numbers: not a list, nor a table without a transformation. Asked because it
+    takes a fraction of a millisecond to exchange random states."""
+    if isinstance(dataset, datasets.Dataset):
+        return dataset.format["type"] == "custom"
+    return type(dataset) is not list
+
+
+def _load(dataset: Any, indices: Sequence[Any]) -> list[Any]:
+    several = getattr(dataset, "__getitems__", None)
+    return several(indices) if several else [dataset[index] for index in indices]
 
 
 def _number(index: Any) -> int:

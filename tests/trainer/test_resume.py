@@ -1,6 +1,7 @@
 """Interrupted and resumed equals uninterrupted, bit for bit."""
 
 import json
+import random
 import shutil
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import datasets
 import pytest
 import torch
 from tiny_runs import assert_same_weights, losses, sentences, tiny_bert
+from torch.utils.data import DataLoader, WeightedRandomSampler
 from transformers import DataCollatorForLanguageModeling, Trainer
 
 from hf_recycle import RecyclingHistory, RecyclingTrainer
@@ -75,28 +77,78 @@ def test_resume_is_exact_at_and_after_the_end_of_a_pass(at, train):
     interrupt_and_compare(train, at, max_steps=26, **EVERYTHING)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("persistent", [False, True])
-def test_resume_is_exact_with_data_workers(persistent, train):
-    interrupt_and_compare(
-        train, 14, max_steps=17, dataloader_num_workers=2, dataloader_persistent_workers=persistent, **EVERYTHING
-    )
+def ragged(count: int = 48) -> list[dict]:
+    return [{"input_ids": row["input_ids"][: 6 + number % 7]} for number, row in enumerate(sentences(count))]
 
 
-@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("at", [5, 16])
-def test_resume_is_exact_with_streaming(at, workers, train):
-    """Two shards of 24 samples: in batches of 4 the second pass begins after step 12."""
+def a_stream(shards: int = 1) -> datasets.IterableDataset:
+    return datasets.Dataset.from_list(sentences()).to_iterable_dataset(num_shards=shards).shuffle(seed=3, buffer_size=8)
 
-    def stream():
-        return datasets.Dataset.from_list(sentences()).to_iterable_dataset(num_shards=2).shuffle(seed=3, buffer_size=8)
 
-    settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 20, "dataloader_num_workers": workers}
-    whole = train("whole", data=stream(), **settings, **EVERYTHING)
-    resumed = train(
-        "resumed", data=stream(), resume=f"{whole.args.output_dir}/checkpoint-{at}", **settings, **EVERYTHING
-    )
-    assert_same_run(whole, resumed, *(f"{run.args.output_dir}/checkpoint-20" for run in (whole, resumed)))
+def random_crops() -> datasets.Dataset:
+    """A dataset that draws."""
+
+    def crop(batch):
+        return {"input_ids": [row[random.randrange(4) :] for row in batch["input_ids"]]}
+
+    return datasets.Dataset.from_list(sentences()).with_transform(crop)
+
+
+class OwnOrder(RecyclingTrainer):
+    """A sampler of the user's with a generator of its own, in a loader of the user's."""
+
+    def get_train_dataloader(self):
+        sampler = WeightedRandomSampler([1.0, 2.0] * 24, 48, generator=torch.Generator().manual_seed(5))
+        loader = DataLoader(self.train_dataset, batch_size=4, sampler=sampler, collate_fn=self.data_collator)
+        return self.accelerator.prepare(loader)
+
+
+EVALUATED = {"evaluation": sentences(8, seed=9), "eval_strategy": "steps", "eval_steps": 4}
+WAYS = {
+    "plain": {},
+    "grouped by length": {"data": ragged(), "train_sampling_strategy": "group_by_length"},
+    "not seedable": {"accelerator_config": {"use_seedable_sampler": False}},
+    "random dataset": {"data": random_crops(), "remove_unused_columns": False},
+    "random dataset, workers": {
+        "data": random_crops(),
+        "remove_unused_columns": False,
+        "dataloader_num_workers": 1,
+    },
+    "own order": {"cls": OwnOrder},
+    "persistent workers": {"dataloader_num_workers": 2, "dataloader_persistent_workers": True},
+    "workers, evaluated": {"dataloader_num_workers": 1, **EVALUATED},
+    "persistent workers, evaluated": {
+        "dataloader_num_workers": 1,
+        "dataloader_persistent_workers": True,
+        **EVALUATED,
+    },
+    "stream": {"data": a_stream()},
+    "stream, evaluated each epoch": {"data": a_stream(), **EVALUATED, "eval_strategy": "epoch"},
+    "stream of shards": {"data": a_stream(3)},
+    "stream of shards, workers": {"data": a_stream(3), "dataloader_num_workers": 2},
+    "stream, persistent workers": {
+        "data": a_stream(3),
+        "dataloader_num_workers": 2,
+        "dataloader_persistent_workers": True,
+    },
+    "stream, accumulated": {"data": a_stream(), "gradient_accumulation_steps": 5, "per_device_train_batch_size": 1},
+}
+QUICK = ("grouped by length", "stream")
+
+
+@pytest.mark.parametrize("way", [way if way in QUICK else pytest.param(way, marks=pytest.mark.slow) for way in WAYS])
+def test_resume_is_exact_in_a_later_epoch(way, train):
+    """48 examples in batches of 4: epochs begin after steps 12 and 24. Interrupted in an epoch, at the end of one and
+    in the second."""
+    settings = {"max_steps": 27, "save_strategy": "steps", "save_steps": 3, **METHODS["plain"], **WAYS[way]}
+    whole = train("whole", **settings)
+    for at in (9, 12, 15):
+        resumed = train(f"resumed-{at}", resume=f"{whole.args.output_dir}/checkpoint-{at}", **settings)
+        assert resumed.state.global_step == 27
+        assert_same_run(whole, resumed, *(f"{run.args.output_dir}/checkpoint-27" for run in (whole, resumed)))
+        assert [row.get("epoch") for row in whole.state.log_history] == [
+            row.get("epoch") for row in resumed.state.log_history
+        ]
 
 
 def test_resume_is_exact_with_accumulation_and_sparse_logging(train):

@@ -127,9 +127,10 @@ def train(arguments, tokenizer):
         collator=None,
         evaluation=None,
         callbacks=None,
+        cls=RecyclingTrainer,
         **overrides,
     ):
-        trainer = RecyclingTrainer(
+        trainer = cls(
             model=tiny_bert() if model is None else model,
             args=arguments(folder, **overrides),
             train_dataset=sentences() if data is None else data,
