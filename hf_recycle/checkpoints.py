@@ -18,6 +18,7 @@ from transformers.utils import logging
 from hf_recycle import files
 from hf_recycle.engine_checkpoints import EngineCheckpointMixin
 from hf_recycle.history_checks import check_agreement
+from hf_recycle.hub.card_words import told_facts
 from hf_recycle.hub.pull import is_pulled
 from hf_recycle.hub.resume import forget_foreign_best
 from hf_recycle.hub.run_facts import run_facts
@@ -43,6 +44,7 @@ class CheckpointMixin(EngineCheckpointMixin):
 
     recorder: HistoryRecorder
     meter: RunMeter
+    card_words: dict[str, Any]
 
     # ---- Writing ----
 
@@ -122,7 +124,7 @@ class CheckpointMixin(EngineCheckpointMixin):
 
             name = self.hub_model_id or self.args.hub_model_id
             # Its namespace is not known as long as the Hub can't be reached.
-            write_card(folder, repo_id=name if name and "/" in name else None)
+            write_card(folder, repo_id=name if name and "/" in name else None, told=told_facts(self.card_words))
         except Exception as error:  # a card is drawn by libraries that may fail in any way
             logger.warning_once(f"No model card is written ({type(error).__name__}: {error}); training goes on.")
 

@@ -109,20 +109,22 @@ class MaskedLanguageModelingMixin(ReproducibleDataMixin):
             return self.compute_loss(model, inputs, num_items_in_batch=items)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if not self._own_loss:
+        labels = inputs.get("labels")
+        if self._wants_masked_head and labels is None:
+            raise ValueError(
+                "masked_head=True needs labels, and the batches have none: pass a masking collator such as "
+                "DataCollatorForLanguageModeling(tokenizer), make them in a compute_loss of your own, or set "
+                "masked_head=False."
+            )
+        if not self._own_loss or labels is None:
             if num_items_in_batch is not None and model.training:
                 self._say_if_inflated()
             return super().compute_loss(
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
             )
-        if inputs.get("labels") is None:
-            raise ValueError(
-                "The batches have no labels to compute a loss with: pass a masking collator such as "
-                "DataCollatorForLanguageModeling(tokenizer), or override compute_loss and make them there."
-            )
         if return_outputs:
             outputs = model(**inputs)  # with its own loss in them
-            logits, targets = _logits(outputs, with_loss=True), inputs["labels"]
+            logits, targets = _logits(outputs, with_loss=True), labels
         else:
             logits, targets = self._predict_masked(model, inputs)
             outputs = None
