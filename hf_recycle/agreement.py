@@ -88,5 +88,25 @@ def from_main_process(make: Callable[[], Result], device: torch.device) -> Resul
     return outcome[0]
 
 
+def on_every_process(check: Callable[[], None], *, here: bool = True) -> None:
+    """Runs `check` on the processes where `here` is true; what one of them refuses is raised on all.
+
+    Raises:
+        UserError: on every process, if `check` does on any.
+    """
+    refused = None
+    if here:
+        try:
+            check()
+        except UserError as error:
+            refused = error
+    if _are_several():
+        everyone: list[UserError | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, refused)
+        refused = next(filter(None, everyone), None)
+    if refused is not None:
+        raise refused
+
+
 def _are_several() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

@@ -1,5 +1,6 @@
 """`RecyclingArguments`: `TrainingArguments` with the settings of every method, flat."""
 
+import os
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -113,6 +114,13 @@ class RecyclingArguments(TrainingArguments):
             "'gate + up -> down' or 'fused:Wi -> Wo'."
         },
     )
+    verify_checkpoint: bool = field(
+        default=False,
+        metadata={
+            "help": "Also keep checksums of files over 64 MiB (weights, optimizer) with each checkpoint, which takes "
+            "about a second per GB. What has a checksum is compared when training resumes; of other files the size is."
+        },
+    )
     trust_pickled_checkpoint: bool = field(
         default=False,
         metadata={
@@ -128,6 +136,7 @@ class RecyclingArguments(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        self.output_dir = os.path.abspath(self.output_dir)  # also where the working directory changes later
         for method in METHODS:
             self.method_settings(method)
 

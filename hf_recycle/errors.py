@@ -3,3 +3,9 @@
 
 class UserError(ValueError):
     """Raised for bad arguments, files or data. The command line prints it without a traceback."""
+
+
+def first_line(error: BaseException) -> str:
+    """What a library says, short enough to be part of a sentence."""
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from hf_recycle.errors import UserError
 from hf_recycle.run_schema import run_problem
 
 FORMAT_VERSION = 1
@@ -29,7 +30,7 @@ OPTIONAL_TENSORS = {"pruned": torch.bool}
 _REMEDY = "restore the file from where it was written, or use another checkpoint"
 
 
-class RecyclingFileError(ValueError):
+class RecyclingFileError(UserError):
     """A recycling file is missing, damaged or contradicts another; the message says what to do."""
 
 
@@ -65,6 +66,9 @@ def check_config(path: Path, config: Mapping[str, Any]) -> None:
         if not all(item is None or isinstance(item, str | int | float) for item in items):
             fail(path, f"argument {field} is {_show(value)} where a number, text or a flat list is expected")
     check_blocks(path, config.get("blocks"))
+    sums = config.get("checksums", {})
+    if not isinstance(sums, dict) or not all(isinstance(value, str) for value in sums.values()):
+        fail(path, f"checksums is {_show(sums)} where an object of texts is expected")
     if "run" in config and (problem := run_problem(config["run"])):
         fail(path, problem)
 

@@ -3,8 +3,8 @@
 Readers trust nothing: sizes are bounded before anything is read, content is checked before it is returned,
 and nothing is ever unpickled. Whatever is wrong raises `RecyclingFileError`.
 
-Writers check what they are given in the same way, write under a temporary name in the same folder, flush it
-to the disk and rename it: each file is whole or absent. That all four belong together is the caller's care.
+Writers check what they are given in the same way, and what they write is whole or absent. That all four belong
+together is the care of `file_set`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import importlib.metadata
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ import safetensors
 import safetensors.torch
 import torch
 
+from hf_recycle.errors import first_line
 from hf_recycle.file_checks import (
     FORMAT_VERSION,
     MAX_NAME,
@@ -38,6 +39,7 @@ from hf_recycle.file_checks import (
 from hf_recycle.history_checks import check_claims, check_history
 from hf_recycle.parquet_footer import read_footer
 from hf_recycle.recorder import HISTORY_SCHEMA
+from hf_recycle.whole_files import put, write_bytes
 
 __all__ = [
     "CONFIG_FILE",
@@ -49,11 +51,13 @@ __all__ = [
     "package_version",
     "read_config",
     "read_history",
+    "read_json",
     "read_state",
     "read_stats",
     "write_bytes",
     "write_config",
     "write_history",
+    "write_json",
     "write_state",
     "write_stats",
 ]
@@ -93,13 +97,13 @@ def write_config(folder: Folder, config: Mapping[str, Any]) -> Path:
     path = Path(folder, CONFIG_FILE)
     config = _with_versions(config)
     check_config(path, config)
-    return _write_json(path, config)
+    return write_json(path, config)
 
 
 def read_config(folder: Folder) -> dict[str, Any]:
     """Read and check `recycling_config.json`: see `write_config` for its keys."""
     path = Path(folder, CONFIG_FILE)
-    config = _read_json(path)
+    config = read_json(path)
     check_config(path, config)
     return config
 
@@ -109,13 +113,13 @@ def write_stats(folder: Folder, stats: Mapping[str, Any]) -> Path:
     path = Path(folder, STATS_FILE)
     stats = _without_nan(_with_versions(stats))
     check_stats(path, stats)
-    return _write_json(path, stats)
+    return write_json(path, stats)
 
 
 def read_stats(folder: Folder) -> dict[str, Any]:
     """Read and check `recycling_stats.json`: see `summarize` for its keys."""
     path = Path(folder, STATS_FILE)
-    stats = _read_json(path)
+    stats = read_json(path)
     check_stats(path, stats)
     return stats
 
@@ -134,7 +138,7 @@ def write_state(folder: Folder, tensors: Mapping[str, torch.Tensor], metadata: M
     owned = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
     texts = {"format_version": str(FORMAT_VERSION), "package_version": package_version(), **(metadata or {})}
     texts[_CHECKSUM] = _checksum(owned)
-    return _replace(path, lambda temporary: safetensors.torch.save_file(owned, temporary, metadata=texts))
+    return put(path, lambda temporary: safetensors.torch.save_file(owned, temporary, metadata=texts))
 
 
 def read_state(
@@ -155,7 +159,7 @@ def read_state(
     except RecyclingFileError:
         raise
     except Exception as error:  # a damaged file makes the parser raise many things
-        fail(path, f"it can't be read as safetensors ({_first_line(error)})")
+        fail(path, f"it can't be read as safetensors ({first_line(error)})")
     # The checksum finds damage, not malice: who rewrites the tensors can rewrite it. Hence the checks too.
     if metadata.pop(_CHECKSUM, None) != _checksum(tensors):
         fail(path, "it was changed or damaged after it was written (its checksum is missing or wrong)")
@@ -168,9 +172,7 @@ def write_history(folder: Folder, table: pa.Table) -> Path:
     path = Path(folder, HISTORY_FILE)
     check_history(path, table)
     table = table.replace_schema_metadata({"format_version": str(FORMAT_VERSION), "package_version": package_version()})
-    return _replace(
-        path, lambda temporary: pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
-    )
+    return put(path, lambda temporary: pq.write_table(table, temporary, compression="zstd", write_page_checksum=True))
 
 
 def read_history(folder: Folder, blocks: Sequence[Mapping[str, Any]] | None = None) -> pa.Table:
@@ -198,7 +200,7 @@ def read_history(folder: Folder, blocks: Sequence[Mapping[str, Any]] | None = No
     except RecyclingFileError:
         raise
     except Exception as error:  # a damaged file makes the parser raise many things
-        fail(path, f"it can't be read as parquet ({_first_line(error)})")
+        fail(path, f"it can't be read as parquet ({first_line(error)})")
     if len(table) != claims.num_rows:
         fail(path, f"it claims {claims.num_rows:,} rows and holds {len(table):,}")
     check_history(path, table, blocks)
@@ -236,21 +238,18 @@ def _without_nan(value: Any) -> Any:
     return value
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> Path:
+def write_json(path: Path, content: Mapping[str, Any]) -> Path:
+    """Write a JSON object that is whole or absent; returns its path."""
     try:
         text = json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
         data = text.encode("utf-8")
     except (TypeError, ValueError) as error:
-        fail(path, f"its content is not JSON ({_first_line(error)})", "write only numbers, texts and lists")
+        fail(path, f"its content is not JSON ({first_line(error)})", "write only numbers, texts and lists")
     return write_bytes(path, data)
 
 
-def write_bytes(path: Path, data: bytes) -> Path:
-    """Write a file that is whole or absent; returns its path."""
-    return _replace(path, lambda temporary: temporary.write_bytes(data))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object of finite numbers."""
     _check_size(path, _MAX_JSON)
     try:
         content = json.loads(
@@ -261,7 +260,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         )
         json.dumps(content, ensure_ascii=False).encode("utf-8")  # half of a surrogate pair can't be printed
     except (OSError, ValueError, RecursionError) as error:
-        fail(path, f"it can't be read as JSON ({_first_line(error)})")
+        fail(path, f"it can't be read as JSON ({first_line(error)})")
     if not isinstance(content, dict):
         fail(path, f"it holds a {type(content).__name__} where an object is expected")
     return content
@@ -289,7 +288,7 @@ def _check_size(path: Path, most: int) -> None:
             fail(path, "it is not a regular file")
         size = path.stat().st_size
     except OSError as error:
-        fail(path, f"it can't be opened ({_first_line(error)})")
+        fail(path, f"it can't be opened ({first_line(error)})")
     if size > most:
         fail(path, f"it has {size:,} bytes and at most {most:,} are expected")
 
@@ -302,30 +301,3 @@ def _checksum(tensors: Mapping[str, torch.Tensor]) -> str:
         digest.update(f"{key}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> Path:
-    """Let `write` fill a temporary file, then put it at `path` at once and for good."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        _sync(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    if os.name == "posix":  # the rename itself is lost in a power cut unless the folder is flushed too
-        _sync(path.parent)
-    return path
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__

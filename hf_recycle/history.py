@@ -16,15 +16,8 @@ import torch
 from huggingface_hub import hf_hub_download
 
 from hf_recycle.file_checks import fail
-from hf_recycle.files import (
-    CONFIG_FILE,
-    RECYCLING_FILES,
-    read_config,
-    read_history,
-    read_state,
-    read_stats,
-)
-from hf_recycle.history_checks import check_agreement
+from hf_recycle.file_set import read_files
+from hf_recycle.files import CONFIG_FILE, RECYCLING_FILES
 from hf_recycle.hub.explain import explain, is_maybe_a_folder
 from hf_recycle.recorder import HistoryRecorder, metric_values, rows_of_kind
 from hf_recycle.statistics import summarize
@@ -39,11 +32,18 @@ class RecyclingHistory:
         config: the content of `recycling_config.json`: arguments, package version, blocks.
         stats: the content of `recycling_stats.json`, see `summarize`.
         table: every record, with `recorder.HISTORY_SCHEMA`.
+        folder: where its files were found, or None.
     """
 
     def __init__(
-        self, config: dict[str, Any], tensors: dict[str, torch.Tensor], table: pa.Table, stats: dict[str, Any]
+        self,
+        config: dict[str, Any],
+        tensors: dict[str, torch.Tensor],
+        table: pa.Table,
+        stats: dict[str, Any],
+        folder: Path | None = None,
     ) -> None:
+        self.folder = folder
         self.config = config
         self.stats = stats
         self.table = table
@@ -66,15 +66,10 @@ class RecyclingHistory:
             RecyclingFileError: nothing is found there, or a file is damaged or contradicts another.
         """
         if os.path.isdir(folder_or_repo_id):
-            folder = find_checkpoint(folder_or_repo_id)
+            folder, content = read_files(folder_or_repo_id, find_checkpoint)
         else:
-            folder = _download(os.fspath(folder_or_repo_id), revision, token)
-        config = read_config(folder)
-        tensors, _ = read_state(folder, config["blocks"])
-        table = read_history(folder, config["blocks"])
-        stats = read_stats(folder)
-        check_agreement(folder, config, tensors, table, stats)
-        return cls(config, tensors, table, stats)
+            folder, content = read_files(_download(os.fspath(folder_or_repo_id), revision, token))
+        return cls(*content, folder=folder)
 
     @property
     def blocks(self) -> list[str]:
@@ -162,6 +157,8 @@ def find_checkpoint(folder: str | os.PathLike[str]) -> Path:
     missing = _missing(folder)
     if not missing:
         return folder
+    if not folder.is_dir():
+        fail(folder, "there is no such folder any more", "name the run's folder, whose newest checkpoint is then read")
     if len(missing) < len(RECYCLING_FILES):
         fail(folder, f"{', '.join(missing)} is missing beside the other recycling files")
     found = [(int(match[1]), child) for child in folder.iterdir() if (match := _CHECKPOINT.match(child.name))]

@@ -34,6 +34,7 @@ from hf_recycle.neurons.recomputation import Recomputation
 from hf_recycle.neurons.table import NeuronTable
 from hf_recycle.onednn import is_available, is_faster, onednn_linear
 from hf_recycle.recorder import HistoryRecorder
+from hf_recycle.run_start import RunStartMixin
 from hf_recycle.settings import flat
 
 logger = logging.get_logger(__name__)
@@ -41,7 +42,7 @@ logger = logging.get_logger(__name__)
 _LOGGED_QUANTILES = {"magnitude_p10": 0.1, "magnitude_p50": 0.5, "magnitude_p90": 0.9}
 
 
-class RecyclingTrainer(HubMixin, CheckpointMixin, MaskedLanguageModelingMixin):
+class RecyclingTrainer(RunStartMixin, HubMixin, CheckpointMixin, MaskedLanguageModelingMixin):
     """A `transformers.Trainer` that recycles feed-forward neurons while it trains.
 
     Same signature and methods as `Trainer`; `args` is a `RecyclingArguments`, and the callbacks that it asks for are
@@ -80,7 +81,6 @@ class RecyclingTrainer(HubMixin, CheckpointMixin, MaskedLanguageModelingMixin):
         check_engine(self)
         self._use_methods()
         self.add_callback(self.neuron_methods)
-        seed = args.seed if args.data_seed is None else args.data_seed
         deterministic, self._onednn = args.deterministic_masking, args.onednn_linear
         if deterministic is None:
             deterministic = not self.steps_aside
@@ -90,7 +90,7 @@ class RecyclingTrainer(HubMixin, CheckpointMixin, MaskedLanguageModelingMixin):
             raise ValueError(
                 "onednn_linear=True, but this PyTorch is without oneDNN or it is switched off: leave it out."
             )
-        self.set_up_masked_language_modeling(deterministic_masking=deterministic, seed=seed)
+        self.set_up_masked_language_modeling(deterministic_masking=deterministic)
         self._savings = ExitStack()
 
     def _use_methods(self) -> None:

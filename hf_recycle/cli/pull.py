@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import shutil
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from hf_recycle.command_words import path_word
 from hf_recycle.errors import UserError
 from hf_recycle.hub.address import LAST, SCHEME, HubAddress, is_address
 
@@ -65,7 +67,8 @@ def _pull(options: argparse.Namespace) -> str:
     if options.to is None:
         return f"{settled.address}\n{folder}\nresume with: --resume_from_checkpoint {settled.address}"
     copied = copy_checkpoint(folder, [Path(name).relative_to(folder.name) for name in settled.files], options.to)
-    return f"{settled.address}\n{copied}\nresume with: --output_dir {options.to} --resume_from_checkpoint true"
+    word = shlex.quote(path_word(options.to))
+    return f"{settled.address}\n{copied}\nresume with: --output_dir {word} --resume_from_checkpoint true"
 
 
 def _address(options: argparse.Namespace) -> HubAddress:

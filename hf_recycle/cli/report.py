@@ -50,7 +50,7 @@ def report(run: str, revision: str | None = None) -> str:
         RecyclingFileError: nothing is found there, or a file is damaged.
     """
     # Late: a mistyped argument need not wait for matplotlib and torch.
-    from hf_recycle.history import RecyclingHistory, find_checkpoint
+    from hf_recycle.history import RecyclingHistory
     from hf_recycle.hub.card_facts import facts_of
     from hf_recycle.report.figures import figure_images
     from hf_recycle.report.html import render_report
@@ -59,7 +59,7 @@ def report(run: str, revision: str | None = None) -> str:
     if local and revision is not None:
         raise UserError(f"revision={revision!r} is for a repository, and {run!r} is a folder here; leave it out")
     history = RecyclingHistory.from_pretrained(run, revision)
-    folder = find_checkpoint(run) if local else _small_files(run, revision)
+    folder = history.folder if local else _small_files(run, revision)
     facts = facts_of(history, folder, None if local else run)
     title = Path(run).resolve().name if local else f"{run} at {revision}" if revision else run
     return render_report(facts, figure_images(history, unigram_entropy=facts["unigram_entropy"]), title)

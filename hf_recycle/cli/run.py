@@ -13,6 +13,7 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
+from hf_recycle.claims import claimed
 from hf_recycle.cli.context import run_context
 from hf_recycle.cli.launcher import LAUNCH_WORDS
 from hf_recycle.cli.parse import RunArguments
@@ -54,8 +55,10 @@ class Run:
         args = arguments.training
         check_process_count(args.world_size)
         check_same(asdict(arguments.model) | asdict(arguments.data) | shared_arguments(args))
-        checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
-        _check_writable(args.output_dir)
+        _check_folder(args.output_dir)
+        # A second run in the folder is refused before its data is prepared, and what a killed one left is put right.
+        with claimed(Path(args.output_dir), args):
+            checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
         if checkpoint is None and args.resume_from_checkpoint and args.should_log:
             print(f"no checkpoint in {args.output_dir} yet: starting from scratch")
         # Now, so that what the Hub refuses is said before the data is prepared.
@@ -149,8 +152,10 @@ def last_checkpoint(folder: str) -> str | None:
     return get_last_checkpoint(folder) if Path(folder).is_dir() else None
 
 
-def _check_writable(folder: str) -> None:
+def _check_folder(folder: str) -> None:
     """Raises a UserError if nothing can be written to `folder`, which is made if it is not there."""
+    if Path(folder).is_file():
+        raise UserError(f"output_dir={folder!r} is a file; name a folder")
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -176,8 +181,6 @@ def find_checkpoint(output_dir: str, resume: str | None) -> str | None:
     Raises:
         UserError: `resume` does not exist, or `output_dir` holds another run and no resume was asked for.
     """
-    if Path(output_dir).is_file():
-        raise UserError(f"output_dir={output_dir!r} is a file; name a folder")
     found = last_checkpoint(output_dir)
     if resume is None or resume.lower() == "false":
         if found is not None:

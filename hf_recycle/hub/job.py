@@ -11,6 +11,7 @@ from typing import Any
 
 from huggingface_hub import constants
 
+from hf_recycle.command_words import path_word
 from hf_recycle.errors import UserError
 
 # In a staged folder; hidden, so it is never published.
@@ -57,7 +58,7 @@ class Push:
     @property
     def command(self) -> str:
         """What publishes it later."""
-        words = ["hf-recycle", "push", str(self.folder), self.repo_id]
+        words = ["hf-recycle", "push", path_word(self.folder), self.repo_id]
         if self.revision:
             words += ["--revision", self.revision]
         if not self.has_place:

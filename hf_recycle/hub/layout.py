@@ -29,6 +29,7 @@ _NEVER_ON_TOP = (
     "unpublished",
     "checkpoint-*",
     "last-checkpoint",
+    "checkpoint_files.json",  # of what lies in a checkpoint here; there, some of it is left out or reworded
     # What a study keeps of its runs; it names folders of this machine.
     "study_settings.yaml",
     "study_result.json",

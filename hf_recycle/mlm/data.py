@@ -13,8 +13,9 @@ from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from hf_recycle.mlm.loaders import base_loader, make_reproducible, set_sampler_epoch
-from hf_recycle.mlm.numbered import SharedNumber
+from hf_recycle.mlm.numbered import NumberedStream, SharedNumber
 from hf_recycle.mlm.seeded import EVALUATION_SEED
+from hf_recycle.mlm.stream_state import StreamState
 from hf_recycle.second_pass import SecondPass
 
 logger = logging.get_logger(__name__)
@@ -27,31 +28,35 @@ class ReproducibleDataMixin(Trainer):
     samplers. Only their random numbers are others: see `make_reproducible`. Evaluations get the same masks always.
     """
 
-    def set_up_data(self, *, deterministic: bool, seed: int) -> None:
+    def set_up_data(self, *, deterministic: bool) -> None:
         """To be called once, at the end of `__init__`. Not deterministic: everything is the stock Trainer's."""
-        self._deterministic, self._data_seed = deterministic, seed
+        self._deterministic = deterministic
         self._epoch, self._no_epoch = SharedNumber(), SharedNumber()
         self._stream_ends_unannounced = False
+        self._stream_state: StreamState | None = None
+        self._batches_to_skip = 0
 
     # ---- Loaders ----
 
-    def _get_dataloader(self, dataset, *args, is_training: bool = False, **kwargs):
-        if self._deterministic:
+    def _get_dataloader(
+        self, dataset, description, batch_size, sampler_fn=None, is_training=False, dataloader_key=None
+    ):
+        if self._deterministic and self.args.world_size > 1 and isinstance(dataset, IterableDataset):
             self._check_stream(dataset, is_training)
-        loader = super()._get_dataloader(dataset, *args, is_training=is_training, **kwargs)
+            # Of a wrapped stream every process reads all and takes its part, as of torch's streams. Accelerate gives
+            # each process some shards of one of `datasets`: if they are uneven, every process is in another epoch.
+            dataset = dataset if self._dispatches_streams() else NumberedStream(dataset, self._epoch)
+        loader = super()._get_dataloader(
+            dataset, description, batch_size, sampler_fn, is_training=is_training, dataloader_key=dataloader_key
+        )
         if self._deterministic:
             self._make_reproducible(loader, is_training)
         return loader
 
     def _make_reproducible(self, loader, is_training: bool) -> None:
-        own = getattr(self.data_collator, "seed", None)
-        seed = (own if isinstance(own, int) else self._data_seed) if is_training else EVALUATION_SEED
-        divided = (
-            isinstance(getattr(base_loader(loader), "dataset", None), IterableDataset)
-            and not self._dispatches_streams()
-        )
-        part = (self.args.process_index, self.args.world_size) if divided else (0, 1)
-        if not make_reproducible(loader, seed, self._epoch if is_training else self._no_epoch, part):
+        seeds = (getattr(self.data_collator, "seed", None), self.args.data_seed, self.args.seed)
+        seed = next(seed for seed in seeds if seed is not None) if is_training else EVALUATION_SEED
+        if not make_reproducible(loader, seed, self._epoch if is_training else self._no_epoch):
             logger.warning_once(
                 f"get_train_dataloader gives a {type(loader).__name__}, whose random numbers can't be reached: a "
                 "resumed run will get other batches than an uninterrupted one, and will not equal it to the bit."
@@ -67,8 +72,6 @@ class ReproducibleDataMixin(Trainer):
 
     def _check_stream(self, dataset, is_training: bool) -> None:
         processes = self.args.world_size
-        if processes == 1 or not isinstance(dataset, IterableDataset):
-            return
         if getattr(dataset, "_distributed", None) is not None:
             raise ValueError(
                 f"The stream was split by split_dataset_by_node, and the Trainer splits it once more over {processes} "
@@ -83,7 +86,23 @@ class ReproducibleDataMixin(Trainer):
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         if self._deterministic:
             self._make_reproducible(train_dataloader, is_training=True)  # the user may have made it
+            self._stream_state = self._state_of(train_dataloader)
+            if self._stream_state is not None and resume_from_checkpoint is not None:
+                self._stream_state.load(resume_from_checkpoint, self._batches_to_skip)
         return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+
+    def _state_of(self, loader) -> StreamState | None:
+        """The state of the stream behind a loader, if this process reads all of it, itself and in order."""
+        base = base_loader(loader)
+        stream = getattr(base, "dataset", None)
+        if not isinstance(stream, NumberedStream) or base.num_workers or self.args.world_size > 1:
+            return None
+        return stream.keep_state(base.batch_size)
+
+    def _save_rng_state(self, output_dir) -> None:
+        super()._save_rng_state(output_dir)
+        if self._stream_state is not None:
+            self._stream_state.save(output_dir, self._batches_of_epoch(self.state)[1])
 
     def evaluation_loop(self, dataloader, *args, **kwargs):
         if self._deterministic:
@@ -116,15 +135,29 @@ class ReproducibleDataMixin(Trainer):
         progress = super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, checkpoint, trial
         )
+        if checkpoint is not None and progress[1] and self._dispatches_a_table():
+            raise ValueError(
+                "dispatch_batches=True can't resume in the middle of an epoch of a dataset with indices, because "
+                "Accelerate skips too few batches: leave it out, which gives the same batches."
+            )
         saved = Path(checkpoint, TRAINER_STATE_NAME) if checkpoint is not None else None
         if not self._deterministic or not self._stream_ends_unannounced or saved is None or not saved.is_file():
             return progress
-        # The stock Trainer takes all that was trained for one epoch. But the state says how far the epoch had come, as
-        # a share of the batches that all steps together would take.
-        state = TrainerState.load_from_json(str(saved))
+        # The stock Trainer takes all that was trained for one epoch.
+        epoch, batches = self._batches_of_epoch(TrainerState.load_from_json(str(saved)))
+        self._batches_to_skip = 0 if self.args.ignore_data_skip else batches
+        return epoch, self._batches_to_skip
+
+    def _dispatches_a_table(self) -> bool:
+        options = self.accelerator
+        several = self.args.world_size > 1 and not isinstance(self.train_dataset, IterableDataset)
+        return self._deterministic and several and bool(options.dispatch_batches) and not options.split_batches
+
+    def _batches_of_epoch(self, state: TrainerState) -> tuple[int, int]:
+        """The epoch of a stream without length, and how many of its batches were taken: the state has them as a share
+        of the batches that all steps together would take."""
         epoch = int(state.epoch)
-        batches = round((state.epoch - epoch) * state.max_steps * self.args.gradient_accumulation_steps)
-        return epoch, 0 if self.args.ignore_data_skip else batches
+        return epoch, round((state.epoch - epoch) * state.max_steps * self.args.gradient_accumulation_steps)
 
     # ---- A second pass ----
 

@@ -11,20 +11,21 @@ from hf_recycle.mlm.numbered import NumberedDataset, NumberedStream, SharedNumbe
 from hf_recycle.mlm.sampling import SeededSampler
 from hf_recycle.mlm.seeded import SeededCollator
 
+_DONE = "_hf_recycle_is_reproducible"
+
 
 def base_loader(loader: Any) -> Any:
     """The torch loader inside a loader that Accelerate prepared; another loader itself."""
     return getattr(loader, "base_dataloader", loader)
 
 
-def make_reproducible(loader: Any, seed: int, epoch: SharedNumber, part: tuple[int, int]) -> bool:
+def make_reproducible(loader: Any, seed: int, epoch: SharedNumber) -> bool:
     """Wraps, in place, the dataset, the collator and the sampler of a loader, which then number and seed by themselves.
 
     Args:
         loader: a torch loader, prepared by Accelerate or not; one that was wrapped before is left as it is.
         seed: any integer.
         epoch: the current one.
-        part: `(index, number)` of the part of a stream that this process reads, if Accelerate divided it.
 
     Returns:
         Whether it could be done: not for a loader that is no torch loader.
@@ -32,18 +33,17 @@ def make_reproducible(loader: Any, seed: int, epoch: SharedNumber, part: tuple[i
     base = base_loader(loader)
     if not isinstance(base, DataLoader):
         return False
-    if isinstance(_innermost(base.dataset), (NumberedDataset, NumberedStream)):
+    if getattr(base, _DONE, False):
         return True
     # Past the guard of DataLoader, which keeps a dataset from being exchanged for another one.
-    attributes = vars(base)
-    if isinstance(base.dataset, IterableDatasetShard):  # every process reads the whole stream and takes its part
-        base.dataset.dataset = NumberedStream(base.dataset.dataset, epoch, seed)
-    elif isinstance(base.dataset, IterableDataset):
-        attributes["dataset"] = NumberedStream(base.dataset, epoch, seed, part)
-    else:
-        attributes["dataset"] = NumberedDataset(base.dataset, epoch, seed)
+    holder = base.dataset if isinstance(base.dataset, IterableDatasetShard) else base
+    if not isinstance(holder.dataset, IterableDataset):
+        vars(holder)["dataset"] = NumberedDataset(holder.dataset, epoch, seed)
         _seed_sampler(base, epoch, seed)
+    elif not isinstance(holder.dataset, NumberedStream):
+        vars(holder)["dataset"] = NumberedStream(holder.dataset, epoch)
     base.collate_fn = SeededCollator(base.collate_fn, seed)
+    setattr(base, _DONE, True)
     return True
 
 
@@ -68,7 +68,3 @@ def _inner_sampler(holder: Any) -> str | None:
     """The attribute of a loader or sampler that holds the sampler it draws from."""
     attributes = getattr(holder, "__dict__", {})
     return next((name for name in ("batch_sampler", "sampler") if attributes.get(name) is not None), None)
-
-
-def _innermost(dataset: Any) -> Any:
-    return dataset.dataset if isinstance(dataset, IterableDatasetShard) else dataset

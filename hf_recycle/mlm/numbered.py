@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from hf_recycle.mlm.random_state import OwnRandomState, generators_of, seed_of
+from hf_recycle.mlm.stream_state import StreamState, can_resume
 
 
 class Numbered(NamedTuple):
@@ -42,8 +43,8 @@ class SharedNumber:
 class _Wrapper:
     """What a wrapper of a dataset does not do itself, the dataset does: callbacks find there what the user gave."""
 
-    def __init__(self, dataset: Any, epoch: SharedNumber, seed: int) -> None:
-        vars(self).update(dataset=dataset, _epoch=epoch, _seed=seed)
+    def __init__(self, dataset: Any, epoch: SharedNumber) -> None:
+        vars(self).update(dataset=dataset, _epoch=epoch)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -56,9 +57,6 @@ class _Wrapper:
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self.dataset, name, value)
 
-    def __reduce__(self):
-        return type(self), (self.dataset, self._epoch, self._seed)
-
 
 class NumberedDataset(_Wrapper, Dataset):
     """The examples of a map-style dataset as `Numbered`.
@@ -67,8 +65,8 @@ class NumberedDataset(_Wrapper, Dataset):
     """
 
     def __init__(self, dataset: Any, epoch: SharedNumber, seed: int) -> None:
-        super().__init__(dataset, epoch, seed)
-        vars(self).update(_draws=_may_draw(dataset))
+        super().__init__(dataset, epoch)
+        vars(self).update(_seed=seed, _draws=_may_draw(dataset))
 
     def __getitem__(self, index: Any) -> Numbered:
         return self.__getitems__([index])[0]
@@ -82,31 +80,35 @@ class NumberedDataset(_Wrapper, Dataset):
             examples = _load(self.dataset, indices)
         return [Numbered(epoch, number, example) for number, example in zip(numbers, examples, strict=True)]
 
+    def __reduce__(self):
+        return type(self), (self.dataset, self._epoch, self._seed)
+
 
 class NumberedStream(_Wrapper, IterableDataset):
     """The examples of a stream as `Numbered`, by their places in it.
 
-    Who reads a part of the stream counts that part alone, so the numbers depend on how many parts there are: data
-    workers, and processes where Accelerate divides the stream between them.
-
-    Args:
-        part: `(index, number)` of this process's part.
+    A data worker counts what it reads itself, so there the numbers depend on how many workers there are.
     """
 
-    def __init__(self, dataset: Any, epoch: SharedNumber, seed: int, part: tuple[int, int] = (0, 1)) -> None:
-        super().__init__(dataset, epoch, seed)
-        vars(self).update(_part=part)
+    def __init__(self, dataset: Any, epoch: SharedNumber) -> None:
+        super().__init__(dataset, epoch)
+        vars(self).update(_state=None)
 
     def __iter__(self) -> Iterator[Numbered]:
-        (index, parts), worker = self._part, get_worker_info()
-        if worker is not None:
-            index, parts = index * worker.num_workers + worker.id, parts * worker.num_workers
+        worker = get_worker_info()
+        first, step = (worker.id, worker.num_workers) if worker else (0, 1)
         epoch = self._epoch.get()
-        for place, example in enumerate(self.dataset):
-            yield Numbered(epoch, place * parts + index, example)
+        for place, example in self._state.iterate() if self._state else enumerate(self.dataset):
+            yield Numbered(epoch, first + place * step, example)
+
+    def keep_state(self, every: int) -> StreamState | None:
+        """Notes where the stream is after every so many examples, if that lets it resume exactly."""
+        if can_resume(self.dataset):
+            vars(self).update(_state=StreamState(self.dataset, every))
+        return self._state
 
     def __reduce__(self):
-        return type(self), (self.dataset, self._epoch, self._seed, self._part)
+        return type(self), (self.dataset, self._epoch)
 
 
 def _may_draw(dataset: Any) -> bool:

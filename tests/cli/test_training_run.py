@@ -67,7 +67,7 @@ def test_train_save_report_and_never_mix_two_runs(words, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_resumed_equals_uninterrupted(words, tmp_path):
+def test_resumed_equals_uninterrupted(words, tmp_path, capsys):
     assert main(words) == 0
     whole = weights(tmp_path / "out")
     other = [*words[:-1], str(tmp_path / "other")]
@@ -75,6 +75,14 @@ def test_resumed_equals_uninterrupted(words, tmp_path):
     assert main([*other, "--resume_from_checkpoint", "true"]) == 0
     resumed = weights(tmp_path / "other")
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+    optimizer = next(path for path in tmp_path.glob("other/checkpoint-6/optimizer.pt"))
+    optimizer.write_bytes(optimizer.read_bytes()[:-1])
+    capsys.readouterr()
+    assert main([*other, "--max_steps", "8", "--resume_from_checkpoint", "true"]) == 2
+    errors = capsys.readouterr().err
+    assert f"error: {optimizer}: it has " in errors
+    assert "Traceback" not in errors
 
 
 @pytest.mark.slow

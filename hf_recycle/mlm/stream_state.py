@@ -1,0 +1,101 @@
+"""Where a stream is, so that a resumed run need not read again what was read before."""
+
+from __future__ import annotations
+
+import copy
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+
+from hf_recycle.errors import UserError
+
+STREAM_STATE_FILE = "stream_state.pt"
+
+# Those of datasets 5.2 whose state says exactly where they are. A shuffle buffer is lost, and tables may skip rows.
+_EXACT = {
+    "ArrowExamplesIterable",
+    "CyclingMultiSourcesExamplesIterable",
+    "ExamplesIterable",
+    "FilteredExamplesIterable",
+    "FormattedExamplesIterable",
+    "MappedExamplesIterable",
+    "RandomlyCyclingMultiSourcesExamplesIterable",
+    "RebatchedArrowExamplesIterable",
+    "SelectColumnsIterable",
+    "SkipExamplesIterable",
+    "StepExamplesIterable",
+    "TakeExamplesIterable",
+    "VerticallyConcatenatedMultiSourcesExamplesIterable",
+}
+
+
+def can_resume(stream: Any) -> bool:
+    """Whether a stream has a state, and is exactly where it was when it is given back to it."""
+    if not (hasattr(stream, "state_dict") and hasattr(stream, "load_state_dict")):
+        return False
+    if not isinstance(stream, datasets.IterableDataset):
+        return True
+    kind = stream._formatting
+    return (kind is None or not kind.is_table) and _is_exact(stream._ex_iterable)
+
+
+def _is_exact(iterable: Any) -> bool:
+    inner = [*getattr(iterable, "ex_iterables", ()), *filter(None, [getattr(iterable, "ex_iterable", None)])]
+    return type(iterable).__name__ in _EXACT and all(map(_is_exact, inner))
+
+
+class StreamState:
+    """The states of a stream after its last few batches, by the number of examples read in the epoch.
+
+    A loader reads ahead, so at a checkpoint the newest state is too new.
+
+    Args:
+        stream: one that can resume.
+        every: examples of a batch.
+    """
+
+    def __init__(self, stream: Any, every: int) -> None:
+        self._stream, self._every = stream, every
+        self._states: deque[tuple[int, Any]] = deque(maxlen=4)
+        self._start: tuple[int, Any] | None = None
+
+    def iterate(self) -> Iterator[tuple[int, Any]]:
+        """The stream's examples with their places. After `load`, the first are None, as many as were read before."""
+        place, self._states = 0, deque(maxlen=4)
+        if self._start is not None:
+            (place, state), self._start = self._start, None
+            self._stream.load_state_dict(state)
+            yield from ((number, None) for number in range(place))
+        for number, example in enumerate(self._stream, start=place):
+            if (number + 1) % self._every == 0:
+                self._states.append((number + 1, copy.deepcopy(self._stream.state_dict())))
+            yield number, example
+
+    def save(self, folder: str, batches: int) -> None:
+        """Writes the state after so many batches of the epoch, if it is known."""
+        state = dict(self._states).get(batches * self._every)
+        if state is not None:
+            torch.save({"examples": batches * self._every, "state": state}, Path(folder, STREAM_STATE_FILE))
+
+    def load(self, folder: str, batches: int) -> None:
+        """Lets the next epoch begin after so many batches, if that is what the folder's state says.
+
+        Raises:
+            UserError: if the file can't be read.
+        """
+        path = Path(folder, STREAM_STATE_FILE)
+        if not path.is_file():
+            return
+        try:
+            saved = torch.load(path, weights_only=True)
+            examples, state = saved["examples"], saved["state"]
+        except Exception as error:  # a damaged pickle may raise anything
+            raise UserError(
+                f"{path} is damaged ({type(error).__name__}): delete it, and the stream is read again."
+            ) from None
+        if examples == batches * self._every:
+            self._start = examples, state
