@@ -114,11 +114,11 @@ def find_last_feed_forward(model: nn.Module) -> LastFeedForward | None:
     except ValueError:
         return None
     path = blocks[-1].name.split(".")
-    numbers = [place for place, name in enumerate(path) if name.isdecimal()]
-    if len(numbers) != 1 or getattr(config, "chunk_size_feed_forward", 0):
+    place = next((place for place, name in enumerate(path) if name.isdecimal()), None)
+    if place is None or getattr(config, "chunk_size_feed_forward", 0):
         return None
-    *above, layers = [model.get_submodule(".".join(path[:place])) for place in range(numbers[0] + 1)]
-    last = layers[int(path[numbers[0]])]
+    *above, layers = [model.get_submodule(".".join(path[:depth])) for depth in range(place + 1)]
+    last = layers[int(path[place])]
     once_each = len(blocks) == len({*layers}) == config.num_hidden_layers and last is layers[-1]
     if not once_each or not all(map(comes_with_a_library, [*above, *last.modules()])):
         return None
