@@ -14,6 +14,7 @@ from hf_recycle.settings import (
     PruningSettings,
     RecyclingSettings,
     Settings,
+    check_training_numbers,
     flat_field,
 )
 
@@ -91,12 +92,12 @@ class RecyclingArguments(TrainingArguments):
             "gradient checkpointing or ZeRO-3."
         },
     )
-    onednn_linear: bool | None = field(
-        default=None,
+    onednn_linear: bool = field(
+        default=False,
         metadata={
-            "help": "On a CPU, compute float32 linear layers by oneDNN, not by PyTorch's usual library: sums come in "
-            "another order, so last digits differ. None: where that is known to be faster (AMD's processors from Zen 5 "
-            "on, about twice), unless every method and masked_head are off. Not with torch_compile or DeepSpeed."
+            "help": "On a CPU, compute float32 linear layers by oneDNN while training, not by PyTorch's usual library: "
+            "about twice as fast on AMD's processors from Zen 5 on; sums come in another order, so last digits differ. "
+            "Not with torch_compile or DeepSpeed."
         },
     )
     deterministic_masking: bool | None = field(
@@ -135,6 +136,7 @@ class RecyclingArguments(TrainingArguments):
     )
 
     def __post_init__(self):
+        check_training_numbers(self)
         super().__post_init__()
         self.output_dir = os.path.abspath(self.output_dir)  # also where the working directory changes later
         for method in METHODS:

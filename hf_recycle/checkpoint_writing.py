@@ -38,8 +38,8 @@ class CheckpointWritingMixin(Trainer):
     """Writes each checkpoint under another name and renames it last, with the recycling files and a list of all files
     inside.
 
-    Expects `self.recorder`, `self.meter`, `self.neuron_table()`, `self.recycling_arguments()` and
-    `self.resolved_arguments()`.
+    Expects `self.recorder`, `self.meter`, `self.neuron_table()`, `self.recycling_arguments()`,
+    `self.resolved_arguments()`, `self.made_with` and `self.model_step`.
     """
 
     recorder: HistoryRecorder
@@ -165,6 +165,8 @@ class CheckpointWritingMixin(Trainer):
         config = {"arguments": self.recycling_arguments(), "blocks": blocks, "run": self._run_facts(tokens)}
         if resolved := self.resolved_arguments():
             config["resolved"] = resolved
+        if self.made_with is not None:
+            config["training"] = self.made_with
         write_files(folder, FileSet(config, tensors, self.recorder.to_table(), statistics))
 
     def statistics(self) -> dict[str, Any]:
@@ -174,7 +176,7 @@ class CheckpointWritingMixin(Trainer):
             table.counts,
             table.magnitudes(),
             self.recorder,
-            step=self.state.global_step,
+            step=self.model_step,
             pruned=table.pruned,
             in_transition=table.in_transition,
             immune=self.immune_neurons(),

@@ -7,7 +7,7 @@ from typing import Any
 
 from hf_recycle import files
 from hf_recycle.checkpoint_writing import LAST_LOGGED, RUNNING_LOSS, CheckpointWritingMixin
-from hf_recycle.engine_checkpoints import EngineCheckpointMixin
+from hf_recycle.continuation import ContinuationMixin
 from hf_recycle.finished_runs import FinishedRunMixin
 from hf_recycle.history_checks import check_agreement
 from hf_recycle.hub.pull import is_pulled
@@ -18,7 +18,7 @@ from hf_recycle.recorder import HistoryRecorder
 from hf_recycle.resumed_settings import began_with
 
 
-class CheckpointMixin(CheckpointWritingMixin, FinishedRunMixin, EngineCheckpointMixin):
+class CheckpointMixin(CheckpointWritingMixin, FinishedRunMixin, ContinuationMixin):
     """Checkpoints that are whole or absent, hold the recycling files, and resume exactly.
 
     Expects `self.recorder`, `self.meter`, `self.neuron_table()` and `self.recycling_arguments()`.
@@ -80,6 +80,7 @@ class CheckpointMixin(CheckpointWritingMixin, FinishedRunMixin, EngineCheckpoint
         check_agreement(Path(folder), config, tensors, history)
         self.neuron_methods.use_recorder(HistoryRecorder.from_table(history))
         self.meter.start(config.get("run", {}))
+        self.checkpoint_made_with = config.get("training")
         if RUNNING_LOSS in tensors and LAST_LOGGED in tensors:
             self._resumed_loss = float(tensors[RUNNING_LOSS][0]), int(tensors[LAST_LOGGED][0])
 
@@ -96,11 +97,15 @@ class CheckpointMixin(CheckpointWritingMixin, FinishedRunMixin, EngineCheckpoint
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
+        folder = self.state.best_model_checkpoint
+        if not Path(folder).is_dir():
+            return  # said by the stock Trainer; the model is that of the last step
         # The time and the tokens that the run has taken, and not those of its best checkpoint; and no part of a logging
         # interval is left over for a training that may follow.
         running, self.meter = self.meter, RunMeter()
-        self.load_recycling_files(self.state.best_model_checkpoint)
+        self.load_recycling_files(folder)
         self.meter, self._resumed_loss = running, None
+        self.best_step = self.state.best_global_step
 
 
 def _check_same_blocks(folder, saved: Iterable[dict[str, Any]], table: NeuronTable) -> None:

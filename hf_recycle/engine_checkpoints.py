@@ -12,13 +12,26 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from transformers import Trainer
+from transformers import PreTrainedConfig, Trainer, __version__
+from transformers.core_model_loading import WeightTransform
 from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import CONFIG_NAME, logging
 
+from hf_recycle.adapter_weights import check_adapter
+from hf_recycle.checkpoint_state import check_state_is_there
 from hf_recycle.errors import UserError
+from hf_recycle.optimizer_checks import check_when_loaded
 from hf_recycle.optimizer_files import load_optimizer
-from hf_recycle.plain_weights import gather_weights, has_plain_weights, load_plain_weights
+from hf_recycle.plain_weights import (
+    check_all_loaded,
+    gather_weights,
+    has_plain_weights,
+    load_plain_weights,
+)
+from hf_recycle.weight_names import conversions_of
+
+logger = logging.get_logger(__name__)
 
 # What Accelerate calls a model's files under FSDP, by type of state dict.
 _FSDP_FILES = {"SHARDED_STATE_DICT": "pytorch_model_fsdp_0", "FULL_STATE_DICT": "pytorch_model_fsdp.bin"}
@@ -31,12 +44,15 @@ class EngineCheckpointMixin(Trainer):
     """
 
     tied_aliases: dict[str, str]
+    _conversions: list[WeightTransform] | None = None
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True
         if isinstance(resume_from_checkpoint, str | os.PathLike):
             check_resumable(self, Path(resume_from_checkpoint))
+            if Path(resume_from_checkpoint).is_dir():
+                check_state_is_there(self, Path(resume_from_checkpoint))
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     # ---- Writing ----
@@ -54,14 +70,24 @@ class EngineCheckpointMixin(Trainer):
 
     # ---- Reading ----
 
+    def _prepare_for_training(self, *args, **kwargs):
+        if self.is_fsdp_enabled:
+            self._conversions = conversions_of(self._unwrapped())  # now, because FSDP renames the model's class
+        return super()._prepare_for_training(*args, **kwargs)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        if self._is_of_another_engine(resume_from_checkpoint):
-            load_plain_weights(self._unwrapped(), Path(resume_from_checkpoint), self.tied_aliases)
+        folder = Path(resume_from_checkpoint)
+        if self._reads_plain_weights(folder):
+            _warn_of_another_version(folder)
+            self._load_plain_weights(folder)
             return
         with self._reading_as_written(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            check_adapter(self._unwrapped(), folder)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        check_when_loaded(self.optimizer, self.lr_scheduler, self.model, checkpoint)
         if checkpoint is not None and self._is_of_another_engine(checkpoint):
             load_optimizer(self.optimizer, self._unwrapped(), Path(checkpoint), self.tied_aliases)
             scheduler = Path(checkpoint, SCHEDULER_NAME)
@@ -72,14 +98,33 @@ class EngineCheckpointMixin(Trainer):
             super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_best_model(self) -> None:
-        best = self.state.best_model_checkpoint
-        if self._is_of_another_engine(best):
-            load_plain_weights(self._unwrapped(), Path(best), self.tied_aliases)
+        folder = Path(self.state.best_model_checkpoint)
+        if self._reads_plain_weights(folder):
+            logger.info(f"Loading best model from {folder} (score: {self.state.best_metric}).")
+            self._load_plain_weights(folder)
             return
-        with self._reading_as_written(best):
+        with self._reading_as_written(str(folder)):
             super()._load_best_model()
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            check_adapter(self._unwrapped(), folder)
 
-    def _is_of_another_engine(self, folder: str) -> bool:
+    def _reads_plain_weights(self, folder: Path) -> bool:
+        """Whether the weights come from safetensors: also where the stock Trainer would read them without the
+        conversions of `from_pretrained`. DeepSpeed and FSDP read what they wrote themselves, and PEFT its adapters."""
+        if self.is_deepspeed_enabled:
+            return False
+        return self._is_of_another_engine(folder) or (not self.is_fsdp_enabled and has_plain_weights(folder))
+
+    def _load_plain_weights(self, folder: Path) -> None:
+        load_plain_weights(self._unwrapped(), folder, self.tied_aliases, self._conversions)
+
+    def _issue_warnings_after_load(self, load_result) -> None:
+        # Of weights that are no safetensors, which the stock Trainer reads.
+        model = self._unwrapped()
+        check_all_loaded(model, set(model.state_dict()) - set(load_result.missing_keys), "the checkpoint")
+        super()._issue_warnings_after_load(load_result)
+
+    def _is_of_another_engine(self, folder: str | Path) -> bool:
         return not self.is_deepspeed_enabled and self.is_fsdp_enabled != (_fsdp_type(Path(folder)) is not None)
 
     @contextlib.contextmanager
@@ -176,6 +221,17 @@ def _is_stage_3(partitions: Path) -> bool:
 def _partition_count(partitions: Path) -> int:
     ranks = (re.search(r"zero_pp_rank_(\d+)_", path.name) for path in partitions.glob("*_optim_states.pt"))
     return len({rank[1] for rank in ranks if rank})
+
+
+def _warn_of_another_version(folder: Path) -> None:
+    if not Path(folder, CONFIG_NAME).is_file():
+        return
+    written = PreTrainedConfig.from_json_file(Path(folder, CONFIG_NAME)).transformers_version
+    if written not in (None, __version__):
+        logger.warning(
+            f"The checkpoint {folder} was made with transformers {written} (now {__version__}), so the run may differ "
+            "from what it would have been."
+        )
 
 
 def _fsdp_type(folder: Path) -> str | None:

@@ -69,6 +69,12 @@ def check_config(path: Path, config: Mapping[str, Any]) -> None:
     sums = config.get("checksums", {})
     if not isinstance(sums, dict) or not all(isinstance(value, str) for value in sums.values()):
         fail(path, f"checksums is {_show(sums)} where an object of texts is expected")
+    training = config.get("training", {})
+    if not isinstance(training, dict) or not all(
+        (isinstance(value, str) and len(value) <= MAX_NAME) or value is None or isinstance(value, int | float)
+        for value in training.values()
+    ):
+        fail(path, f"training is {_show(training)} where an object of numbers and texts is expected")
     if "run" in config and (problem := run_problem(config["run"])):
         fail(path, problem)
 

@@ -1,7 +1,7 @@
 """The files of a checkpoint: their names, one writer and one reader each.
 
-Readers trust nothing: sizes are bounded before anything is read, content is checked before it is returned,
-and nothing is ever unpickled. Whatever is wrong raises `RecyclingFileError`.
+Readers bound sizes, check checksums and shapes, and never unpickle anything. Whatever is wrong raises
+`RecyclingFileError`. Files that others wrote are held to more, see `hub.checks.recycling_files`.
 
 Writers check what they are given in the same way, and what they write is whole or absent. That all four belong
 together is the care of `file_set`.
@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import safetensors
 import safetensors.torch
@@ -28,7 +27,6 @@ import torch
 from hf_recycle.errors import first_line
 from hf_recycle.file_checks import (
     FORMAT_VERSION,
-    MAX_NAME,
     RecyclingFileError,
     check_config,
     check_state,
@@ -36,9 +34,7 @@ from hf_recycle.file_checks import (
     check_version,
     fail,
 )
-from hf_recycle.history_checks import check_claims, check_history
-from hf_recycle.parquet_footer import read_footer
-from hf_recycle.recorder import HISTORY_SCHEMA
+from hf_recycle.history_checks import check_history
 from hf_recycle.whole_files import put, write_bytes
 
 __all__ = [
@@ -71,10 +67,7 @@ RECYCLING_FILES = (CONFIG_FILE, STATE_FILE, HISTORY_FILE, STATS_FILE)
 _MAX_JSON = 16 * 2**20
 _MAX_PARQUET = 2 * 2**30
 _MAX_STATE = 64 * 2**30
-_MAX_TEXT = 4 * MAX_NAME  # bytes of one name or note of the history
-_MAX_TEXTS = 2**30  # bytes of all texts of one of its columns
 _CHECKSUM = "sha256"
-_TEXT_COLUMNS = ["kind", "block", "note", "metrics.list.element.name"]
 
 Folder = str | os.PathLike[str]
 
@@ -184,38 +177,18 @@ def read_history(folder: Folder, blocks: Sequence[Mapping[str, Any]] | None = No
     path = Path(folder, HISTORY_FILE)
     _check_size(path, _MAX_PARQUET)
     try:
-        claims = read_footer(path)
-        check_claims(path, claims)
-        if pq.read_schema(path).names != HISTORY_SCHEMA.names:
-            fail(path, "its columns are not those of a recycling history")
-        # Text stays dictionary-encoded until its length is known: one long text that a million rows share
-        # takes no room in the file and would take all of the memory.
-        with pq.ParquetFile(path, read_dictionary=_TEXT_COLUMNS, page_checksum_verification=True) as file:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            texts = file.schema_arrow.metadata or {}
+            _check_text_version(path, {key.decode(): value.decode() for key, value in texts.items()})
             table = file.read()
         table.validate(full=True)
-        for column in ("kind", "block", "note"):
-            _check_texts(path, table[column].chunks)
-        _check_texts(path, [chunk.flatten().field("name") for chunk in table["metrics"].chunks])
-        table = table.replace_schema_metadata(None).cast(HISTORY_SCHEMA)
+        table = table.replace_schema_metadata(None)
+        check_history(path, table, blocks)
     except RecyclingFileError:
         raise
     except Exception as error:  # a damaged file makes the parser raise many things
         fail(path, f"it can't be read as parquet ({first_line(error)})")
-    if len(table) != claims.num_rows:
-        fail(path, f"it claims {claims.num_rows:,} rows and holds {len(table):,}")
-    check_history(path, table, blocks)
     return table
-
-
-def _check_texts(path: Path, chunks: Sequence[pa.Array]) -> None:
-    """Refuse texts that are too long, or too much once each row has its own copy."""
-    total = 0
-    for chunk in chunks:
-        texts = chunk.dictionary if isinstance(chunk, pa.DictionaryArray) else chunk
-        longest = pc.max(pc.binary_length(texts)).as_py() or 0
-        total += longest * len(chunk)
-        if longest > _MAX_TEXT or total > _MAX_TEXTS:
-            fail(path, f"it holds texts of up to {longest:,} bytes in {len(chunk):,} rows")
 
 
 def _check_text_version(path: Path, metadata: Mapping[str, str]) -> None:

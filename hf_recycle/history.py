@@ -13,12 +13,15 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import torch
-from huggingface_hub import hf_hub_download
 
-from hf_recycle.file_checks import fail
+from hf_recycle.errors import UserError
+from hf_recycle.file_checks import RecyclingFileError, fail
 from hf_recycle.file_set import read_files
 from hf_recycle.files import CONFIG_FILE, RECYCLING_FILES
+from hf_recycle.hub.address import locate
+from hf_recycle.hub.checks.recycling_files import check_content, check_expansion
 from hf_recycle.hub.explain import explain, is_maybe_a_folder
+from hf_recycle.hub.fetch import fetch_file
 from hf_recycle.recorder import HistoryRecorder, metric_values, rows_of_kind
 from hf_recycle.statistics import summarize
 
@@ -58,17 +61,29 @@ class RecyclingHistory:
         Args:
             folder_or_repo_id: a checkpoint, a run's output folder (its newest complete checkpoint is read
                 unless it holds the files itself), or a repository of the Hub (only the small files are
-                downloaded).
+                downloaded) by its name or as `hf://user/repo[@revision][/folder]`.
             revision: branch, tag or commit of the repository.
             token: token for a private repository.
 
         Raises:
-            RecyclingFileError: nothing is found there, or a file is damaged or contradicts another.
+            RecyclingFileError: nothing is found there, or a file is damaged or contradicts another, or holds what no
+                run can have written.
         """
         if os.path.isdir(folder_or_repo_id):
-            folder, content = read_files(folder_or_repo_id, find_checkpoint)
+            folder, content = read_files(folder_or_repo_id, lambda path: _bounded(find_checkpoint(path)))
         else:
-            folder, content = read_files(_download(os.fspath(folder_or_repo_id), revision, token))
+            folder, content = read_files(_download(os.fspath(folder_or_repo_id), revision, token), _bounded)
+        check_content(folder, *content)
+        return cls(*content, folder=folder)
+
+    @classmethod
+    def of_own_run(cls, folder: str | os.PathLike[str]) -> RecyclingHistory:
+        """Read the recycling files that this process, or another one of the same user's, has written into a folder.
+
+        Raises:
+            RecyclingFileError: a file is missing or damaged, or contradicts another.
+        """
+        folder, content = read_files(folder, find_checkpoint)
         return cls(*content, folder=folder)
 
     @property
@@ -169,6 +184,12 @@ def find_checkpoint(folder: str | os.PathLike[str]) -> Path:
     return complete[-1]
 
 
+def _bounded(folder: str | os.PathLike[str]) -> Path:
+    """The folder, once it is known that its files take no more to read than a run's."""
+    check_expansion(Path(folder))
+    return Path(folder)
+
+
 _CHECKPOINT = re.compile(r"checkpoint-([0-9]{1,18})$")
 
 
@@ -176,23 +197,30 @@ def _missing(folder: Path) -> list[str]:
     return [name for name in RECYCLING_FILES if not (folder / name).is_file()]
 
 
-def _download(repo: str, revision: str | None, token: str | None) -> Path:
+def _download(text: str, revision: str | None, token: str | None) -> Path:
     """The folder of the Hub's cache that holds the recycling files of one commit of a repository."""
+    try:
+        repo, inside, revision = locate(text, revision)
+    except UserError as error:
+        raise RecyclingFileError(str(error)) from error
     where = f"{repo}@{revision}" if revision else repo
     folder = None
     for name in RECYCLING_FILES:
         try:
-            path = Path(hf_hub_download(repo, name, revision=revision, token=token))
+            path = fetch_file(repo, f"{inside}{name}", revision, token)
+        except UserError as error:
+            raise RecyclingFileError(str(error)) from error
         except Exception as error:  # the client lets the errors of its HTTP library through, whichever that is
-            problem, remedy = explain(error, name)
+            problem, remedy = explain(error, f"{inside}{name}")
             if is_maybe_a_folder(error):
                 problem = f"it is no folder here{_similar(repo)}, and {problem}"
             fail(where, problem, remedy)
         if folder is None:
             folder = path.parent
             # The other files must come from the same commit, whatever is pushed meanwhile.
-            if re.fullmatch(r"[0-9a-f]{40}", folder.name):
-                revision = folder.name
+            commit = path.parents[inside.count("/")].name
+            if re.fullmatch(r"[0-9a-f]{40}", commit):
+                revision = commit
         elif path.parent != folder:
             fail(where, f"{name} comes from another commit than {CONFIG_FILE}", "try again")
     return folder

@@ -2,18 +2,16 @@
 
 On x86 PyTorch multiplies float32 matrices by MKL, which keeps its AVX-512 kernels for Intel's processors. oneDNN, which
 is in PyTorch too, asks what a processor can do and not who made it: on AMD's Zen 5, whose units are that wide, it is
-about twice as fast. The numbers are float32 as before; only the order of sums differs.
+about twice as fast. The numbers are float32 as before; only the order of sums differs. On other processors it gains
+nothing, so it is off unless asked for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import cache
-from pathlib import Path
-
 import torch
 from torch import Tensor, nn
+
+from hf_recycle.forwards import Forward
 
 _LEAST_WORK = 1 << 22
 """Multiplications. Smaller products are not faster, and each shape costs half a megabyte of generated code."""
@@ -21,91 +19,64 @@ _LEAST_WORK = 1 << 22
 _COLUMNS_AT_ONCE = 1 << 10
 """Of the output's gradient, whose columns have to be laid out as rows first: not all in memory at once."""
 
-_ZEN_5 = 26
-_CPU_FACTS = Path("/proc/cpuinfo")
-
 
 def is_available() -> bool:
     """Whether this PyTorch has oneDNN, and it is not switched off (`torch.backends.mkldnn`)."""
     return torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
 
 
-@cache
-def is_faster() -> bool:
-    """Whether oneDNN is known to be faster here: by what the processor is, as a measurement could turn out otherwise
-    when a run is resumed."""
-    wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
-    return is_available() and torch.backends.mkl.is_available() and wide and _amd_family() >= _ZEN_5
+class OneDNNLinear(Forward):
+    """The forward of an `nn.Linear` by oneDNN, and its backward pass: of what is float32 on a CPU, outside of autocast,
+    compiled code and transforms of `torch.func`."""
+
+    def __call__(self, input: Tensor) -> Tensor:
+        layer = self.own.__self__
+        if not _applies(input, layer.weight):
+            return self.original(input)
+        rows = _Linear.apply(input.flatten(0, -2), layer.weight, layer.bias)
+        return rows.view(*input.shape[:-1], layer.weight.shape[0])
 
 
-def _amd_family() -> int:
-    """The family of AMD's processors that this one is of; 0 for another maker's, or where the system does not tell."""
-    if not _CPU_FACTS.exists():
-        return 0
-    facts: dict[str, str] = {}
-    for line in _CPU_FACTS.read_text(encoding="utf-8").splitlines():
-        name, _, value = line.partition(":")
-        facts.setdefault(name.strip(), value.strip())
-    family = facts.get("cpu family", "")
-    return int(family) if facts.get("vendor_id") == "AuthenticAMD" and family.isdecimal() else 0
-
-
-@contextmanager
-def onednn_linear(model: nn.Module) -> Iterator[None]:
-    """Within the context, the `nn.Linear` layers of `model` (subclasses left out) compute by oneDNN, forward and
-    backward, what is float32 on a CPU, outside of autocast and of compiled code."""
-    layers = [module for module in model.modules() if type(module) is nn.Linear]
-    for layer in layers:
-        # The class, not the instance's `forward`: copies and pickles of the model stay right.
-        layer.__class__ = OneDNNLinear
-    try:
-        yield
-    finally:
-        for layer in layers:
-            if type(layer) is OneDNNLinear:  # an engine may have made another class of it
-                layer.__class__ = nn.Linear
-
-
-class OneDNNLinear(nn.Linear):
-    """A linear layer that computes by oneDNN where that applies."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        if not _applies(input, self.weight):
-            return super().forward(input)
-        return _Linear.apply(input, self.weight, self.bias)
+def onednn_forwards(model: nn.Module) -> dict[nn.Module, Forward]:
+    """For the `nn.Linear` layers of `model`; subclasses are left out."""
+    return {module: OneDNNLinear(module.forward) for module in model.modules() if type(module) is nn.Linear}
 
 
 def _applies(values: Tensor, weight: Tensor) -> bool:
     plain = type(values) is Tensor and type(weight) in (Tensor, nn.Parameter) and values.dim() > 1  # no DTensor
     alike = values.dtype == weight.dtype == torch.float32 and values.device == weight.device == torch.device("cpu")
-    own = torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
-    return plain and alike and not own and values.numel() * weight.shape[0] >= _LEAST_WORK
+    others = (
+        torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    )
+    return plain and alike and not others and values.numel() * weight.shape[0] >= _LEAST_WORK
 
 
 class _Linear(torch.autograd.Function):
+    """`rows` `(m, k)` @ `weight` `(n, k)`.T + `bias` `(n,)`. The result is no view, so it can be changed in place."""
+
     @staticmethod
-    def forward(ctx, values: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(values, weight)
-        return _product(values.flatten(0, -2), weight, bias).view(*values.shape[:-1], -1)
+    def forward(ctx, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        of_rows, of_weight, _ = ctx.needs_input_grad
+        # Only what is needed, as torch does: the rest may be changed in place before the backward pass.
+        ctx.save_for_backward(rows if of_weight else None, weight if of_rows else None)
+        return _product(rows, weight, bias)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        values, weight = ctx.saved_tensors
-        rows, lines = gradient.flatten(0, -2), values.flatten(0, -2)
-        of_values, of_weight, of_bias = ctx.needs_input_grad
+        rows, weight = ctx.saved_tensors
+        of_rows, of_weight, of_bias = ctx.needs_input_grad
         # With a graph of the backward pass (second derivatives) by operations that autograd knows.
         product, outer = (_known_product, _known_outer) if torch.is_grad_enabled() else (_product, _outer)
         return (
-            product(rows, weight.T).view(values.shape) if of_values else None,
-            outer(rows, lines) if of_weight else None,
-            rows.sum(0) if of_bias else None,
+            product(gradient, weight.T) if of_rows else None,
+            outer(gradient, rows) if of_weight else None,
+            gradient.sum(0) if of_bias else None,
         )
 
 
 def _product(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`rows` `(m, k)` @ `weight` `(n, k)`.T + `bias` `(n,)`: `(m, n)`."""
-    count = len(rows)
-    return multiply(_padded(rows), weight, bias)[:count]
+    return multiply(_padded(rows), weight, bias).resize_(len(rows), len(weight))  # cuts the rows of the padding off
 
 
 def _outer(rows: Tensor, lines: Tensor) -> Tensor:

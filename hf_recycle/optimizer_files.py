@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hf_recycle.plain_weights import cut_like
 
-PLAIN, FULL, SHARDED = "optimizer.pt", "optimizer.bin", "optimizer_0"
+OPTIMIZER_FILES = PLAIN, FULL, SHARDED = "optimizer.pt", "optimizer.bin", "optimizer_0"
 
 
 def load_optimizer(optimizer, model: nn.Module, folder: Path, aliases: Mapping[str, str]) -> None:
@@ -29,7 +29,7 @@ def load_optimizer(optimizer, model: nn.Module, folder: Path, aliases: Mapping[s
     Raises:
         ValueError: if the state is that of another optimizer or model.
     """
-    if not any(Path(folder, name).exists() for name in (PLAIN, FULL, SHARDED)):
+    if not any(Path(folder, name).exists() for name in OPTIMIZER_FILES):
         return
     saved = _read(folder)
     named = dict(model.named_parameters(remove_duplicate=False))

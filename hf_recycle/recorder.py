@@ -57,7 +57,7 @@ HISTORY_SCHEMA = pa.schema(
     ]
 )
 
-_MAX_NOTE = 500
+MAX_NOTE = 500
 _MAX_CHUNKS = 32
 
 
@@ -102,7 +102,7 @@ class HistoryRecorder:
                 "requested": int(requested),
                 "eligible": int(eligible),
                 "recycled": [int(index) for index in recycled],
-                "note": note[:_MAX_NOTE],
+                "note": note[:MAX_NOTE],
             }
         )
 
@@ -118,7 +118,7 @@ class HistoryRecorder:
                 "requested": int(requested),
                 "eligible": int(eligible),
                 "pruned": [int(index) for index in pruned],
-                "note": note[:_MAX_NOTE],
+                "note": note[:MAX_NOTE],
             }
         )
 

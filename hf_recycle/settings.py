@@ -3,9 +3,13 @@
 `RecyclingArguments` flattens them with a prefix for the Trainer and the command line; callbacks take them without.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any, ClassVar, Self
+
+import torch
+from transformers import TrainingArguments
 
 from hf_recycle.methods.midpoint import CENTERS, DISTANCES
 from hf_recycle.methods.overtraining import SUBSETS
@@ -15,6 +19,11 @@ from hf_recycle.methods.schedule import FRACTION_SCHEDULES, resolve_steps
 from hf_recycle.methods.selection import CRITERIA
 
 Check = Callable[[Any], str | None]
+
+MOST = 2**53
+"""The largest whole number of a setting: those above are no longer exact where JSON, YAML or a float come between."""
+_LARGEST = float(torch.finfo(torch.float32).max)
+_SEEDS = 2**64
 
 
 def setting(default: Any, help: str, check: Check) -> Any:
@@ -26,8 +35,8 @@ def setting(default: Any, help: str, check: Check) -> Any:
 
 def _steps(value: Any) -> str | None:
     """A number of steps: None, an integer >= 0 or a fraction in (0, 1)."""
-    fine = value is None or (_is_number(value) and value >= 0 and (value < 1 or float(value).is_integer()))
-    return None if fine else "an integer number of steps, or a fraction below 1 of the training"
+    fine = value is None or (_is_number(value) and 0 <= value <= MOST and (value < 1 or value == int(value)))
+    return None if fine else "an integer number of steps, or a fraction below 1 of the training, at most 2**53"
 
 
 def _share(value: Any) -> str | None:
@@ -45,12 +54,12 @@ def _some_steps(value: Any) -> str | None:
 
 
 def _not_negative(value: Any) -> str | None:
-    return None if _is_number(value) and value >= 0 else "a number >= 0"
+    return None if _is_number(value) and 0 <= value <= _LARGEST else "a number >= 0 that float32 can hold"
 
 
-def _whole(value: Any) -> str | None:
-    fine = isinstance(value, int) and not isinstance(value, bool) and value >= 0
-    return None if fine else "an integer >= 0"
+def _whole(value: Any, largest: int = MOST) -> str | None:
+    fine = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= largest
+    return None if fine else f"an integer >= 0, up to {largest}"
 
 
 def _flag(value: Any) -> str | None:
@@ -63,7 +72,7 @@ def _layers(value: Any) -> str | None:
 
 
 def _seed(value: Any) -> str | None:
-    return None if value is None else _whole(value)
+    return None if value is None else _whole(value, largest=_SEEDS - 1)
 
 
 def _one_of(choices) -> Check:
@@ -71,9 +80,23 @@ def _one_of(choices) -> Check:
 
 
 def _is_number(value: Any) -> bool:
-    return (
-        isinstance(value, int | float) and not isinstance(value, bool) and value == value and abs(value) != float("inf")
-    )
+    return isinstance(value, int | float) and not isinstance(value, bool) and -math.inf < value < math.inf
+
+
+def check_training_numbers(arguments: TrainingArguments) -> None:
+    """Refuses numbers of the Trainer's own arguments that no training can come well out of, and on which it would go
+    astray without a word.
+
+    Raises:
+        ValueError: that names the argument, its value and what is allowed.
+    """
+    numbers = ("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm", "num_train_epochs")
+    limits = dict.fromkeys(numbers, _LARGEST) | {"max_steps": MOST}
+    for name, largest in limits.items():
+        value = getattr(arguments, name)
+        endless = name == "max_grad_norm" and value == math.inf  # no clipping, as many write it
+        if isinstance(value, int | float) and not endless and not abs(value) <= largest:
+            raise ValueError(f"{name}={value!r} is not allowed: it must be a number, at most {largest:.3g} in size.")
 
 
 @dataclass

@@ -1,7 +1,8 @@
 """`RecyclingTrainer`: a Hugging Face Trainer with the methods of this package."""
 
-from contextlib import ExitStack
-from functools import wraps
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from hf_recycle.engines import (
     drop_tied_aliases,
     leave_embeddings_ungrouped,
 )
+from hf_recycle.forwards import replaced_forwards
 from hf_recycle.host_memory import sparse_tied_gradient
 from hf_recycle.hub.resume import local_checkpoint
 from hf_recycle.hub.run_meter import RunMeter
@@ -30,12 +32,12 @@ from hf_recycle.hub.trainer import HubMixin
 from hf_recycle.launch_checks import check_same, shared_arguments
 from hf_recycle.mlm.training import MaskedLanguageModelingMixin
 from hf_recycle.neurons.blocks import full_shape
-from hf_recycle.neurons.recomputation import Recomputation
+from hf_recycle.neurons.recomputation import recomputing_forwards
 from hf_recycle.neurons.table import NeuronTable
-from hf_recycle.onednn import is_available, is_faster, onednn_linear
+from hf_recycle.onednn import is_available, onednn_forwards
 from hf_recycle.recorder import HistoryRecorder
 from hf_recycle.run_start import RunStartMixin
-from hf_recycle.settings import flat
+from hf_recycle.settings import check_training_numbers, flat
 
 logger = logging.get_logger(__name__)
 
@@ -81,17 +83,15 @@ class RecyclingTrainer(RunStartMixin, HubMixin, CheckpointMixin, MaskedLanguageM
         check_engine(self)
         self._use_methods()
         self.add_callback(self.neuron_methods)
-        deterministic, self._onednn = args.deterministic_masking, args.onednn_linear
+        deterministic = args.deterministic_masking
         if deterministic is None:
             deterministic = not self.steps_aside
-        if self._onednn is None:
-            self._onednn = not self.steps_aside and is_faster()
-        if self._onednn and not is_available():
+        if args.onednn_linear and not is_available():
             raise ValueError(
                 "onednn_linear=True, but this PyTorch is without oneDNN or it is switched off: leave it out."
             )
         self.set_up_masked_language_modeling(deterministic_masking=deterministic)
-        self._savings = ExitStack()
+        self._savings: list[Callable[[], AbstractContextManager]] = []
 
     def _use_methods(self) -> None:
         """Has the coordinator run what the arguments, as they are now, and the user's own callbacks ask for.
@@ -187,15 +187,24 @@ class RecyclingTrainer(RunStartMixin, HubMixin, CheckpointMixin, MaskedLanguageM
         return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
 
     def _economize(self) -> None:
-        """Saves memory and time until the end of the training."""
-        self._savings.close()  # of an attempt with a larger batch
-        table = self.neuron_table()
+        """Settles what saves memory and time in this training."""
+        table, forwards = self.neuron_table(), {}
+        if self.args.onednn_linear and can_use_onednn(self):
+            forwards |= onednn_forwards(self.model)
         if self.args.recompute_activations and not self.steps_aside and table is not None and can_recompute(self):
-            self._savings.callback(Recomputation(table.blocks).remove)
-        if self._onednn and can_use_onednn(self):
-            self._savings.enter_context(onednn_linear(self.model))
+            forwards |= recomputing_forwards(table.blocks, forwards)
+        self._savings = [partial(replaced_forwards, forwards)]
         if self.can_sum_sparsely():
-            self._savings.enter_context(sparse_tied_gradient(self.model))
+            self._savings.append(partial(sparse_tied_gradient, self.model))
+
+    @contextmanager
+    def _saving(self) -> Iterator[None]:
+        """Within the context, memory and time are saved: only while a batch is computed, so that callbacks meet, copy
+        and save the model as it is without."""
+        with ExitStack() as stack:
+            for saving in self._savings:
+                stack.enter_context(saving())
+            yield
 
     def _start(self, max_steps: int, resume_from_checkpoint: str | None) -> dict[str, Any]:
         """All that the processes of a training must have in common when it starts, by name."""
@@ -215,18 +224,19 @@ class RecyclingTrainer(RunStartMixin, HubMixin, CheckpointMixin, MaskedLanguageM
         return optimizer
 
     def train(self, resume_from_checkpoint: str | bool | None = None, trial=None, ignore_keys_for_eval=None):
-        """As `Trainer.train`; `resume_from_checkpoint` may also be `hub://user/repo[/folder][@revision]`, with
+        """As `Trainer.train`; `resume_from_checkpoint` may also be `hf://user/repo[@revision][/folder]`, with
         `last-checkpoint` or `checkpoint-N` as folder, by default the newest one.
 
         Raises:
             UserError: if the checkpoint can't be had from the Hub, or is not to be trusted.
         """
+        check_training_numbers(self.args)
         try:
             checkpoint = local_checkpoint(resume_from_checkpoint, self.args)
             return super().train(checkpoint, trial, ignore_keys_for_eval)
         finally:
             self.neuron_methods.release()
-            self._savings.close()
+            self._savings = []
             self.meter.stop()
 
     def _hp_search_setup(self, trial) -> None:
@@ -235,9 +245,14 @@ class RecyclingTrainer(RunStartMixin, HubMixin, CheckpointMixin, MaskedLanguageM
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         self.meter.count(inputs)
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        with self._saving():
+            loss = super().training_step(model, inputs, num_items_in_batch)
         self.neuron_methods.note_loss(loss)
         return loss
+
+    def loss_of(self, model, batch) -> torch.Tensor:
+        with self._saving():
+            return super().loss_of(model, batch)
 
     def _clip_grad_norm(self, model):
         self.neuron_methods.before_clipping()
@@ -254,7 +269,7 @@ class RecyclingTrainer(RunStartMixin, HubMixin, CheckpointMixin, MaskedLanguageM
         if "loss" in logs and self.neuron_methods.methods:
             logs |= self._neuron_scalars()
         super().log(logs, start_time)
-        self.recorder.log(self.state.global_step, logs)
+        self.recorder.log(self.model_step, logs)
 
     def _neuron_scalars(self) -> dict[str, float]:
         scalars = self.neuron_methods.scalars()

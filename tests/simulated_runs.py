@@ -65,4 +65,4 @@ def write_run(
     )
     files.write_history(folder, recorder.to_table())
     files.write_stats(folder, summarize(counts, now, recorder, step=last))
-    return RecyclingHistory.from_pretrained(folder)
+    return RecyclingHistory.of_own_run(folder)

@@ -15,6 +15,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 from hf_recycle.analysis.source import Source
 from hf_recycle.analysis.weight_files import PickledFile, SafetensorsFile, WeightFile
 from hf_recycle.errors import UserError
+from hf_recycle.hub.checks.configuration import configuration_problem
 from hf_recycle.neurons.blocks import FeedForward, NeuronSlice
 from hf_recycle.neurons.find import find_feed_forwards
 from hf_recycle.neurons.storage.tiles import Tile, tiles_of_rectangle
@@ -41,6 +42,8 @@ class Checkpoint:
         path = self.source.file("config.json")
         if path is None:
             raise UserError(f"{self.source.name}: there is no config.json; name the folder or repository of a model")
+        if problem := configuration_problem(path):
+            raise UserError(f"{self.source.name}: its config.json can't be used ({problem})")
         try:
             config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         except (OSError, ValueError, KeyError, TypeError) as error:

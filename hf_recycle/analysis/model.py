@@ -8,6 +8,7 @@ from hf_recycle.analysis.checkpoint import Checkpoint
 from hf_recycle.analysis.source import Source
 from hf_recycle.files import CONFIG_FILE
 from hf_recycle.history import RecyclingHistory
+from hf_recycle.hub.address import HubAddress
 
 
 @dataclass(frozen=True)
@@ -74,5 +75,7 @@ def recycling_history(source: Source) -> RecyclingHistory | None:
     """What the checkpoint's recycling files record; None if it has none."""
     if source.file(CONFIG_FILE) is None:
         return None
-    where = source.folder if source.folder is not None else source.name
-    return RecyclingHistory.from_pretrained(where, None if source.folder else source.revision, source.token)
+    if source.folder is not None:
+        return RecyclingHistory.from_pretrained(source.folder)
+    where = str(HubAddress(source.name, source.subfolder.rstrip("/"))) if source.subfolder else source.name
+    return RecyclingHistory.from_pretrained(where, source.revision, source.token)

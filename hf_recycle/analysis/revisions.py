@@ -13,6 +13,7 @@ from hf_recycle.analysis.source import INDEX, WEIGHTS, Source
 from hf_recycle.analysis.tables import table
 from hf_recycle.errors import UserError
 from hf_recycle.files import CONFIG_FILE
+from hf_recycle.hub.address import locate
 from hf_recycle.hub.explain import explained
 from hf_recycle.report.naming import short_names
 
@@ -60,6 +61,9 @@ def analyze_revisions(
     Raises:
         UserError: it can't be read, or holds no model at any revision.
     """
+    repo, inside, revision = locate(repo)
+    if inside or revision:
+        raise UserError(f"revisions={wanted!r} takes a whole repository; write {repo}, without folder and revision")
     if Path(repo).expanduser().exists():
         raise UserError(f"revisions={wanted!r} applies to repositories of the Hub, and {repo!r} is a folder")
     if wanted != "all":

@@ -15,6 +15,8 @@ from hf_recycle.analysis.shrink import check_pruned_are_zero
 from hf_recycle.analysis.source import Source
 from hf_recycle.errors import UserError
 from hf_recycle.files import STATE_FILE
+from hf_recycle.hub.explain import explained
+from hf_recycle.hub.fetch import check_small_files
 from hf_recycle.neurons.find import find_feed_forwards
 
 
@@ -31,15 +33,19 @@ def load_model(source: Source, pattern: str | None = None) -> tuple[PreTrainedMo
     cls = getattr(transformers, (checkpoint.config.architectures or [""])[0], AutoModel)
     where, revision = (source.folder, None) if source.folder else (source.name, source.revision)
     options = {} if revision is None else {"revision": revision}
+    if source.subfolder:
+        options["subfolder"] = source.subfolder.rstrip("/")
     if source.folder is None:
         options["use_safetensors"] = True
+        with explained(source.name):
+            check_small_files(source.name, source.subfolder, source.revision, source.token)
     try:
         model = cls.from_pretrained(where, config=checkpoint.config, dtype="auto", **options).eval()
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = (str(error).strip().split("\n", 1)[0] or type(error).__name__).rstrip(". ")
         raise UserError(f"{source.name} could not be loaded: {reason}") from error
     check_pruned_are_zero(find_feed_forwards(model, pattern), _pruned_masks(source))
-    return model, _tokenizer(where, options.get("revision"))
+    return model, _tokenizer(where, options.get("revision"), source.subfolder)
 
 
 def save_whole(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
@@ -71,8 +77,8 @@ def _pruned_masks(source: Source) -> dict[str, Tensor]:
         raise UserError(f"{path} is damaged ({error}); copy or download it again") from error
 
 
-def _tokenizer(where: Path | str, revision: str | None) -> PreTrainedTokenizerBase | None:
+def _tokenizer(where: Path | str, revision: str | None, subfolder: str) -> PreTrainedTokenizerBase | None:
     try:
-        return AutoTokenizer.from_pretrained(where, revision=revision or "main")
+        return AutoTokenizer.from_pretrained(where, revision=revision or "main", subfolder=subfolder.rstrip("/"))
     except (OSError, ValueError, KeyError):
         return None

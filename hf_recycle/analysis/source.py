@@ -10,7 +10,9 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from hf_recycle.errors import UserError
+from hf_recycle.hub.address import is_address, locate
 from hf_recycle.hub.explain import explain, is_maybe_a_folder
+from hf_recycle.hub.fetch import fetch_file
 
 INDEX, WEIGHTS = "model.safetensors.index.json", "model.safetensors"
 PICKLED_INDEX, PICKLED = "pytorch_model.bin.index.json", "pytorch_model.bin"
@@ -22,17 +24,24 @@ class Source:
 
     Attributes:
         name: a folder (a run's output folder stands for itself, or for its newest checkpoint if it holds no model), or
-            a repository of the Hub.
+            a repository of the Hub, also as `hf://user/repo[@revision][/folder]`, which becomes the repository's name.
         revision: branch, tag or commit of a repository; after the first file, the commit it came from.
         token: token for a private repository.
+        folder: the local one, or None.
+        subfolder: of the repository; empty, or ends with a slash.
     """
 
     name: str
     revision: str | None = None
     token: str | None = None
     folder: Path | None = field(init=False)
+    subfolder: str = field(init=False, default="")
 
     def __post_init__(self) -> None:
+        if is_address(self.name):
+            self.folder = None
+            self.name, self.subfolder, self.revision = locate(self.name, self.revision)
+            return
         path = Path(self.name).expanduser()
         self.folder = _checkpoint_of(path) if path.is_dir() else None
         if self.folder is None and path.exists():
@@ -47,7 +56,8 @@ class Source:
         """How the checkpoint is called in tables and figures."""
         if self.folder is not None:
             return _clean(self.name)
-        return f"{self.name}@{self.revision[:8]}" if self.revision else self.name
+        revision = f"@{self.revision[:8]}" if self.revision else ""
+        return f"{self.name}{revision}{self.subfolder and '/'}{self.subfolder.rstrip('/')}"
 
     def file(self, name: str) -> Path | None:
         """A local path of the file `name`, downloaded if need be; None if the checkpoint has no such file.
@@ -60,20 +70,29 @@ class Source:
             return path if path.is_file() else None
         where = f"{self.name}@{self.revision}" if self.revision else self.name
         try:
-            path = Path(hf_hub_download(self.name, name, revision=self.revision, token=self.token))
+            path = fetch_file(self.name, f"{self.subfolder}{name}", self.revision, self.token)
+        except UserError:
+            raise
         except Exception as error:  # the client lets the errors of its HTTP library through, whichever that is
             # Offline, a file that is not cached and one that does not exist look alike.
-            unknown = isinstance(error, LocalEntryNotFoundError) and not _cached(self.name, self.revision)
+            unknown = isinstance(error, LocalEntryNotFoundError) and not self._is_cached()
             if isinstance(error, EntryNotFoundError) and not unknown:
                 return None
-            problem, remedy = explain(error, name)
+            problem, remedy = explain(error, f"{self.subfolder}{name}")
             absent = "it is no folder here, and " if is_maybe_a_folder(error) else ""
             raise UserError(f"{where}: {absent}{problem}; {remedy}") from error
         # What follows must come from the same commit, whatever is pushed meanwhile.
-        commit = path.parents[len(Path(name).parts) - 1].name
+        commit = path.parents[len(Path(self.subfolder, name).parts) - 1].name
         if re.fullmatch("[0-9a-f]{40}", commit):
             self.revision = commit
         return path
+
+    def _is_cached(self) -> bool:
+        try:
+            hf_hub_download(self.name, f"{self.subfolder}config.json", revision=self.revision, local_files_only=True)
+        except Exception:
+            return False
+        return True
 
     def weight_map(self) -> tuple[dict[str, str] | None, str]:
         """`({tensor: file}, "")` of a sharded checkpoint, or `(None, file)` where one file holds everything.
@@ -119,14 +138,6 @@ def _checkpoint_of(folder: Path) -> Path:
     ]
     models = [path for _, path in sorted(found) if (path / "config.json").is_file()]
     return models[-1] if models else folder
-
-
-def _cached(repo: str, revision: str | None) -> bool:
-    try:
-        hf_hub_download(repo, "config.json", revision=revision, local_files_only=True)
-    except Exception:
-        return False
-    return True
 
 
 def _clean(name: str) -> str:

@@ -114,12 +114,12 @@ def profile_table(profiles: Mapping[str, StepProfile]) -> str:
 
 
 def contestants(shape: Shape) -> dict[str, Contestant]:
-    """The stock Trainer, and ours with its usual arguments and no method."""
-    from hf_recycle.onednn import is_faster
+    """The stock Trainer, and ours with its usual arguments and no method, without and with oneDNN."""
+    from hf_recycle.onednn import is_available
 
     found = {"stock": Contestant("stock", STOCK, shape), "ours": Contestant("ours", OURS, shape)}
-    if is_faster():
-        found["ours, `onednn_linear` off"] = Contestant("without oneDNN", OURS, shape, {"onednn_linear": False})
+    if is_available():
+        found["ours, `onednn_linear`"] = Contestant("oneDNN", OURS, shape, {"onednn_linear": True})
     return found
 
 

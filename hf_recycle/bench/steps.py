@@ -12,7 +12,6 @@ from hf_recycle.bench.reach import Peak, reach, step_floor
 from hf_recycle.bench.row import Bench, Effort, Measured, NotMeasured, Row, Target
 from hf_recycle.bench.shapes import MEDIUM, SMALL, TINY, Shape
 from hf_recycle.errors import UserError
-from hf_recycle.onednn import is_faster
 
 # From the first step on a tenth of all neurons is in transition, and stays so.
 IN_TRANSITION = {"recycle_steps": 100, "recycle_start": 1, "recycle_fraction": 0.1, "recycle_smooth_steps": 100_000}
@@ -31,8 +30,7 @@ def against_stock(shape: Shape, effort: Effort) -> tuple[Measured, Measured | No
     """The stock Trainer's step over ours, and our peak memory over its, with all methods on.
 
     That both train the same model on the same masks is checked in the same match, by a third contestant: ours with the
-    stock collator and no method, whose losses must be the stock Trainer's. A fourth tells what oneDNN is worth where it
-    is used.
+    stock collator and no method, whose losses must be the stock Trainer's.
 
     Raises:
         UserError: if its losses are others.
@@ -42,8 +40,6 @@ def against_stock(shape: Shape, effort: Effort) -> tuple[Measured, Measured | No
         Contestant("no method", OURS, shape, {"deterministic_masking": False}),
         Contestant("everything", OURS, shape, EVERYTHING),
     ]
-    if is_faster():
-        contestants.append(Contestant("without oneDNN", OURS, shape, {**EVERYTHING, "onednn_linear": False}))
     turns = hold_match(contestants, effort.rounds)
     worst = _difference(turns["stock"], turns["no method"])
     if worst > _SAME_LOSS:
@@ -54,9 +50,6 @@ def against_stock(shape: Shape, effort: Effort) -> tuple[Measured, Measured | No
         f"{_milliseconds(seconds['stock'])} → {_milliseconds(seconds['everything'])} ms; without a method "
         f"{estimate(ratios['no method']).median:.2f}×, its losses equal to {worst:.0e}; {_reach(shape, seconds)}"
     )
-    if "without oneDNN" in ratios:
-        found = estimate(ratios["without oneDNN"])
-        note += f"; with onednn_linear off {found.median:.2f}× ({found.low:.2f} to {found.high:.2f})"
     raw = {"seconds": seconds, "relative difference of losses": worst}
     speed = Measured(estimate(ratios["everything"]), note, raw)
     return speed, _memory(turns)

@@ -84,7 +84,7 @@ class Midpoint(Method):
                 rate, is_out = rate_of(piece), piece.role == "out"
                 key = is_out, id(rate) if isinstance(rate, Tensor) else rate
                 if key not in factors:
-                    factors[key] = 1 - rate * self.settings.weight * slopes[is_out]
+                    factors[key] = self._loss.factor(slopes[is_out], rate * self.settings.weight)
                 piece.storage.scale(piece, factors[key][row])
 
     def _say_if_without_effect(self, parts: list[tuple[list[int], Tensor, Slopes]]) -> None:
@@ -92,7 +92,7 @@ class Midpoint(Method):
             for row, position in enumerate(positions):
                 for piece in self.table.blocks[position].weight_slices:
                     rate, slope = self.run.watch.highest_rate(piece), slopes[piece.role == "out"][row]
-                    if (1 - rate * self.settings.weight * slope != 1).any():
+                    if (self._loss.factor(slope, rate * self.settings.weight) != 1).any():
                         return
         logger.warning(
             f"midpoint_weight={self.settings.weight} changes no weight at this learning rate: the step is below the "

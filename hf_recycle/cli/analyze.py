@@ -13,9 +13,9 @@ HELP = """\
 usage: hf-recycle analyze MODEL [MODEL ...] [--argument VALUE ...]
 
 Measure the feed-forward neurons of trained models: magnitudes, how they are distributed in each layer, whether they
-have one mode, dead and duplicate neurons. A model is a folder, a run's output folder, or a repository of the Hub. Its
-weights are read a megabyte at a time, and of them only the feed-forward ones. If it holds recycling files, what they
-record is shown too.
+have one mode, dead and duplicate neurons. A model is a folder, a run's output folder, or a repository of the Hub
+(user/repo, or hf://user/repo[@revision][/folder]). Its weights are read a megabyte at a time, and of them only the
+feed-forward ones. If it holds recycling files, what they record is shown too.
 
   hf-recycle analyze runs/decay runs/no-decay --output figures   two models side by side, with figures
   hf-recycle analyze user/repo --revisions all --output figures  how magnitudes and counts moved over its commits

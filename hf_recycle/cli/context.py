@@ -11,6 +11,7 @@ from typing import Any
 from huggingface_hub import try_to_load_from_cache
 
 from hf_recycle.cli.parse import RunArguments
+from hf_recycle.cli.recipes import recipe_names
 from hf_recycle.data.arguments import DataArguments, ModelArguments
 from hf_recycle.hub.card_facts import BUILT_IN_CORPUS
 from hf_recycle.hub.run_facts import is_repo_id, split_arguments
@@ -32,7 +33,7 @@ def run_context(arguments: RunArguments, words: Sequence[str], unigram_entropy: 
     # Relative paths as well say where things lie on this machine.
     changed |= {name: Path(changed[name]).name for name in _LOCAL if name in changed and os.path.exists(changed[name])}
     return {
-        "command": scrub_command(["hf-recycle", "train", *words]),
+        "command": scrub_command(["hf-recycle", "train", *words], known=recipe_names()),
         "arguments": changed,
         "defaults": unchanged,
         "base_model": _base_model(arguments.model),

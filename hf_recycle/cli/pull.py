@@ -45,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("repo", help=f"user/repo, or {SCHEME}user/repo[/folder][@revision]")
+    parser.add_argument("repo", help=f"user/repo, or {SCHEME}user/repo[@revision][/folder]")
     parser.add_argument("--folder", help=f"{LAST} or checkpoint-N; by default the newest checkpoint")
     parser.add_argument("--revision", help="branch, tag or commit; by default the default branch")
     parser.add_argument("--to", type=Path, metavar="FOLDER", help="copy the checkpoint into this output folder")

@@ -11,8 +11,8 @@ from hf_recycle.errors import UserError
 
 _DESCRIPTION = """\
 Publish a run's output folder, or one of its checkpoints, in one commit: the model, the recycling files, the card and
-its figures. Tokens, local paths and names of this machine are left out. Logs in with the token of `hf auth login` or
-HF_TOKEN; the repository is made if it is not there.
+its figures, and nothing else that lies there. Tokens, local paths and names of this machine are left out. Logs in with
+the token of `hf auth login` or HF_TOKEN; the repository is made if it is not there.
 """
 _STEP = "step"
 
@@ -49,7 +49,10 @@ def main(argv: Sequence[str]) -> int:
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    print(f"published {push.folder} as {future.result().commit_url}")
+    commit = future.result()
+    print(
+        f"published {push.folder} as {commit.commit_url}" if commit else f"{push.folder} has been published meanwhile"
+    )
     return 0
 
 
@@ -92,22 +95,13 @@ def _push_of(options: argparse.Namespace):
     message, description = commit_message(folder, options.commit_message)
     checkpoint = "last-checkpoint" if options.resumable else None
     if (folder / JOB_FILE).is_file():
-        push = noted = Push.load(folder)
+        push = Push.load(folder)
         wanted = {"revision": options.revision, "tag": tag, "checkpoint": checkpoint, "private": options.private}
         if options.commit_message:
             wanted |= {"message": message, "description": description}
-        push = push.to(repo_id=options.repo, **{name: value for name, value in wanted.items() if value})
-        if not _is_same_branch(push, noted):
-            push = push.to(late=False)  # what has landed since landed elsewhere
-        return push.to(folder_taken=push.late and push.folder_taken and not checkpoint)
+        return push.to(repo_id=options.repo, **{name: value for name, value in wanted.items() if value})
     private = True if options.private else None
     return Push(folder, options.repo, message, description, options.revision, checkpoint, tag, private=private)
-
-
-def _is_same_branch(push, noted) -> bool:
-    one, other = push.repo_id, noted.repo_id
-    same_repository = one == other or one.endswith(f"/{other}") or other.endswith(f"/{one}")
-    return same_repository and push.branch == noted.branch
 
 
 def _model_folder(folder: Path, resumable: bool) -> Path:

@@ -24,7 +24,7 @@ def main(argv: Sequence[str]) -> int:
         "run",
         metavar="RUN_OR_REPO",
         help="a run's output folder (its newest checkpoint, unless it holds the files itself), a checkpoint, or a "
-        "repository of the Hub",
+        "repository of the Hub (user/repo, or hf://user/repo[@revision][/folder])",
     )
     parser.add_argument("--output", default="report.html", help="the file to write (default: %(default)s)")
     parser.add_argument("--revision", help="branch, tag or commit of the repository")
@@ -51,6 +51,7 @@ def report(run: str, revision: str | None = None) -> str:
     """
     # Late: a mistyped argument need not wait for matplotlib and torch.
     from hf_recycle.history import RecyclingHistory
+    from hf_recycle.hub.address import locate
     from hf_recycle.hub.card_facts import facts_of
     from hf_recycle.report.figures import figure_images
     from hf_recycle.report.html import render_report
@@ -60,17 +61,19 @@ def report(run: str, revision: str | None = None) -> str:
         raise UserError(f"revision={revision!r} is for a repository, and {run!r} is a folder here; leave it out")
     history = RecyclingHistory.from_pretrained(run, revision)
     folder = history.folder if local else _small_files(run, revision)
-    facts = facts_of(history, folder, None if local else run)
+    facts = facts_of(history, folder, None if local else locate(run)[0])
     title = Path(run).resolve().name if local else f"{run} at {revision}" if revision else run
     return render_report(facts, figure_images(history, unigram_entropy=facts["unigram_entropy"]), title)
 
 
-def _small_files(repo: str, revision: str | None) -> Path:
+def _small_files(text: str, revision: str | None) -> Path:
     """The folder of the cache with the `config.json` of a repository; a folder without it if that can't be had."""
-    from huggingface_hub import hf_hub_download
+    from hf_recycle.hub.address import locate
+    from hf_recycle.hub.fetch import fetch_file
 
     try:
-        return Path(hf_hub_download(repo, "config.json", revision=revision)).parent
+        repo, inside, revision = locate(text, revision)
+        return fetch_file(repo, f"{inside}config.json", revision).parent
     except Exception:  # the recycling files were there, and they are enough
         return Path(os.devnull)
 

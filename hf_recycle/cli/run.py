@@ -175,7 +175,7 @@ def find_checkpoint(output_dir: str, resume: str | None) -> str | None:
 
     Args:
         output_dir: the folder of the run.
-        resume: a path; or `hub://user/repo...`, which is returned as it is; or "true": the last checkpoint of
+        resume: a path; or `hf://user/repo...`, which is returned as it is; or "true": the last checkpoint of
             `output_dir`, if there is one; or None or "false".
 
     Raises:
@@ -197,7 +197,7 @@ def find_checkpoint(output_dir: str, resume: str | None) -> str | None:
     if not Path(resume).is_dir():
         raise UserError(
             f"resume_from_checkpoint={resume!r} does not exist; pass true, the path of a checkpoint folder or "
-            "hub://user/repo"
+            "hf://user/repo"
         )
     # The folder of a finished run has a trainer state, but no optimizer: going on from it would not be resuming.
     if not Path(resume, "trainer_state.json").is_file() or not any(Path(resume, n).exists() for n in _RESUMABLE):
@@ -223,7 +223,7 @@ def _report(folder: Path, floor: float | None) -> None:
     from hf_recycle.report.figures import draw_figures
     from hf_recycle.report.summary import summary_text
 
-    history = RecyclingHistory.from_pretrained(folder)
+    history = RecyclingHistory.of_own_run(folder)
     figures = draw_figures(history, folder / "figures", unigram_entropy=floor)
     print(summary_text(history, unigram_entropy=floor, model_folder=str(folder)))
     if figures:

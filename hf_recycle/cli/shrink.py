@@ -24,7 +24,7 @@ with zeros. The result is checked against the original with the same neurons mas
   --criterion NAME    with fraction: selection criterion, the neurons of lowest score go (default: low_magnitude)
   --multiple_of INT   round the width up to a multiple of it (default: 8)
   --seed INT          seed of the criterion random (default: 0)
-  --revision NAME     branch, tag or commit of a repository
+  --revision NAME     branch, tag or commit of a repository (or write MODEL as hf://user/repo@revision)
   --ff_pattern TEXT   linear layers of the feed-forward blocks, for a model of unknown layout: 'fc1 -> fc2'
 """
 

@@ -54,7 +54,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("studies", nargs="+", metavar="STUDY", help="files, or names of packaged studies")
     parser.add_argument("--scale", help="recipe of recipes/scale/ to use instead of the study's own")
     parser.add_argument("--seeds", help="a number of seeds, or a list such as 4,5,6")
-    parser.add_argument("--arms", help="only these arms (and the baseline), separated by commas")
+    parser.add_argument(
+        "--arms",
+        help="only these arms (and the baseline), separated by commas; without the "
+        "arms of its positive control a study says nothing of losses",
+    )
     parser.add_argument(
         "--jobs", type=int, help="runs at a time; by default one for each GPU, or for each CPU core up to 2"
     )
@@ -139,6 +143,7 @@ def _study(study: Study, options: argparse.Namespace, argv: Sequence[str]) -> in
     from hf_recycle.studies.report import arm_rows, summary_table, write_report
     from hf_recycle.studies.results import StudyResults, load_result
     from hf_recycle.studies.runner import StudyRunner
+    from hf_recycle.studies.verdicts import HOLDS, control
 
     no_progress_bars()
     output = Path(options.output)
@@ -159,6 +164,8 @@ def _study(study: Study, options: argparse.Namespace, argv: Sequence[str]) -> in
     outcome = StudyResults(study, results, failures)
     pages = write_report(outcome, output / study.name, shlex.join(["hf-recycle", "study", *argv]), jobs)
     print(summary_table(arm_rows(outcome)))
+    if study.control is not None and control(outcome).verdict != HOLDS:
+        print(f"positive control does not separate, so of losses nothing can be told: {control(outcome).measured}")
     print(f"report: {pages[0]} and {pages[1]}")
     return 1 if failures else 0
 

@@ -15,7 +15,8 @@ class ModelArguments:
     """Which model is trained, from where, and with which tokenizer."""
 
     model_name_or_path: str | None = _argument(
-        None, "Model of the Hub or local folder whose weights training continues."
+        None,
+        "Model of the Hub (user/repo, or hf://user/repo@revision) or local folder whose weights training continues.",
     )
     model_type: str | None = _argument(None, "Architecture of a model trained from scratch, such as bert or gpt2.")
     config_name: str | None = _argument(None, "Configuration of the Hub or local folder for a model from scratch.")
@@ -45,7 +46,9 @@ class ModelArguments:
     tokenizer_vocab_size: int = _argument(8192, "Entries of a tokenizer trained on the corpus.")
 
     def __post_init__(self) -> None:
-        """Check what can be checked without loading anything."""
+        """Check what can be checked without loading anything, and split addresses into repository and revision."""
+        for name in ("model_name_or_path", "config_name", "tokenizer_name"):
+            self._split_address(name)
         if self.task not in ("mlm", "clm"):
             raise UserError(f"task={self.task!r} is unknown; use mlm or clm")
         if self.tokenizer_vocab_size < 256:
@@ -62,6 +65,26 @@ class ModelArguments:
                 f"config_overrides={self.config_overrides!r} changes a model built from scratch, but "
                 f"model_name_or_path={self.model_name_or_path!r} names a trained one; set one of them to null"
             )
+
+    def _split_address(self, name: str) -> None:
+        text = getattr(self, name)
+        if text is None or "://" not in text:
+            return
+        from hf_recycle.hub.address import locate  # late, because it brings the Hub's client
+
+        shared = name != "tokenizer_name"  # model_revision says nothing of the tokenizer
+        given = self.model_revision if shared and self.model_revision != "main" else None
+        repository, folder, revision = locate(text, given)
+        if folder:
+            raise UserError(
+                f"{name}={text!r} names a folder, and is loaded from the root of a repository; bring the folder here "
+                "with hf-recycle pull, and name that"
+            )
+        if revision and not shared:
+            raise UserError(f"{name}={text!r} names a revision, and the newest is loaded; leave the revision out")
+        setattr(self, name, repository)
+        if shared and revision:
+            self.model_revision = revision
 
 
 @dataclass

@@ -55,6 +55,15 @@ def builtin_corpus() -> tuple[list[str], list[str]]:
     return train, validation
 
 
+@functools.cache
+def corpus_fingerprint() -> str:
+    """A hash of what the corpus is made of, which is had without making it."""
+    digest = hashlib.sha256()
+    for part in (*_help_topics(), *(path.read_bytes() for path in _sources())):
+        digest.update(hashlib.sha256(part.encode() if isinstance(part, str) else part).digest())
+    return digest.hexdigest()
+
+
 def _is_validation(paragraph: str) -> bool:
     digest = hashlib.sha256(paragraph.encode()).digest()
     return int.from_bytes(digest[:4], "big") < VALIDATION_SHARE * 2**32
@@ -62,10 +71,15 @@ def _is_validation(paragraph: str) -> bool:
 
 def _documents() -> Iterator[str]:
     yield from _help_topics()
+    for path in _sources():
+        yield from _docstrings(path)
+
+
+def _sources() -> Iterator[Path]:
     root = Path(sysconfig.get_path("stdlib"))
     for path in sorted(root.rglob("*.py")):
-        if not any(map(_SKIPPED_FOLDER.fullmatch, path.relative_to(root).parts[:-1])):
-            yield from _docstrings(path)
+        if path.is_file() and not any(map(_SKIPPED_FOLDER.fullmatch, path.relative_to(root).parts[:-1])):
+            yield path
 
 
 def _help_topics() -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 import os
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
@@ -19,6 +20,8 @@ from transformers.utils import logging
 from hf_recycle.data.arguments import ModelArguments
 from hf_recycle.data.overrides import apply_overrides, parse_overrides
 from hf_recycle.errors import UserError
+from hf_recycle.hub.checks.configuration import configuration_problem
+from hf_recycle.hub.fetch import check_small_files, fetch_file
 from hf_recycle.hub.retry import RetryPolicy, insist, say
 from hf_recycle.suggest import nearest
 
@@ -78,6 +81,9 @@ def pin_revision(arguments: ModelArguments) -> None:
 
     `model_revision` becomes a `huggingface_hub.ResolvedRevision`: the text it was, and the commit as `.resolved`. It
     stays as it is for a local folder, and, with a warning, where the Hub can't tell and the cache does not know.
+
+    Raises:
+        UserError: a small file of that commit is too large to be what its name says.
     """
     name = arguments.model_name_or_path or arguments.config_name
     if name is None or os.path.exists(name):
@@ -85,6 +91,9 @@ def pin_revision(arguments: ModelArguments) -> None:
     ask = partial(HfApi().resolve_revision, name, revision=arguments.model_revision)
     try:
         arguments.model_revision = insist(RetryPolicy(), ask)
+        check_small_files(name, revision=arguments.model_revision)
+    except UserError:
+        raise
     except Exception as error:  # loading says what is wrong, or finds its files in the cache
         logger.warning("Which commit %s is at can't be found out (%s): none is recorded.", name, say(error))
 
@@ -98,6 +107,8 @@ def load_config(arguments: ModelArguments) -> PreTrainedConfig:
     name = arguments.model_name_or_path or arguments.config_name
     if name:
         argument = "model_name_or_path" if arguments.model_name_or_path else "config_name"
+        if problem := _configuration_problem(name, arguments.model_revision):
+            raise UserError(f"{argument}={name!r}: its config.json can't be used ({problem}); name another model")
         try:
             return AutoConfig.from_pretrained(
                 name, revision=arguments.model_revision, trust_remote_code=arguments.trust_remote_code
@@ -116,6 +127,18 @@ def load_config(arguments: ModelArguments) -> PreTrainedConfig:
             + nearest(arguments.model_type, CONFIG_MAPPING.keys())
         )
     return CONFIG_MAPPING[arguments.model_type]()
+
+
+def _configuration_problem(name: str, revision: str) -> str | None:
+    path = Path(name, "config.json")
+    if not os.path.exists(name):
+        try:
+            path = fetch_file(name, "config.json", revision)
+        except UserError:
+            raise
+        except Exception:  # transformers says what is wrong
+            return None
+    return configuration_problem(path) if path.is_file() else None
 
 
 def _fit(

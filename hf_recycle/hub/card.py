@@ -48,7 +48,7 @@ def write_card(
     from hf_recycle.report.figures import figure_images
 
     folder = Path(folder)
-    history = RecyclingHistory.from_pretrained(folder)
+    history = RecyclingHistory.of_own_run(folder)
     facts = facts_of(history, folder, repo_id) | dict(told or {})
     images = figure_images(history, unigram_entropy=facts["unigram_entropy"])
     (folder / "figures").mkdir(exist_ok=True)

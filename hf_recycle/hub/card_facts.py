@@ -55,7 +55,7 @@ def card_facts(folder: str | os.PathLike[str], repo_id: str | None = None) -> di
         RecyclingFileError: a recycling file is missing or damaged.
     """
     folder = Path(folder)
-    return facts_of(RecyclingHistory.from_pretrained(folder), folder, repo_id)
+    return facts_of(RecyclingHistory.of_own_run(folder), folder, repo_id)
 
 
 def facts_of(history: RecyclingHistory, folder: Path, repo_id: str | None = None) -> dict[str, Any]:

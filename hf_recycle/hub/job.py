@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -17,8 +16,6 @@ from hf_recycle.errors import UserError
 # In a staged folder; hidden, so it is never published.
 JOB_FILE = ".push.json"
 _STORED = ("message", "description", "repo_id", "revision", "checkpoint", "tag", "always", "private")
-# Only in the note of a push that was overtaken.
-_OVERTAKEN = ("late", "folder_taken")
 
 
 @dataclass(frozen=True)
@@ -35,8 +32,6 @@ class Push:
         always: lands even if a newer push waits behind it.
         private: whether the repository is made private if it is made, by whoever publishes it later; None for the
             namespace's default.
-        late: a newer push has landed on the branch, whose root this one must not replace.
-        folder_taken: and it has filled the folder `checkpoint` of the branch.
         staged: `folder` is a copy made for this push, to be removed once it has landed.
         token: another than the run's; never written anywhere.
     """
@@ -50,8 +45,6 @@ class Push:
     tag: str | None = None
     always: bool = False
     private: bool | None = None
-    late: bool = False
-    folder_taken: bool = False
     staged: bool = False
     token: str | None = field(default=None, repr=False)
 
@@ -61,8 +54,6 @@ class Push:
         words = ["hf-recycle", "push", path_word(self.folder), self.repo_id]
         if self.revision:
             words += ["--revision", self.revision]
-        if not self.has_place:
-            words += ["--tag"]
         if not self.staged:  # a staged folder remembers them
             words += ["--tag", self.tag] if self.tag else []
             words += ["--private"] if self.private else []
@@ -73,20 +64,14 @@ class Push:
         return self.revision or constants.DEFAULT_REVISION
 
     @property
-    def has_place(self) -> bool:
-        """Whether it goes anywhere: the root of the branch, a folder of its own or a tag."""
-        return bool(not self.late or self.tag or (self.checkpoint and not self.folder_taken))
-
-    def after(self, newer: Push) -> Push:
-        """What is left of it to publish once a newer push has landed on its branch."""
-        return self.to(late=True, folder_taken=self.folder_taken or self.checkpoint == newer.checkpoint)
+    def has_own_folder(self) -> bool:
+        """Whether it fills a folder of the repository that no other push fills."""
+        return self.checkpoint is not None and self.checkpoint.startswith("checkpoint-")
 
     def save(self, folder: Path) -> None:
         """Notes in a staged folder what it is for."""
-        values = {key: value for key, value in asdict(self).items() if key in _STORED or (key in _OVERTAKEN and value)}
-        temporary = Path(folder, f"{JOB_FILE}.tmp")
-        temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, Path(folder, JOB_FILE))  # it may be noted anew
+        values = {key: value for key, value in asdict(self).items() if key in _STORED}
+        Path(folder, JOB_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> Push:
@@ -98,8 +83,7 @@ class Push:
         path = Path(folder, JOB_FILE)
         try:
             values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            overtaken = {key: bool(values.get(key)) for key in _OVERTAKEN}
-            return cls(Path(folder), staged=True, **{key: values[key] for key in _STORED}, **overtaken)
+            return cls(Path(folder), staged=True, **{key: values[key] for key in _STORED})
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise UserError(f"{path} can't be read ({type(error).__name__}): remove it to push the folder.") from None
 

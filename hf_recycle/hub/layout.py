@@ -1,62 +1,63 @@
-"""Which files of a checkpoint or an output folder are published, and which published ones a new push replaces."""
+"""Which files of a folder are published, by name, and which published ones a new push replaces.
+
+Nothing else goes up: a folder may hold notebooks, logs, data and keys of anybody, and no list of those is complete.
+"""
 
 from __future__ import annotations
 
-import fnmatch
 import re
 from collections.abc import Collection, Iterable
-from pathlib import Path, PurePosixPath
+from pathlib import Path
+
+from hf_recycle.files import RECYCLING_FILES
 
 CARD = "README.md"
 
-# What only resuming needs: the Trainer's, Accelerate's and DeepSpeed's names. At the root of a repository lies a model.
+_SHARDS = r"(-\d+-of-\d+)?"
+_MODEL = re.compile(rf"model{_SHARDS}\.safetensors|model\.safetensors\.index\.json")
+_ADAPTER = re.compile(rf"adapter_model{_SHARDS}\.(safetensors|bin)|adapter_model\.(safetensors|bin)\.index\.json")
+_PICKLED = re.compile(rf"pytorch_model{_SHARDS}\.bin|pytorch_model\.bin\.index\.json")
+_WEIGHTS = (_MODEL, _ADAPTER, _PICKLED)
+# Configurations, and what transformers' tokenizers and processors save (their VOCAB_FILES_NAMES).
+_DESCRIPTIONS = {
+    *("config.json", "generation_config.json", "adapter_config.json", CARD, *RECYCLING_FILES),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "bpe.codes", "entity_vocab.json", "normalizer.json"),
+    *("tokenizer.model", "sentencepiece.model", "sentencepiece.bpe.model", "spiece.model", "spm.model"),
+    *("spm_char.model", "source.spm", "target.spm", "vocab-src.json", "vocab-tgt.json", "target_vocab.json"),
+    *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
+    *("audio_tokenizer_config.json", "chat_template.jinja", "chat_template.json"),
+}
+_IN_FOLDERS = re.compile(
+    r"figures/(loss|recycle_counts|ages|magnitudes)\.png|additional_chat_templates/[A-Za-z0-9_-]+\.jinja"
+)
+# What only resuming needs: the Trainer's files, and the shards of torch.distributed.checkpoint and DeepSpeed.
 _STATE = re.compile(
-    r"optimizer(_\d+)?(\.(pt|bin))?|scheduler\.(pt|bin)|scaler\.pt|rng_state(_\d+)?\.pth|trainer_state\.json"
-    r"|pytorch_model_fsdp(_\d+)?(\.bin)?|(global_step|universal)\d*|latest(_universal)?|zero_to_\w+\.py"
+    r"trainer_state\.json|optimizer\.(pt|bin)|scheduler\.pt|scaler\.pt|rng_state(_\d+)?\.pth|pytorch_model_fsdp\.bin"
+    r"|(pytorch_model_fsdp|optimizer)_\d+/(__\d+_\d+\.distcp|\.metadata)"
+    r"|latest(_universal)?|global_step\d+/[a-z0-9_-]+_states\.pt"
 )
-# Logs name the machine, and hidden files are nobody else's business.
-_INDEX = ".metadata"  # of a sharded state: torch.distributed.checkpoint can read nothing without it
-_NEVER = ("*.log", "events.out.tfevents.*", ".*", "__pycache__")
-# Only directly in the folder, where loggers and we ourselves have folders; sharded states have files like __0_0.distcp.
-_NEVER_ON_TOP = (
-    "runs",
-    "wandb",
-    "mlruns",
-    "trackio",
-    "logs",
-    "_*",
-    "tmp-*",
-    "unpublished",
-    "checkpoint-*",
-    "last-checkpoint",
-    "checkpoint_files.json",  # of what lies in a checkpoint here; there, some of it is left out or reworded
-    # What a study keeps of its runs; it names folders of this machine.
-    "study_settings.yaml",
-    "study_result.json",
-    "study_prune_curves.json",
-)
-_SAFETENSORS = re.compile(r"(model|adapter_model)(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
-_PICKLED = re.compile(r"(pytorch_model|adapter_model)(-\d+-of-\d+)?\.bin(\.index\.json)?")
+_FOLDERS = re.compile(r"figures|additional_chat_templates|(pytorch_model_fsdp|optimizer)_\d+|global_step\d+")
 _FIGURE = re.compile(r"figures/[\w./-]+")
 
 
 def checkpoint_files(folder: Path) -> list[str]:
-    """Everything that may be published of a checkpoint, as sorted relative POSIX paths."""
-    return sorted(_walk(folder, PurePosixPath()))
+    """Everything of a checkpoint that is published, as sorted relative POSIX paths."""
+    return [name for name in _files(folder) if _is_of_model(name) or _STATE.fullmatch(name)]
 
 
 def model_files(folder: Path) -> list[str]:
     """Those that belong at the root of a repository: the model and what describes it, not what training resumes."""
-    return [name for name in checkpoint_files(folder) if not _STATE.fullmatch(PurePosixPath(name).parts[0])]
+    return [name for name in _files(folder) if _is_of_model(name)]
 
 
 def has_weights(folder: Path) -> bool:
     """Whether a folder holds a model, or an adapter, that can be published."""
-    return folder.is_dir() and any(is_weights(path.name) for path in folder.iterdir())
+    return folder.is_dir() and any(is_weights(name) for name in model_files(folder))
 
 
 def is_weights(name: str) -> bool:
-    return bool(_SAFETENSORS.fullmatch(name) or _PICKLED.fullmatch(name)) and not name.endswith(".json")
+    return any(family.fullmatch(name) for family in _WEIGHTS) and not name.endswith(".json")
 
 
 def replaced_files(
@@ -64,9 +65,9 @@ def replaced_files(
 ) -> list[str]:
     """Files in the repository that a push takes away, because they would contradict what it adds.
 
-    At the root these are weights under other names (shards of another number, which some loaders prefer) and figures
-    that the card showed and shows no longer; in the folder of the checkpoint, everything it does not hold any more.
-    Whatever else is there is the user's.
+    At the root these are the same kind of weights under other names (shards of another number, which some loaders
+    prefer) and figures that the card showed and shows no longer; in the folder of the checkpoint, everything it does
+    not hold any more. Whatever else is there is the user's, such as an adapter beside the full model.
 
     Args:
         present: the files of the repository.
@@ -74,7 +75,7 @@ def replaced_files(
         checkpoint: the folder of the repository that the push fills, if any.
         old_card, new_card: the repository's README before and after.
     """
-    families = [_SAFETENSORS, *([_PICKLED] if any(_PICKLED.fullmatch(name) for name in added) else [])]
+    families = [family for family in _WEIGHTS if any(family.fullmatch(name) for name in added)]
     dropped_figures = set(_FIGURE.findall(old_card)) - set(_FIGURE.findall(new_card))
     return [
         name
@@ -88,15 +89,14 @@ def replaced_files(
     ]
 
 
-def _walk(folder: Path, inside: PurePosixPath) -> Iterable[str]:
-    for path in folder.iterdir():
-        patterns = _NEVER if inside.parts else (*_NEVER, *_NEVER_ON_TOP)
-        is_index = path.name == _INDEX and bool(inside.parts)
-        if not is_index and any(fnmatch.fnmatchcase(path.name, pattern) for pattern in patterns):
-            continue
-        if path.is_symlink() and path.is_dir():
-            continue  # it may lead anywhere, also back
-        if path.is_dir():
-            yield from _walk(path, inside / path.name)
-        elif path.is_file():
-            yield str(inside / path.name)
+def _is_of_model(name: str) -> bool:
+    known = name in _DESCRIPTIONS or _IN_FOLDERS.fullmatch(name)
+    return bool(known or any(family.fullmatch(name) for family in _WEIGHTS))
+
+
+def _files(folder: Path) -> list[str]:
+    """The files of a folder and of those right under it, without links, which may lead anywhere."""
+    root = folder.resolve()
+    places = [root, *(path for path in root.iterdir() if _FOLDERS.fullmatch(path.name) and path.is_dir())]
+    found = [path for place in places for path in place.iterdir() if path.is_file() and path.resolve() == path]
+    return sorted(path.relative_to(root).as_posix() for path in found)

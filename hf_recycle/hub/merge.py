@@ -1,8 +1,8 @@
-"""Merging a model card with the one that is there already, so that what people wrote by hand survives.
+"""Merging a model card with the one that is there already, so that what people wrote or deleted by hand stays so.
 
-In the text, what is ours lies between two HTML comments. In the YAML header, which editors rewrite at will, a third
-comment inside our text remembers what we wrote: digests of our values, by key. So a header is merged from three
-sides: what we wrote last time, what is there now, and what we want to write.
+In the text, what is ours lies between two HTML comments. A third one inside remembers what we have ever written there:
+digests of our values in the YAML header, which editors rewrite at will, and the headings of our sections. So a key or a
+section that we wrote and that is there no more was deleted by hand, and is not written again.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
@@ -18,47 +19,80 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 BEGIN = "<!-- hf_recycle:begin - written anew with each save; text outside of these two marks is kept -->"
 END = "<!-- hf_recycle:end -->"
 _MARK = re.compile(r"^<!-- hf_recycle:(begin|end)\b.*-->[ \t]*\r?$")
-_HEADER_MARK = re.compile(r"^<!-- hf_recycle:header (\{.*\}) -->\r?$", re.MULTILINE)
+_RECORD = re.compile(r"^<!-- hf_recycle:written (\{.*\}) -->\r?\n?", re.MULTILINE)
+_HEADING = re.compile(r"^## .*", re.MULTILINE)
 _KEY = re.compile(r"^(?:\"([^\"\\]+)\"|'([^'\\]+)'|([^\s#'\"\[\]{}&*!|>%@`,?:-][^#:]*?))\s*:(?:\s|$)")
-# Their entries are added up, one by one, with those of the user.
-_LISTS = ("tags", "datasets", "metrics", "language", "model-index")
 
 _MAX_ALIASES = 20  # more could stand for more values than fit into memory
 
 Header = dict[str, Any]
 
 
+@dataclass
+class _Written:
+    """What we have written into a card: digests of the header's values by key, and the headings of our sections."""
+
+    keys: dict[str, str] = field(default_factory=dict)
+    sections: list[str] = field(default_factory=list)
+
+    @classmethod
+    def found_in(cls, text: str) -> _Written:
+        match = _RECORD.search(text)
+        try:
+            values = json.loads(match[1]) if match else {}
+        except (ValueError, RecursionError):
+            values = {}
+        keys, sections = values.get("keys"), values.get("sections")
+        return cls(
+            {key: digest for key, digest in keys.items() if isinstance(digest, str)} if isinstance(keys, dict) else {},
+            [name for name in sections if isinstance(name, str)] if isinstance(sections, list) else [],
+        )
+
+    def __str__(self) -> str:
+        # No "--" may stand inside an HTML comment.
+        values = json.dumps({"keys": self.keys, "sections": self.sections}, separators=(",", ":"))
+        return "<!-- hf_recycle:written " + values.replace("--", "-\\u002d") + " -->\n"
+
+
 def compose_card(header: Header, text: str) -> str:
     """A card of ours: YAML header (without the keys that have no value), then `text` between the marks."""
     header = {key: value for key, value in header.items() if value is not None and value != []}
-    return f"---\n{_dump(header)}---\n\n{_own_text(header, text)}"
+    written = _Written({key: _digest(value) for key, value in header.items()}, _headings(text))
+    return f"---\n{_dump(header)}---\n\n{BEGIN}\n{written}\n{text.strip()}\n\n{END}\n"
 
 
 def merge_card(theirs: str, ours: str) -> str:
     """The card `theirs` with everything of ours in it brought up to `ours`, and nothing else changed.
 
-    Ours between the marks is replaced; where `theirs` has no pair of marks, ours is added at the end and marks that
-    have lost their partner are dropped. In the header, keys of the user are kept as they stand, with their comments;
-    lists such as tags and datasets hold our entries and the user's; a value of ours that was changed by hand stays
-    changed. A header that is not a YAML mapping is kept as text. Merging the same card again changes nothing.
+    Ours between the marks is replaced, but for sections that were deleted by hand; where `theirs` has no pair of
+    marks, ours is added at the end and marks that have lost their partner are dropped. Where nothing is left between
+    the marks, nothing of ours is written any more. In the header, a key is written if it was never there or is still
+    as we wrote it; other keys are kept as they stand, with their comments. A header that is not a YAML mapping is kept
+    as text. Merging the same card again changes nothing.
 
     Args:
         theirs: any text, also empty or damaged.
-        ours: a card made by `compose_card`; its header may have been damaged since.
+        ours: a card made by `compose_card`; its header may have been damaged or edited since.
 
     Raises:
         ValueError: `ours` lacks our marks.
     """
     our_raw, our_text = _split(ours)
     our_header = _load(our_raw) or {}
+    our_block = our_text[our_text.index(BEGIN) :]
     their_raw, their_text = _split(theirs.removeprefix("\ufeff"))
     pieces = _pieces(their_text)
     own = "".join(text for is_own, text in pieces if is_own)
-    header = _merge_header(their_raw, _digests_in(own or their_text), our_header)
-    kept = [(is_own, text) for is_own, text in pieces if is_own or not _HEADER_MARK.match(text)]
+    if any(is_own for is_own, _ in pieces) and not own.strip():
+        return valid_card(theirs)
+    written = _Written.found_in(own or their_text)
+    header, written.keys = _merge_header(their_raw, written.keys, our_header)
+    our_block, written.sections = _merge_sections(own, written.sections, our_block)
+    our_block = _RECORD.sub(lambda _: str(written), our_block, count=1)
+    kept = [(is_own, text) for is_own, text in pieces if is_own or not _RECORD.match(text)]
     # Without anything in it, two rules would be no header but text.
     top = f"---\n{header}---\n" if header else ""
-    return top + _merge_text(kept, our_text[our_text.index(BEGIN) :])
+    return top + _merge_text(kept, our_block)
 
 
 def valid_card(card: str) -> str:
@@ -70,10 +104,17 @@ def valid_card(card: str) -> str:
 # ---- Text ----
 
 
-def _own_text(header: Header, text: str) -> str:
-    # No "--" may stand inside an HTML comment.
-    digests = json.dumps(_digests(header), separators=(",", ":")).replace("--", "-\\u002d")
-    return f"{BEGIN}\n<!-- hf_recycle:header {digests} -->\n\n{text.strip()}\n\n{END}\n"
+def _merge_sections(theirs: str, written: list[str], ours: str) -> tuple[str, list[str]]:
+    """Our block without the sections that were deleted by hand, and the headings to remember."""
+    parts = re.split(r"^(?=## )", ours.removesuffix(f"{END}\n"), flags=re.MULTILINE)
+    there = _headings(theirs)
+    deleted = [heading for heading in written if heading not in there] if theirs else []
+    block = "".join(part for part in parts if part.partition("\n")[0].strip() not in deleted)
+    return f"{block.rstrip()}\n\n{END}\n", [*deleted, *_headings(block)]
+
+
+def _headings(text: str) -> list[str]:
+    return [heading.strip() for heading in _HEADING.findall(text)]
 
 
 def _merge_text(pieces: list[tuple[bool, str]], ours: str) -> str:
@@ -142,62 +183,23 @@ def _load(raw: str) -> Header | None:
     return header if isinstance(header, dict) and all(isinstance(key, str) for key in header) else None
 
 
-def _merge_header(raw: str, written: dict[str, Any], ours: Header) -> str:
+def _merge_header(raw: str, written: dict[str, str], ours: Header) -> tuple[str, dict[str, str]]:
+    """The merged header's YAML, and the digests to remember, by key."""
     theirs = _load(raw) or {}
-    merged: Header = {}
-    for key in [*ours, *theirs]:
-        if key in merged:
-            continue
-        value = _merge_value(key, theirs.get(key), written.get(key), ours.get(key))
-        if value is not None or key not in (*ours, *written):
-            merged[key] = value
-    # The user's own keys as they stand, for the sake of comments and layout; if that changes their meaning, anew.
-    chunks = [text for key, text in _chunks(raw) if key is None or (key in merged and key not in (*ours, *written))]
-    own = {key: value for key, value in merged.items() if key in (*ours, *written)}
+    # What we wrote and is not there any more was deleted by hand; what was changed by hand is the user's.
+    is_ours = {
+        key: _digest(theirs[key]) == written.get(key) if key in theirs else key not in written
+        for key in [*ours, *written]
+    }
+    own = {key: value for key, value in ours.items() if is_ours[key]}
+    # The user's keys as they stand, for the sake of comments and layout; if that changes their meaning, anew.
+    kept = {key: value for key, value in theirs.items() if not is_ours.get(key)}
+    chunks = [text for key, text in _chunks(raw) if key is None or key in kept]
     text = (_dump(own) if own else "") + "".join(chunks)
-    return text if _load(text) == merged else _dump(merged)
-
-
-def _merge_value(key: str, theirs: Any, written: Any, ours: Any) -> Any:
-    """The value of one key; None for none."""
-    if key in _LISTS and (ours is not None or written is not None):
-        items = _items(key, ours)
-        known = {*(written if isinstance(written, list) else ()), *map(_digest, items)}
-        return _from_items(key, items + [item for item in _items(key, theirs) if _digest(item) not in known])
-    if theirs is None:
-        return ours
-    if written is None:
-        return theirs if ours is None else ours
-    return ours if _digest(theirs) == written else theirs
-
-
-def _items(key: str, value: Any) -> list[Any]:
-    """The entries of a list; of a model-index its results, each with the name of its model."""
-    values = value if isinstance(value, list) else [] if value is None else [value]
-    if key != "model-index":
-        return values
-    items = []
-    for model in values:
-        results = model.get("results") if isinstance(model, dict) else None
-        if isinstance(results, list) and set(model) == {"name", "results"}:
-            items += [{"name": model["name"], "results": [result]} for result in results]
-        else:
-            items.append(model)
-    return items
-
-
-def _from_items(key: str, items: list[Any]) -> list[Any] | None:
-    if key != "model-index":
-        return items or None
-    models: list[Any] = []
-    for item in items:
-        whole = isinstance(item, dict) and isinstance(item.get("results"), list) and set(item) == {"name", "results"}
-        same = next((m for m in models if whole and m[0] and m[1]["name"] == item["name"]), None)
-        if same is not None:
-            same[1]["results"] += item["results"]
-        else:
-            models.append((whole, {**item, "results": list(item["results"])} if whole else item))
-    return [model for _, model in models] or None
+    merged = own | kept
+    remembered = {key: digest for key, digest in written.items() if not is_ours[key]}
+    digests = remembered | {key: _digest(value) for key, value in own.items()}
+    return text if _load(text) == merged else _dump(merged) if merged else "", digests
 
 
 def _chunks(raw: str) -> list[tuple[str | None, str]]:
@@ -212,27 +214,6 @@ def _chunks(raw: str) -> list[tuple[str | None, str]]:
         elif chunks:
             chunks[-1] = (chunks[-1][0], chunks[-1][1] + line)
     return chunks
-
-
-def _digests(header: Header) -> dict[str, Any]:
-    return {
-        key: [_digest(item) for item in _items(key, value)] if key in _LISTS else _digest(value)
-        for key, value in header.items()
-    }
-
-
-def _digests_in(text: str) -> dict[str, Any]:
-    """What we wrote into the header last time, by the comment in our text; empty if that is gone."""
-    match = _HEADER_MARK.search(text)
-    if not match:
-        return {}
-    try:
-        digests = json.loads(match[1])
-    except (ValueError, RecursionError):
-        return {}
-    plain = {key: value for key, value in digests.items() if isinstance(value, str)}
-    lists = {key: [d for d in value if isinstance(d, str)] for key, value in digests.items() if isinstance(value, list)}
-    return plain | lists
 
 
 def _digest(value: Any) -> str:

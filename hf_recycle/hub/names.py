@@ -9,9 +9,9 @@ from fnmatch import fnmatchcase
 from hf_recycle.errors import UserError
 from hf_recycle.files import RECYCLING_FILES
 from hf_recycle.hub.address import LAST, HubAddress
+from hf_recycle.hub.checks.sizes import small_file_problem
 
 MAX_FILES = 100_000
-_MAX_SMALL = 256 * 2**20
 
 STATE_FILES = (
     *("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state.pth", "rng_state_[0-9]*.pth"),
@@ -34,7 +34,6 @@ _PICKLED = re.compile(
 # Never needed, and never fetched: transformers unpickles the one, a user may run the other.
 _LEFT_OUT = re.compile(r"(.*/)?training_args\.bin|.*\.pyc?|(.*/)?pytorch_model(-.*)?\.bin|.*\.pkl|.*\.pickle")
 
-_FEW_NUMBERS = ("rng_state", "scheduler", "scaler")
 _CHECKPOINT = re.compile(rf"(?P<folder>{LAST}|checkpoint-[0-9]{{1,18}})/(?P<name>.+)", re.DOTALL)
 
 
@@ -138,8 +137,8 @@ def check_sizes(address: HubAddress, sizes: Mapping[str, int], free: int) -> Non
         free: bytes free where they will lie.
     """
     for name, size in sizes.items():
-        if size > _MAX_SMALL and (is_one_of(_SMALL, name) or name.startswith(_FEW_NUMBERS)):
-            raise UserError(f"{address}: {name} claims {size} bytes, far more than such a file has; do not use it")
+        if problem := small_file_problem(name, size):
+            raise UserError(f"{address}: {name} is not to be trusted ({problem}); nothing of it was fetched")
     total = sum(sizes.values())
     if total > free:
         raise UserError(

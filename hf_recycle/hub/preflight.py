@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from transformers.utils import logging
 
+from hf_recycle.hub.deadline import Deadline
 from hf_recycle.hub.repository import Refused, Repository
-from hf_recycle.hub.retry import ASKING, limit_waiting, say
+from hf_recycle.hub.retry import say
 
 logger = logging.get_logger(__name__)
 
@@ -16,9 +17,8 @@ def check_repository(repository: Repository) -> str:
     Raises:
         Refused: if nothing can ever be pushed there.
     """
-    limit_waiting(ASKING)
     try:
-        return repository.ensure()
+        return repository.ensure(Deadline(repository.policy.start_patience))
     except Refused:
         raise
     except Exception as error:

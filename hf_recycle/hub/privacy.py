@@ -1,33 +1,18 @@
-"""What of a file may be published: no token, no local path, no name of the machine or of its user.
-
-`scrub.py` knows how a secret looks; this module knows the files, and the secrets of this very machine.
-"""
+"""What of a file may be published: text loses tokens, local paths and names of this machine, and nothing else."""
 
 from __future__ import annotations
 
-import contextlib
-import getpass
 import json
 import os
 import re
-import socket
-import zipfile
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import get_token
-
 from hf_recycle.hub.layout import CARD, is_weights
-from hf_recycle.hub.pickled_arguments import scrub_arguments
-from hf_recycle.hub.scrub import scrub_text
+from hf_recycle.hub.scrub import MAY_BE_REPOSITORY, PATH, PLACE, TOKEN, WHOLE_PATH, Secrets, last_part, without
 
-ARGUMENTS_FILE = "training_args.bin"
-
-# Entries of JSON files that name a place. Others are left alone: to a tokenizer "/s>" and a user's name are tokens.
-_PLACE = re.compile(r"_?name_or_path|.*_(path|dir|file|folder|checkpoint)")
-_TOKEN = re.compile(rb"\b(hf|api_org)_[A-Za-z0-9]{16,}")
+_LEARNT = ("vocab", "merges", "added_tokens", "chat_template")
+_EVERYWHERE = ("usr", "bin", "dev", "etc")  # on every machine
 _LARGE = 64 * 2**20
 
 
@@ -35,140 +20,66 @@ class Withheld(Exception):
     """A file can't be published without giving a secret away; the text says why."""
 
 
-@dataclass(frozen=True)
-class Secrets:
-    """What must not leave this machine.
+def published_content(path: Path, secrets: Secrets) -> Path | bytes:
+    """What to publish of a file: the file itself, or other bytes.
 
-    Attributes:
-        tokens: access tokens in use.
-        places: folders whose absolute path tells about the machine.
-        public: a text whose words are no secret: the name of the repository.
+    Raises:
+        Withheld: if it holds a token and can't be cleaned.
     """
+    if is_weights(path.name) or path.stat().st_size > _LARGE:
+        return path
+    data = original = path.read_bytes()
+    if path.name == CARD:
+        data = clean_card(data.decode("utf-8", "surrogateescape"), secrets).encode("utf-8", "surrogateescape")
+    elif path.suffix == ".json":
+        data = _json_file(data, secrets)
+    if TOKEN.search(data.decode("latin-1")) or any(token.encode() in data for token in secrets.tokens):
+        raise Withheld("it holds an access token")
+    return path if data == original else data
 
-    tokens: tuple[str, ...] = ()
-    places: tuple[str, ...] = ()
-    public: str = ""
 
-    @classmethod
-    def of_this_machine(cls, *tokens: str | None, output_dir: Path, public: str) -> Secrets:
-        known = {token for token in (*tokens, get_token()) if token}
-        places = {str(path) for path in (Path.home(), Path.cwd(), output_dir.absolute(), output_dir.resolve())}
-        return cls(tuple(known), tuple(sorted(places - {"/"}, key=len, reverse=True)), public)
+def clean_card(text: str, secrets: Secrets) -> str:
+    """A card, or any text of a user's: only what is certainly a secret of this machine goes."""
+    text = secrets.without_tokens(text)
+    for place in secrets.places:
+        if place.count("/") > 1:
+            text = re.sub(rf"{re.escape(place)}(?![\w-])[^\s'\"`,;:)\]<>]*", lambda m: last_part(m[0]), text)
+    text = PATH.sub(lambda match: last_part(match[0]) if _is_here(match[0], secrets) else match[0], text)
+    # A plain word could mean anything; a name such as gpu-07.lab or jane_doe is a machine's or a user's.
+    return without([name for name in secrets.names if re.search(r"[0-9._-]", name)], text)
 
-    def content(self, path: Path) -> Path | bytes:
-        """What to publish of a file: the file itself, or other bytes.
 
-        Raises:
-            Withheld: if it can't be published.
-        """
-        if path.name == ARGUMENTS_FILE:
-            try:
-                data = scrub_arguments(path.read_bytes(), self.argument)
-            except Exception as error:
-                raise Withheld(f"it can't be read safely ({type(error).__name__})") from error
-        elif is_weights(path.name) or path.stat().st_size > _LARGE:
-            return path
-        elif path.suffix in (".json", ".md"):
-            original = path.read_bytes()
-            data = self._text(original, path)
-            if data == original:
-                data = path
-        else:
-            data = path
-        self._check(data)
+def _is_here(path: str, secrets: Secrets) -> bool:
+    """Whether a path is one of this machine, and not a link on a page or a token of a tokenizer."""
+    if not path.startswith("/"):
+        return re.match(r"file:|~\w|[A-Za-z]:[\\/]", path) is not None
+    top, _, rest = path[1:].partition("/")
+    known = f"/{top}" in secrets.places or (top not in _EVERYWHERE and os.path.exists(f"/{top}"))
+    return path.rstrip("/.") in secrets.places or bool(top and rest and known)
+
+
+def _json_file(data: bytes, secrets: Secrets) -> bytes:
+    try:
+        content = json.loads(data)
+    except (ValueError, RecursionError):
         return data
-
-    def argument(self, text: str) -> str:
-        """One value of the training arguments."""
-        return self._without_names(scrub_text(self._without_tokens(text)))
-
-    def place(self, text: str) -> str:
-        return scrub_text(self._without_tokens(text))
-
-    def card(self, text: str) -> str:
-        for place in self._places:
-            text = place.sub("…", text)
-        return self._without_tokens(text)
-
-    def _text(self, data: bytes, path: Path) -> bytes:
-        text = data.decode("utf-8", "surrogateescape")
-        if path.name == CARD:
-            return self.card(text).encode("utf-8", "surrogateescape")
-        try:
-            content = json.loads(text)
-        except (ValueError, RecursionError):
-            return data
-        scrubbed = self._json(content)
-        # As it is where nothing had to go: some files have checksums, all have a layout.
-        return data if scrubbed == content else (json.dumps(scrubbed, indent=2, ensure_ascii=False) + "\n").encode()
-
-    def _json(self, value: Any, key: str = "") -> Any:
-        if isinstance(value, dict):
-            return {name: item if _is_learnt(name, item) else self._json(item, name) for name, item in value.items()}
-        if isinstance(value, list):
-            return [self._json(item, key) for item in value]
-        if not isinstance(value, str):
-            return value
-        if _PLACE.fullmatch(key) or any(place.search(value) for place in self._places):
-            # A repository's name is no place, though it has a slash.
-            value = self.place(value) if not _is_relative(value) else _last_part(value, key)
-        return self._without_tokens(value)
-
-    @cached_property
-    def _places(self) -> list[re.Pattern[str]]:
-        return [_pattern(place) for place in self.places]
-
-    def _without_tokens(self, text: str) -> str:
-        for token in self.tokens:
-            text = text.replace(token, "…")
-        return text
-
-    def _without_names(self, text: str) -> str:
-        for name in self._names:
-            text = re.sub(rf"(?<![^\W_]){re.escape(name)}(?![^\W_])", "…", text)
-        return text
-
-    @cached_property
-    def _names(self) -> list[str]:
-        names = {socket.gethostname(), Path.home().name, os.environ.get("USER", "")}
-        with contextlib.suppress(OSError, KeyError):  # a container's user may have no name
-            names.add(getpass.getuser())
-        return [name for name in names if len(name) > 2 and name not in self.public]
-
-    def _check(self, data: Path | bytes) -> None:
-        """The last look, at the bytes as they go out."""
-        for part in _parts(data):
-            if _TOKEN.search(part) or any(token.encode() in part for token in self.tokens):
-                raise Withheld("it holds an access token")
+    cleaned = _json(content, secrets)
+    # As it is where nothing had to go: some files have checksums, all have a layout.
+    return data if cleaned == content else (json.dumps(cleaned, indent=2) + "\n").encode()
 
 
-def _pattern(place: str) -> re.Pattern[str]:
-    """Finds a folder in a text, alone or at the beginning of a path.
-
-    One right under the root, as containers work in, is spelled like a part of other names (alice/data-bert, ./data,
-    https://x.org/data, </data>), so it counts only where it is a path of its own. Deeper ones are found anywhere.
-    """
-    words = re.escape(place)
-    return re.compile(rf"(?<![\w.~}}-])(?<!:/){words}(?!\w|[.-]+\w|>)" if place.count("/") == 1 else words)
+def _json(value: Any, secrets: Secrets, name: str = "") -> Any:
+    if isinstance(value, dict):
+        return {key: item if _is_learnt(key, item) else _json(item, secrets, key) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_json(item, secrets, name) for item in value]
+    if not isinstance(value, str):
+        return value
+    if PLACE.fullmatch(name) or MAY_BE_REPOSITORY.fullmatch(name):
+        return secrets.value(name, value)
+    return clean_card(last_part(value) if WHOLE_PATH.match(value) and _is_here(value, secrets) else value, secrets)
 
 
 def _is_learnt(name: str, value: Any) -> bool:
     """Whether an entry of a JSON file is what a tokenizer learnt, where "/data" may be a token."""
-    return name in ("vocab", "merges") and not isinstance(value, str)
-
-
-def _is_relative(text: str) -> bool:
-    return not re.match(r"~|\.{0,2}/|[A-Za-z]:[\\/]|\\\\|file://", text)
-
-
-def _last_part(text: str, key: str) -> str:
-    # runs/julie/checkpoint-20 is a place, user/repo a name.
-    return text if key.endswith("name_or_path") or "/" not in text else text.rstrip("/").rpartition("/")[2]
-
-
-def _parts(data: Path | bytes) -> list[bytes]:
-    """The bytes of a file; of an archive of tensors only its pickles, which hold the texts."""
-    if isinstance(data, Path) and zipfile.is_zipfile(data):
-        with zipfile.ZipFile(data) as archive:
-            return [archive.read(name) for name in archive.namelist() if name.endswith(".pkl")]
-    return [data if isinstance(data, bytes) else data.read_bytes()]
+    return name in _LEARNT and not (name in ("vocab", "merges") and isinstance(value, str))

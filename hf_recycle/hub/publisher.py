@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import atexit
+import math
 import threading
 import time
 from collections import deque
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
+from huggingface_hub import CommitInfo
 from transformers.utils import logging
 
+from hf_recycle.hub.deadline import Deadline, Overdue
 from hf_recycle.hub.job import Push
 from hf_recycle.hub.repository import Refused, Repository
 from hf_recycle.hub.retry import CONFLICTS, passes, say, status_of
-from hf_recycle.hub.staging import is_older, set_back, set_back_older, unstage
+from hf_recycle.hub.staging import Turn, is_overtaken, note_landed, unstage
 
 logger = logging.get_logger(__name__)
 
 _PROGRESS = 15.0  # seconds between two words about what is being waited for
+_LATE = 1.0  # seconds that a thread has to notice its deadline, before nobody waits for it any more
 
 
 @dataclass(frozen=True)
@@ -34,8 +38,8 @@ class Publisher:
     """Brings pushes to a repository, one after the other in the order in which they were asked for.
 
     Of waiting pushes that only update what the next one updates again, the newest is enough; those with `always` all
-    land. A push that was given up is never published over a newer one that has landed since: it is forgotten, or only
-    its folder and its tag are still published. None of the methods raises because of the Hub.
+    land. What was given up is never published over a newer push that has landed since. None of the methods raises
+    because of the Hub.
 
     Args:
         repository: where to.
@@ -49,9 +53,8 @@ class Publisher:
         self._waiting: deque[tuple[Push, Future]] = deque()
         self._current: tuple[Push, Future] | None = None
         self._changed = threading.Condition()
-        self._thread: threading.Thread | None = None
-        self._last_call: float | None = None  # since when nothing but the pushes is left to do
-        self._abandoned = False
+        self._deadline: Deadline | None = None  # that of the thread; another one means that it was given up
+        self._turn = Turn()
 
     def submit(self, push: Push) -> Future:
         """Queues a push; the future gives its `CommitInfo`, or None if it could not be published.
@@ -61,18 +64,16 @@ class Publisher:
         future: Future = Future()
         with self._changed:
             # A run that was interrupted and goes on takes up what is left, perhaps while it is still on its way.
-            under_way = [self._current] if self._current else []
-            for other, its_future in [*under_way, *self._waiting]:
+            for other, its_future in self._pushes():
                 if push.staged and other.folder == push.folder:
-                    self._abandoned = False
                     return its_future
-            if not (push.always or push.late):
+            if not push.always:
                 self._drop_older(push)
-            self._abandoned = False
             self._waiting.append((push, future))
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="hf_recycle-publisher", daemon=True)
-                self._thread.start()
+            if self._deadline is None:
+                self._deadline = Deadline()
+                name = "hf_recycle-publisher"
+                threading.Thread(target=self._run, args=[self._deadline], name=name, daemon=True).start()
                 atexit.register(self._at_exit)
             self._changed.notify_all()
         return future
@@ -80,30 +81,31 @@ class Publisher:
     def finish(self) -> None:
         """Waits until everything has landed or been given up, and says again what could not be published.
 
-        As long as pushes land it waits; once none has for `policy.last_patience` seconds of failed attempts, the rest
-        is given up.
+        As long as pushes land it waits; once nothing has for `policy.last_patience` seconds, the rest is given up,
+        whatever the thread is waiting for.
         """
         said = time.monotonic()
         with self._changed:
-            self._last_call = said
-            self._changed.notify_all()
+            if self._deadline is not None:
+                self._deadline.begin(self.policy.last_patience)
             while self._busy():
-                self._changed.wait(1.0)
-                if self._busy() and time.monotonic() - said >= _PROGRESS:
+                self._changed.wait(min(1.0, max(0.0, self._deadline.left + _LATE)))
+                if self._busy() and self._deadline.left < -_LATE:
+                    self._leave(str(Overdue()))
+                elif self._busy() and time.monotonic() - said >= _PROGRESS:
                     said = time.monotonic()
-                    logger.warning("Waiting for %d push(es) to %s.", len(self._waiting) + 1, self.repository.name)
-            self._last_call = None
+                    logger.warning("Waiting for %d push(es) to %s.", len(self._pushes()), self.repository.name)
+            if self._deadline is not None:
+                self._deadline.lift()
         self._say_again()
 
     def abandon(self, grace: float = 5.0) -> None:
         """Stops pushing within `grace` seconds: training was interrupted. What is staged stays where it is."""
         with self._changed:
-            pushes = self._pushes()
-            self._abandoned = True
-            self._changed.notify_all()
-            self._changed.wait_for(lambda: not self._busy(), timeout=grace)
-            if self._current is not None and self._current[0] in pushes:
-                self._note(self._current[0], "it was interrupted")
+            if self._deadline is not None:
+                self._deadline.stop()
+                self._changed.wait_for(lambda: not self._busy(), timeout=grace)
+                self._leave("it was interrupted")
         self._say_again()
 
     def report(self) -> str:
@@ -114,138 +116,135 @@ class Publisher:
     def _at_exit(self) -> None:
         """The program ends and nobody has waited, as after `push_to_hub(blocking=False)`."""
         with self._changed:
-            for push in [] if self._abandoned else self._pushes():
-                self._give_up(push, "the program ended before it was published")
+            self._leave("the program ended before it was published")
 
     # ---- The thread ----
 
-    def _run(self) -> None:
+    def _run(self, deadline: Deadline) -> None:
         while True:
             with self._changed:
-                self._current = None
+                if self._deadline is not deadline:
+                    return
                 self._changed.notify_all()
-                self._changed.wait_for(lambda: self._waiting)
+                self._changed.wait_for(lambda: self._waiting or self._deadline is not deadline)
+                if self._deadline is not deadline:
+                    return
                 push, future = self._waiting.popleft()
                 if not future.set_running_or_notify_cancel():  # from here on nobody can cancel it
                     unstage(push)
                     continue
                 self._current = push, future
-            try:
-                info = self._land(push)
-            except Exception as error:  # a mistake of ours must not leave anyone waiting
-                info = self._give_up(push, f"{type(error).__name__}: {say(error)}")
-            if info is not None:
-                try:
-                    self._settle(push)
-                except Exception as error:  # of the disk
-                    logger.error("What is left to publish to %s can't be noted: %s", self.repository.name, say(error))
-                unstage(push)
-            future.set_result(info)
+            outcome = self._land(push, deadline)
+            with self._changed:
+                if self._deadline is not deadline:
+                    return  # given up meanwhile: it is for whoever publishes it later to find that it has landed
+                self._settle(push, outcome)
+                self._turn.release()
+                self._current = None
+                future.set_result(None if isinstance(outcome, Unpublished) else outcome)
+                if isinstance(outcome, Unpublished) and (isinstance(outcome.error, Overdue) or deadline.left <= 0):
+                    # If one push can't land in the time that is left, the others have none to try.
+                    self._leave(outcome.reason)
 
-    def _land(self, push: Push):
-        began, attempt = time.monotonic(), 0
-        while not self._abandoned:
+    def _land(self, push: Push, deadline: Deadline) -> CommitInfo | Unpublished | None:
+        """The commit; why there is none; or None if there is nothing to do any more."""
+        began, attempt, reason = time.monotonic(), 0, ""
+        try:
+            self._turn.take(push, deadline)
+            if push.staged and not push.folder.is_dir():
+                return None  # another process has published it
+        except Overdue as error:
+            return Unpublished(push, "another process was publishing from there", error)
+        while True:
             try:
-                info = self.repository.publish(push)
+                return self.repository.publish(push, deadline)
+            except Overdue as error:  # after a failure, or while waiting for an answer
+                return Unpublished(push, reason or say(error.__context__ or error), error)
             except Exception as error:
                 attempt += 1
                 reason = say(error)
-                if isinstance(error, Refused) or not passes(error):
-                    return self._give_up(push, reason, error)
                 wait = self.policy.wait(1 if status_of(error) in CONFLICTS else attempt, error)
-                if self._out_of_patience(began, wait):
-                    return self._give_up_all(push, reason)
-                if attempt == 2:
-                    logger.warning(
-                        "Pushing %r to %s does not work yet (%s); training goes on and it is tried again.",
-                        push.message,
-                        self.repository.name,
-                        reason,
-                    )
-                self._sleep(wait)
-            else:
-                with self._changed:
-                    if self._last_call is not None:
-                        self._last_call = time.monotonic()
-                return info
-        return self._give_up_all(push, "it was interrupted")
+                late = time.monotonic() + wait - began > self.policy.patience and math.isinf(deadline.left)
+                if isinstance(error, Refused) or not passes(error) or late:
+                    return Unpublished(push, reason, error)
+            if attempt == 2:
+                logger.warning(
+                    "Pushing %r to %s does not work yet (%s); it is tried again.",
+                    push.message,
+                    self.repository.name,
+                    reason,
+                )
+            try:
+                deadline.sleep(wait)
+            except Overdue as error:
+                return Unpublished(push, reason, error)
 
-    def _settle(self, landed: Push) -> None:
-        """Of a push that has landed nothing is left, and older ones must not be published over it."""
-        with self._changed:
-            # An earlier attempt may have been given up, or this one while it was on its way.
-            done = (landed.folder, landed.revision)
-            self.unpublished = [i for i in self.unpublished if (i.push.folder, i.push.revision) != done]
-            # An output folder has no number: all copies that were given up by now were made before it was pushed.
-            given_up = [
-                (item, self._left_after(landed, item.push, is_older(item.push, landed) or not landed.staged))
-                for item in self.unpublished
-            ]
-            self.unpublished = [replace(item, push=left) for item, left in given_up if left is not None]
-            # What an interrupted run left may have been taken up while a newer push was still on its way.
-            waiting = [(self._left_after(landed, one, is_older(one, landed)), future) for one, future in self._waiting]
-            for left, future in waiting:
-                if left is None:
-                    future.cancel()
-            self._waiting = deque((left, future) for left, future in waiting if left is not None)
-            set_back_older(landed)
+    # ---- Under the lock ----
 
-    def _left_after(self, landed: Push, push: Push, is_older: bool) -> Push | None:
-        """What is still to be published of another push. An output folder stays: it may hold a newer model by then."""
-        if not (is_older and push.staged) or landed.late or push.branch != landed.branch:
-            return push
-        if push.always or push.after(landed).has_place:
-            return set_back(push, landed)
+    def _settle(self, push: Push, outcome: CommitInfo | Unpublished | None) -> None:
+        if isinstance(outcome, Unpublished):
+            if isinstance(outcome.error, Refused) and not push.always and self._is_overtaken(push):
+                unstage(push)  # as if the newer push had found it waiting
+                return
+            self._give_up(outcome)
+            return
+        # An earlier attempt may have been given up.
+        self.unpublished = [i for i in self.unpublished if (i.push.folder, i.push.branch) != (push.folder, push.branch)]
+        if outcome is not None:
+            self._deadline.renew()
+            try:
+                note_landed(push, self.repository.repo_id or self.repository.name)
+            except OSError as error:
+                logger.error("What has landed on %s can't be noted: %s", self.repository.name, say(error))
+        self.unpublished = [left for item in self.unpublished if (left := self._left_of(item, push)) is not None]
+        unstage(push)
+
+    def _left_of(self, item: Unpublished, landed: Push) -> Unpublished | None:
+        """What is left to publish of what was given up, now that another push has landed."""
+        push = item.push
+        if not self._is_overtaken(push) or push.has_own_folder:
+            return item
+        if push.always:
+            # A branch of its own is what it can still be published on.
+            return Unpublished(push.to(revision=push.folder.name.partition("-")[2]), item.reason, item.error)
         unstage(push)
         if self._says:
             logger.warning("%r need not be published any more: %r was.", push.message, landed.message)
         return None
 
-    def _sleep(self, seconds: float) -> None:
-        with self._changed:
-            before = self._last_call
-            # At the end of training a long wait is cut short: there is nothing else to do then.
-            self._changed.wait_for(lambda: self._abandoned or (before is None) != (self._last_call is None), seconds)
+    def _is_overtaken(self, push: Push) -> bool:
+        return is_overtaken(push, self.repository.repo_id or self.repository.name)
 
-    def _out_of_patience(self, began: float, wait: float) -> bool:
-        now = time.monotonic() + wait
-        last_call = self._last_call
-        if last_call is not None:
-            return now - last_call > self.policy.last_patience
-        return now - began > self.policy.patience
-
-    def _give_up(self, push: Push, reason: str, error: Exception | None = None) -> None:
-        with self._changed:
-            self._note(push, reason, error)
-        if not self._says:
+    def _give_up(self, item: Unpublished) -> None:
+        if any(known.push is item.push for known in self.unpublished):
             return
-        logger.error(
-            "Could not publish %r to %s: %s. Publish it later with: %s",
-            push.message,
-            self.repository.name,
-            reason,
-            push.command,
-        )
+        self.unpublished.append(item)
+        if self._says:
+            logger.error(
+                "Could not publish %r to %s: %s. Publish it later with: %s",
+                item.push.message,
+                self.repository.name,
+                item.reason,
+                item.push.command,
+            )
 
-    def _give_up_all(self, push: Push, reason: str) -> None:
-        """At the very end, or when stopped: if one push can't land, the others have no time left to try."""
-        self._give_up(push, reason)
-        if self._last_call is None and not self._abandoned:
-            return
-        with self._changed:
-            rest, self._waiting = list(self._waiting), deque()
-        for push, future in rest:
-            if future.set_running_or_notify_cancel():
-                self._give_up(push, reason)
+    def _leave(self, reason: str) -> None:
+        """Gives up everything, and the thread too, which may hang in the client; the next push starts another."""
+        left, self._current, self._waiting = self._pushes(), None, deque()
+        if self._deadline is not None:
+            self._deadline.stop()
+        self._deadline = None
+        self._turn.release()
+        for push, future in left:
+            if future.running() or future.set_running_or_notify_cancel():
+                self._give_up(Unpublished(push, reason))
                 future.set_result(None)
             else:
                 unstage(push)
+        self._changed.notify_all()
 
-    # ---- Under the lock ----
-
-    def _pushes(self) -> list[Push]:
-        under_way = [self._current] if self._current else []
-        return [push for push, future in [*under_way, *self._waiting] if not future.cancelled()]
+    def _pushes(self) -> list[tuple[Push, Future]]:
+        return [*([self._current] if self._current else []), *self._waiting]
 
     def _busy(self) -> bool:
         return self._current is not None or bool(self._waiting)
@@ -253,16 +252,12 @@ class Publisher:
     def _drop_older(self, push: Push) -> None:
         kept: deque[tuple[Push, Future]] = deque()
         for older, future in self._waiting:
-            if older.always or older.late or older.branch != push.branch:
+            if older.always or older.branch != push.branch:
                 kept.append((older, future))
             else:
                 unstage(older)
                 future.cancel()
         self._waiting = kept
-
-    def _note(self, push: Push, reason: str, error: Exception | None = None) -> None:
-        if all(item.push is not push for item in self.unpublished):
-            self.unpublished.append(Unpublished(push, reason, error))
 
     def _say_again(self) -> None:
         if self._says and (text := self.report()):

@@ -68,13 +68,14 @@ def plan(address: HubAddress, token: str | None = None, trust_pickled: bool = Fa
     Raises:
         UserError: in one sentence, what stands in the way.
     """
+    address.check_checkpoint()
     with explained(address):
         commit = HfApi(token=token).resolve_revision(address.repo_id, revision=address.revision).resolved
     pinned = HubAddress(address.repo_id, address.folder, commit)
     sizes, told = _sizes(pinned, token)
     check_names(address, sizes)
     found = by_checkpoint(sizes)
-    folder = address.folder or _newest(pinned, found, token, trust_pickled)
+    folder = address.folder or _newest(pinned, found, sizes, token, trust_pickled)
     if folder not in found:
         there = f"it has {', '.join(sorted(found))}" if found else "it has no checkpoint to resume from"
         raise UserError(f"{address}: the repository has no folder {folder}; {there}")
@@ -91,7 +92,7 @@ def plan(address: HubAddress, token: str | None = None, trust_pickled: bool = Fa
 
 
 def pull_checkpoint(text: str, token: str | None = None, trust_pickled: bool = False) -> Path:
-    """The local folder of the checkpoint at `hub://user/repo[/folder][@revision]`; see `plan` and `Pull.fetch`."""
+    """The local folder of the checkpoint at `hf://user/repo[@revision][/folder]`; see `plan` and `Pull.fetch`."""
     return plan(HubAddress.parse(text), token, trust_pickled).fetch(token)
 
 
@@ -129,16 +130,22 @@ def _cached(pinned: HubAddress, patterns: list[str]) -> Path:
     return Path(path)
 
 
-def _newest(pinned: HubAddress, found: Mapping[str, list[str]], token: str | None, trust_pickled: bool) -> str:
+def _newest(
+    pinned: HubAddress,
+    found: Mapping[str, list[str]],
+    sizes: Mapping[str, int],
+    token: str | None,
+    trust_pickled: bool,
+) -> str:
     """The folder of the newest checkpoint that has all files; `last-checkpoint` tells its step in a file of its."""
     complete = [folder for folder, names in found.items() if not missing_files(names, trust_pickled)]
     steps = {int(folder.partition("-")[2]): folder for folder in complete if folder != LAST}
     newest = max(steps, default=-1)
     if LAST in complete:
+        name = f"{LAST}/{TRAINER_STATE_NAME}"
+        check_sizes(pinned, {TRAINER_STATE_NAME: sizes[name]}, _free())
         with explained(pinned):
-            path = hf_hub_download(
-                pinned.repo_id, f"{LAST}/{TRAINER_STATE_NAME}", revision=pinned.revision, token=token
-            )
+            path = hf_hub_download(pinned.repo_id, name, revision=pinned.revision, token=token)
         if read_step(Path(path), pinned) > newest:
             return LAST
     if newest >= 0:

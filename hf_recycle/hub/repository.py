@@ -2,42 +2,23 @@
 
 from __future__ import annotations
 
-import tempfile
-import threading
-import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from huggingface_hub import (
-    CommitInfo,
-    CommitOperationAdd,
-    CommitOperationDelete,
-    HfApi,
-    constants,
-    get_token,
-)
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RevisionNotFoundError
-from huggingface_hub.hf_api import RepoFile
+from huggingface_hub import CommitInfo, HfApi, constants, get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers.utils import logging
 
-from hf_recycle.errors import UserError
 from hf_recycle.files import package_version
+from hf_recycle.hub.asking import Asking
+from hf_recycle.hub.commit import Commit, Refused
+from hf_recycle.hub.deadline import Deadline
 from hf_recycle.hub.job import Push
-from hf_recycle.hub.layout import CARD, checkpoint_files, model_files, replaced_files
-from hf_recycle.hub.merge import merge_card, valid_card
-from hf_recycle.hub.privacy import Secrets, Withheld
-from hf_recycle.hub.retry import Result, RetryPolicy, insist, limit_waiting, say, status_of
+from hf_recycle.hub.retry import RetryPolicy, say, status_of
+from hf_recycle.hub.scrub import Secrets
+from hf_recycle.hub.staging import is_overtaken
 
 logger = logging.get_logger(__name__)
-
-# The history is a parquet file; the client takes that for a data set in the wrong place.
-warnings.filterwarnings("ignore", message="It seems that you are about to commit a data file")
-
-
-class Refused(UserError):
-    """The Hub will not take pushes as they are asked for, now or later."""
 
 
 class Repository:
@@ -70,154 +51,52 @@ class Repository:
         self.api = HfApi(library_name="hf_recycle", library_version=package_version())
         self.repo_id: str | None = None  # once it is known to exist
         self._branches: set[str] = set()
-        self._lock = threading.Lock()
 
-    def ensure(self) -> str:
+    def ensure(self, deadline: Deadline) -> str:
         """Makes sure that the repository and the branch exist and may be written to; returns the full name.
 
         Raises:
             Refused: if no later attempt can succeed: no token or a wrong one, a bad name, a right that is missing.
             Exception: whatever the client raises when the Hub can't be reached or is in trouble.
         """
-        with self._lock:
-            if self.repo_id is None:
-                self._check_name_and_token()
-                try:
-                    url = self._insist(
-                        self.api.create_repo, self.name, token=self.token, private=self.private, exist_ok=True
-                    )
-                    self._insist(self._check_right, url.repo_id)
-                    self._ensure_branch(url.repo_id, self.revision)
-                except HfHubHTTPError as error:
-                    raise self._refusal(error) or error from error
-                self.repo_id = url.repo_id
-            return self.repo_id
+        if self.repo_id is None:
+            self._check_name_and_token()
+            ask = Asking(self.policy, deadline)
+            try:
+                url = ask(self.api.create_repo, self.name, token=self.token, private=self.private, exist_ok=True)
+                ask(self._check_right, url.repo_id)
+                self._ensure_branch(url.repo_id, self.revision, ask)
+            except HfHubHTTPError as error:
+                raise self._refusal(error) or error from error
+            self.repo_id = url.repo_id
+        return self.repo_id
 
-    def publish(self, push: Push) -> CommitInfo:
+    def publish(self, push: Push, deadline: Deadline) -> CommitInfo:
         """One commit that holds everything of a push, and its tag.
 
         It starts from what is in the repository now and is refused by the Hub (412) if that has changed meanwhile;
         the next call starts from the new state. Calling it again for what has landed already changes nothing.
 
+        An older copy than the one that has landed leaves the root of the branch alone: only the folder that it fills
+        by itself is published.
+
         Raises:
-            Refused: it is late and has no place.
+            Refused: it is older and has no folder of its own, or the Hub does not take its tag.
+            Overdue: the deadline has passed.
             Exception: whatever the client raises; `retry.passes` tells what is worth another call.
         """
-        limit_waiting()
-        repo_id, token = self.ensure(), push.token or self.token
+        repo_id, ask = self.ensure(deadline), Asking(self.policy, deadline)
+        if is_overtaken(push, repo_id):
+            if not push.has_own_folder:
+                raise Refused(
+                    f"{push.branch} of {repo_id} holds a newer model than {push.folder} already: publish this one on "
+                    "another branch, with --revision."
+                )
+            logger.warning("%s holds a newer model: only %s/ is published.", repo_id, push.checkpoint)
         if push.revision != self.revision:
-            self._ensure_branch(repo_id, push.revision)
-        if not push.late:
-            return self._commit(push, repo_id, token)
-        if not push.has_place:
-            raise Refused(
-                f"{push.branch} of {repo_id} holds a newer model than {push.folder} already: give this one a --tag, or "
-                "another --revision."
-            )
-        info = self._tag_beside(push, repo_id, token) if push.tag else None
-        if push.checkpoint and not push.folder_taken:
-            info = self._commit(push.to(tag=None), repo_id, token)
-        return info
-
-    def _tag_beside(self, push: Push, repo_id: str, token: str | None) -> CommitInfo:
-        """The commit and the tag of a model older than the branch's: a tag has its model at the root, a branch the
-        newest, so it is a commit that no branch holds."""
-        beside = f"hf-recycle-late-{push.tag}"
-        self._insist(self.api.create_branch, repo_id, branch=beside, revision=push.branch, token=token, exist_ok=True)
-        info = self._commit(push.to(revision=beside, late=False), repo_id, token)
-        self._insist(self._drop_branch, repo_id, beside, token)
-        return info
-
-    def _drop_branch(self, repo_id: str, branch: str, token: str | None) -> None:
-        # Looked up each time: an answer may have been lost.
-        if any(ref.name == branch for ref in self.api.list_repo_refs(repo_id, token=token).branches):
-            self.api.delete_branch(repo_id, branch=branch, token=token)
-
-    def _commit(self, push: Push, repo_id: str, token: str | None) -> CommitInfo:
-        revision = push.branch
-        inside = f"{push.checkpoint}/"
-        head = self._head(repo_id, revision, token)
-        present = self._files(repo_id, head, token) if head else []
-        if push.late:  # the root is not its business
-            present = [name for name in present if name.startswith(inside)]
-        old_card = self._card(repo_id, head, token) if CARD in present else ""
-        additions = self._additions(push, repo_id, old_card)
-        new_card = additions[CARD].decode() if isinstance(additions.get(CARD), bytes) else old_card
-        stale = replaced_files(present, additions, push.checkpoint, old_card, new_card)
-        operations = [
-            CommitOperationAdd(name, content if isinstance(content, bytes) else str(content))
-            for name, content in additions.items()
-        ]
-        # The model first: the client would send what goes to two places twice if it went in one call.
-        for part in (False, True):
-            some = [operation for operation in operations if operation.path_in_repo.startswith(inside) is part]
-            self._insist(self.api.preupload_lfs_files, repo_id, some, revision=revision, token=token, free_memory=False)
-        info = self._insist(
-            self.api.create_commit,
-            repo_id,
-            [*(CommitOperationDelete(name, is_folder=False) for name in stale), *operations],
-            commit_message=push.message,
-            commit_description=push.description,
-            revision=revision,
-            parent_commit=head,
-            token=token,
-        )
-        if push.tag:
-            self._insist(self._tag, repo_id, push.tag, info.oid, token)
-        return info
-
-    def _insist(self, call: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
-        return insist(self.policy, lambda: call(*args, **kwargs))
-
-    # ---- What goes up ----
-
-    def _additions(self, push: Push, repo_id: str, old_card: str) -> dict[str, Path | bytes]:
-        """{path in the repository: file or bytes}."""
-        secrets = Secrets.of_this_machine(self.token, push.token, output_dir=self.output_dir, public=self.name)
-        targets = {name: [name] for name in model_files(push.folder)} if not push.late else {}
-        if push.checkpoint:
-            for name in checkpoint_files(push.folder):
-                targets.setdefault(name, []).append(f"{push.checkpoint}/{name}")
-        additions: dict[str, Path | bytes] = {}
-        for name, places in targets.items():
-            try:
-                content = secrets.content(push.folder / name)
-            except Withheld as reason:
-                logger.warning("%s is not published: %s.", push.folder / name, reason)
-                continue
-            additions |= dict.fromkeys(places, content)
-        if CARD in additions:
-            additions[CARD] = _merged(old_card, _card_for(push.folder, repo_id, secrets)).encode()
-        return additions
-
-    def _head(self, repo_id: str, revision: str, token: str | None) -> str | None:
-        try:
-            return self._insist(self.api.repo_info, repo_id, revision=revision, token=token).sha
-        except RevisionNotFoundError:  # a repository without any commit
-            return None
-
-    def _files(self, repo_id: str, revision: str, token: str | None) -> list[str]:
-        def listed() -> list[str]:
-            tree = self.api.list_repo_tree(repo_id, recursive=True, revision=revision, token=token)
-            return [item.path for item in tree if isinstance(item, RepoFile)]
-
-        return self._insist(listed)
-
-    def _card(self, repo_id: str, revision: str, token: str | None) -> str:
-        with tempfile.TemporaryDirectory() as folder:
-            path = self._insist(
-                self.api.hf_hub_download, repo_id, CARD, revision=revision, token=token, local_dir=folder
-            )
-            return Path(path).read_text(encoding="utf-8", errors="replace")
-
-    def _tag(self, repo_id: str, tag: str, commit: str, token: str | None) -> None:
-        refs = self.api.list_repo_refs(repo_id, token=token)
-        at = next((ref.target_commit for ref in refs.tags if ref.name == tag), None)
-        if at == commit:
-            return
-        if at is not None:  # an earlier run's, or this one's before it was resumed
-            self.api.delete_tag(repo_id, tag=tag, token=token)
-        self.api.create_tag(repo_id, tag=tag, revision=commit, token=token, exist_ok=True)
+            self._ensure_branch(repo_id, push.revision, ask)
+        secrets = Secrets.of_this_machine(self.token, push.token, output_dir=self.output_dir)
+        return Commit(self.api, ask, push, repo_id, push.token or self.token, secrets).make()
 
     # ---- Before training ----
 
@@ -240,10 +119,10 @@ class Repository:
                 return  # a Hub that can't tell
             raise
 
-    def _ensure_branch(self, repo_id: str, revision: str | None) -> None:
+    def _ensure_branch(self, repo_id: str, revision: str | None, ask: Asking) -> None:
         if revision in (None, constants.DEFAULT_REVISION, *self._branches) or revision.startswith("refs/"):
             return
-        self._insist(self.api.create_branch, repo_id, branch=revision, token=self.token, exist_ok=True)
+        ask(self.api.create_branch, repo_id, branch=revision, token=self.token, exist_ok=True)
         self._branches.add(revision)
 
     def _refusal(self, error: HfHubHTTPError) -> Refused | None:
@@ -263,22 +142,3 @@ class Repository:
             branch = f" or hub_revision={self.revision!r}" if self.revision else ""
             return Refused(f"The Hub refuses {what}{branch}: {say(error)}.")
         return None
-
-
-def _card_for(folder: Path, repo_id: str, secrets: Secrets) -> str:
-    from hf_recycle.hub.card import card_for  # late, because it brings pandas
-
-    try:
-        card = card_for(folder, repo_id)
-    except Exception as error:  # a card of another place is better than none
-        logger.warning("The card of %s can't be written for %s (%s).", folder, repo_id, say(error))
-        card = (folder / CARD).read_text(encoding="utf-8", errors="replace")
-    return secrets.card(card)
-
-
-def _merged(theirs: str, ours: str) -> str:
-    """A card of a folder that was not made by us, without our marks, does not replace what is there either."""
-    try:
-        return merge_card(theirs, ours)
-    except ValueError:
-        return theirs or valid_card(ours)

@@ -10,14 +10,13 @@ from typing import TypeVar
 
 import httpx2
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-from huggingface_hub.utils import get_session, parse_ratelimit_headers
+from huggingface_hub.utils import parse_ratelimit_headers
 
 # Conflicts among them: another attempt starts from what is there by then.
 CONFLICTS = frozenset({409, 412})
 _PASSING = CONFLICTS | {408, 425, 429}
-# Longer than the Hub takes to refuse a slow request itself; and shorter, where somebody waits for training to start.
-UPLOADING = httpx2.Timeout(120, connect=20)
-ASKING = httpx2.Timeout(20, connect=10)
+# Our own, or retrying would draw from the generator that the user's data may be made with.
+_RANDOM = random.Random()
 _QUICK_ATTEMPTS, _QUICK_WAIT = 4, 10.0
 
 Result = TypeVar("Result")
@@ -29,12 +28,14 @@ class RetryPolicy:
 
     Attributes:
         first, longest: seconds of the first and of the longest wait; they double from one to the next.
+        start_patience: seconds for which the start of training waits for the Hub.
         patience: seconds for which one push is tried while training goes on.
         last_patience: seconds for which pushes are tried without any success once nothing else is left to do.
     """
 
     first: float = 1.0
     longest: float = 60.0
+    start_patience: float = 30.0
     patience: float = 3600.0
     last_patience: float = 60.0
 
@@ -44,11 +45,15 @@ class RetryPolicy:
         Random, because the runs of a cluster that failed together should not come back together.
         """
         ceiling = min(self.longest, self.first * 2 ** min(attempt - 1, 30))
-        wait = random.uniform(0.5, 1) * ceiling
+        wait = _RANDOM.uniform(0.5, 1) * ceiling
         return max(wait, min(asked_for(error), self.patience))
 
 
-def insist(policy: RetryPolicy, call: Callable[[], Result]) -> Result:
+class WrongAnswer(Exception):
+    """Something between us and the Hub has answered in its place."""
+
+
+def insist(policy: RetryPolicy, call: Callable[[], Result], sleep: Callable[[float], None] = time.sleep) -> Result:
     """One step of a push, or a download, tried a few times with short waits.
 
     A push is a dozen requests; if it began anew after each that fails, it would never get through a Hub that fails one
@@ -61,12 +66,14 @@ def insist(policy: RetryPolicy, call: Callable[[], Result]) -> Result:
             wait = policy.wait(attempt, error)
             if not passes(error) or status_of(error) in CONFLICTS or wait > _QUICK_WAIT:
                 raise
-            time.sleep(wait)
+            sleep(wait)
     return call()
 
 
 def passes(error: BaseException) -> bool:
     """Whether the same request may succeed later."""
+    if isinstance(error, WrongAnswer):
+        return True
     if any(isinstance(cause, OfflineModeIsEnabled) for cause in _causes(error)):
         return False
     for cause in _causes(error):
@@ -102,13 +109,6 @@ def say(error: BaseException) -> str:
     text = " ".join(lines[:2])[:300].rstrip(". ") or type(error).__name__
     status = status_of(error)
     return text if status is None or str(status) in text else f"{status}: {text}"
-
-
-def limit_waiting(timeout: httpx2.Timeout = UPLOADING) -> None:
-    """Lets no request of the client hang for ever, which by itself it does. A limit that the user set stays."""
-    session = get_session()
-    if session.timeout in (httpx2.Timeout(None), UPLOADING, ASKING):
-        session.timeout = timeout
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -16,7 +16,7 @@ import torch
 from transformers import Trainer
 
 from hf_recycle.files import package_version
-from hf_recycle.hub.scrub import is_private, scrub
+from hf_recycle.hub.scrub import Secrets, is_private
 from hf_recycle.run_schema import MAX_TEXT
 
 # What the arguments derive from others or from the machine, and what is said elsewhere in the card.
@@ -40,7 +40,7 @@ _LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "
 
 
 def run_facts(trainer: Trainer) -> dict[str, Any]:
-    """The facts of a run, scrubbed of secrets, paths and names of the machine; `run_schema` lists their keys.
+    """The facts of a run, without secrets, paths and names of the machine; `run_schema` lists their keys.
 
     `trainer.run_context`, where it is set, adds what the trainer can't know or knows less well (the command, the
     data, the base model, further arguments), with the same keys.
@@ -63,7 +63,7 @@ def run_facts(trainer: Trainer) -> dict[str, Any]:
         "arguments": {**context.get("arguments", {}), **changed},
         "defaults": {**context.get("defaults", {}), **unchanged},
     }
-    return _clipped(scrub(facts))
+    return _clipped(Secrets.of_this_machine(trainer.args.hub_token, output_dir=trainer.args.output_dir).facts(facts))
 
 
 def split_arguments(arguments: Any) -> tuple[dict[str, Any], dict[str, Any]]:

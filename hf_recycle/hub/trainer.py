@@ -96,7 +96,7 @@ class HubMixin(Trainer):
             return
         for push in found:
             ours = (push.repo_id, push.revision) == (self.publisher.repository.name, self.args.hub_revision)
-            if resume and ours and push.has_place:
+            if resume and ours:
                 self.publisher.submit(push)
             else:
                 logger.warning("An earlier run left a checkpoint unpublished; publish it with: %s", push.command)

@@ -3,34 +3,31 @@
 from __future__ import annotations
 
 import json
-import math
-import zipfile
+import re
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
 import safetensors
-import torch
-from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_pt_utils import safe_globals
 
 from hf_recycle.errors import UserError
 from hf_recycle.files import RECYCLING_FILES
 from hf_recycle.history import RecyclingHistory
+from hf_recycle.hub.checks.configuration import configuration_problem
+from hf_recycle.hub.checks.sizes import small_file_problem
+from hf_recycle.hub.checks.state_files import check_state_file
+from hf_recycle.hub.checks.trainer_state import trainer_state_problem
 from hf_recycle.hub.names import INDEX, STATE_FILES, WEIGHTS, is_one_of
-
-_MAX_STEPS = 2**53
 
 
 def check_checkpoint(folder: Path, where: object) -> None:
     """Refuses a checkpoint folder with a damaged or hostile file.
 
     Checked are the files that a checkpoint of one process, of DDP or of FSDP with a full state dict consists of:
-    state files must load with `weights_only=True` (no code is run, see `torch.load`), weights be safetensors, JSON be
-    finite numbers in their ranges, recycling files fit their schema and each other. Shards can't be looked at without
-    unpickling them, so call `refuse_pickled` first.
+    state files must load with `weights_only=True` (no code is run, see `torch.load`) and take no more memory than room
+    on the disk, weights be safetensors, JSON be finite numbers in their ranges, recycling files fit their schema and
+    each other. Shards can't be looked at without unpickling them, so call `refuse_pickled` first.
 
     Args:
         folder: the checkpoint.
@@ -39,15 +36,20 @@ def check_checkpoint(folder: Path, where: object) -> None:
     Raises:
         UserError: names the file and what is wrong with it.
     """
+    shapes: set[tuple[int, ...]] = set()
     for path in sorted(folder.iterdir()):
+        if is_one_of(WEIGHTS, path.name):
+            _checked(where, path, lambda path: shapes.update(_shapes(path)))
+    for path in sorted(folder.iterdir()):
+        _checked(where, path, _check_size)
         if is_one_of(STATE_FILES, path.name):
-            _checked(where, path, _check_state_file)
-        elif is_one_of(WEIGHTS, path.name):
-            _checked(where, path, _check_weights)
+            _checked(where, path, lambda path: check_state_file(path, shapes))
         elif path.name == INDEX:
             _checked(where, path, _check_index)
         elif path.name == TRAINER_STATE_NAME:
             _checked(where, path, _check_trainer_state)
+        elif path.name == "config.json":
+            _checked(where, path, lambda path: _refuse(configuration_problem(path)))
         elif path.suffix == ".json" and path.name not in RECYCLING_FILES:
             _checked(where, path, _read_json)
     if any((folder / name).exists() for name in RECYCLING_FILES):
@@ -55,6 +57,16 @@ def check_checkpoint(folder: Path, where: object) -> None:
             RecyclingHistory.from_pretrained(folder)
         except ValueError as error:
             raise UserError(f"{where}: {_first_line(error)}") from error
+
+
+def read_step(path: Path, where: object) -> int:
+    """The step of a `trainer_state.json` that was not checked yet.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    _checked(where, path, _check_trainer_state)
+    return _read_json(path)["global_step"]
 
 
 def _checked(where: object, path: Path, check: Callable[[Path], Any]) -> None:
@@ -66,26 +78,17 @@ def _checked(where: object, path: Path, check: Callable[[Path], Any]) -> None:
         ) from error
 
 
-def _check_state_file(path: Path) -> None:
-    with zipfile.ZipFile(path) as archive:
-        records = archive.infolist()
-    if any(record.compress_type != zipfile.ZIP_STORED for record in records):
-        _bad("it is compressed, which torch.save never does")
-    # Overlapping records would make a small file a large one in memory.
-    if sum(record.file_size for record in records) > path.stat().st_size:
-        _bad("its parts claim to be larger than the file")
-    with safe_globals():
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    if not isinstance(state, dict):
-        _bad(f"it holds a {type(state).__name__} where a mapping is expected")
-    if path.name.startswith("optimizer") and not {"state", "param_groups"} <= set(state):
-        _bad("it is no state of an optimizer")
+def _check_size(path: Path) -> None:
+    if path.is_file():
+        _refuse(small_file_problem(path.name, path.stat().st_size))
 
 
-def _check_weights(path: Path) -> None:
+def _shapes(path: Path) -> set[tuple[int, ...]]:
     with safetensors.safe_open(path, "pt") as weights:
-        if not weights.keys():
+        names = weights.keys()
+        if not names:
             _bad("it holds no weights")
+        return {tuple(weights.get_slice(name).get_shape()) for name in names}
 
 
 def _check_index(path: Path) -> None:
@@ -99,33 +102,12 @@ def _check_index(path: Path) -> None:
 
 
 def _check_trainer_state(path: Path) -> None:
+    _check_size(path)
     state = _read_json(path)
-    if unknown := set(state) - {item.name for item in fields(TrainerState)}:
-        _bad(f"unknown key {sorted(unknown)[0][:80]!r}")
-    for name in ("global_step", "max_steps", "num_input_tokens_seen"):
-        if not (type(state.get(name, 0)) is int and 0 <= state.get(name, 0) < _MAX_STEPS):
-            _bad(f"{name} is {_shown(state[name])}")
-    for name in ("epoch", "total_flos", "num_train_epochs"):
-        if not (_is_finite(state.get(name, 0)) and state.get(name, 0) >= 0):
-            _bad(f"{name} is {_shown(state[name])}")
-    for name in ("best_global_step", "train_batch_size"):
-        if not (state.get(name) is None or (type(state[name]) is int and 0 <= state[name] < _MAX_STEPS)):
-            _bad(f"{name} is {_shown(state[name])}")
-    if not (state.get("best_metric") is None or _is_finite(state["best_metric"])):
-        _bad(f"best_metric is {_shown(state['best_metric'])}")
-    logs = state.get("log_history") or []
-    if not (isinstance(logs, list) and all(isinstance(row, dict) for row in logs)):
-        _bad("log_history is no list of rows")
-
-
-def read_step(path: Path, where: object) -> int:
-    """The step of a `trainer_state.json` that was not checked yet.
-
-    Raises:
-        UserError: it is damaged.
-    """
-    _checked(where, path, _check_trainer_state)
-    return _read_json(path).get("global_step", 0)
+    _refuse(trainer_state_problem(state))
+    named = re.fullmatch(r"checkpoint-([0-9]{1,18})", path.parent.name)
+    if named and int(named[1]) != state["global_step"]:
+        _bad(f"global_step is {state['global_step']} in a folder named {path.parent.name}")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -136,16 +118,13 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _is_finite(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+def _refuse(problem: str | None) -> None:
+    if problem is not None:
+        _bad(problem)
 
 
 def _bad(problem: str) -> NoReturn:
     raise ValueError(problem)
-
-
-def _shown(value: Any) -> str:
-    return repr(value)[:80]
 
 
 def _first_line(error: Exception) -> str:

@@ -15,6 +15,8 @@ from torch import Tensor
 DISTANCES = ("l1", "l2")
 CENTERS = ("mean", "median")
 
+_MOST_GROWTH = 10.0
+
 
 @dataclass(frozen=True)
 class MidpointLoss:
@@ -65,7 +67,8 @@ class MidpointLoss:
     def slopes(self, in_norm: Tensor, out_norm: Tensor, included: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The loss of each block and its gradient, which is a multiple of each neuron's own weights.
 
-        ∂M/∂w_in = w_in · ‖w_out‖ / ‖w_in‖ and ∂log M/∂w = w / ‖w‖²; a neuron with a norm of zero gets no gradient.
+        ∂M/∂w_in = w_in · ‖w_out‖ / ‖w_in‖ and ∂log M/∂w = w / ‖w‖²; a neuron with a norm of zero, or one
+        whose square is near the end of the dtype's range, gets no gradient, and does not count if it is too large.
 
         Args:
             in_norm, out_norm: `(..., d_ff)`.
@@ -75,8 +78,11 @@ class MidpointLoss:
             The losses `(...)`, and `(..., d_ff)` each, a and b, so that ∂Loss/∂w_in,i = a_i · w_in,i and
             ∂Loss/∂w_out,i = b_i · w_out,i.
         """
+        limits = torch.finfo(in_norm.dtype)
+        least, most = limits.tiny**0.4, limits.max**0.4  # so that the slopes, with squares in them, are finite
+        included = included & (in_norm < most) & (out_norm < most)
         loss, derivative = self.terms(in_norm * out_norm, included)
-        alive = (in_norm > 0) & (out_norm > 0)
+        alive = included & (in_norm > least) & (out_norm > least)
         one = torch.ones_like(in_norm)
         safe_in, safe_out = torch.where(alive, in_norm, one), torch.where(alive, out_norm, one)
         if self.log:
@@ -85,3 +91,12 @@ class MidpointLoss:
             by_in, by_out = safe_out / safe_in, safe_in / safe_out
         derivative = torch.where(alive, derivative, 0)
         return loss, derivative * by_in, derivative * by_out
+
+    def factor(self, slope: Tensor, size: float | Tensor) -> Tensor:
+        """What a step of this size multiplies weights by whose slope, of `slopes`, is `slope`.
+
+        A logarithm is the steeper the smaller the weights, without bound, so that a step would throw the smallest
+        farther out than the largest lie: with `log` it makes weights ten times as large at most.
+        """
+        factor = 1 - size * slope
+        return factor.clamp(-_MOST_GROWTH, _MOST_GROWTH) if self.log else factor

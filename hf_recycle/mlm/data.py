@@ -45,7 +45,7 @@ class ReproducibleDataMixin(Trainer):
             self._check_stream(dataset, is_training)
             # Of a wrapped stream every process reads all and takes its part, as of torch's streams. Accelerate gives
             # each process some shards of one of `datasets`: if they are uneven, every process is in another epoch.
-            dataset = dataset if self._dispatches_streams() else NumberedStream(dataset, self._epoch)
+            dataset = dataset if self._dispatches_streams() else NumberedStream(dataset, self._epoch, self._seed())
         loader = super()._get_dataloader(
             dataset, description, batch_size, sampler_fn, is_training=is_training, dataloader_key=dataloader_key
         )
@@ -54,8 +54,7 @@ class ReproducibleDataMixin(Trainer):
         return loader
 
     def _make_reproducible(self, loader, is_training: bool) -> None:
-        seeds = (getattr(self.data_collator, "seed", None), self.args.data_seed, self.args.seed)
-        seed = next(seed for seed in seeds if seed is not None) if is_training else EVALUATION_SEED
+        seed = self._seed() if is_training else EVALUATION_SEED
         if not make_reproducible(loader, seed, self._epoch if is_training else self._no_epoch):
             logger.warning_once(
                 f"get_train_dataloader gives a {type(loader).__name__}, whose random numbers can't be reached: a "
@@ -64,6 +63,10 @@ class ReproducibleDataMixin(Trainer):
         elif self.args.dataloader_persistent_workers:
             # They draw a seed from the global generator when they start, which is at another time in a resumed run.
             base_loader(loader).generator = torch.Generator().manual_seed(seed)
+
+    def _seed(self) -> int:
+        seeds = (getattr(self.data_collator, "seed", None), self.args.data_seed, self.args.seed)
+        return next(seed for seed in seeds if seed is not None)
 
     def _dispatches_streams(self) -> bool:
         """Whether process 0 reads streams for all."""

@@ -8,6 +8,9 @@ dropout, residual and norm see the shapes they always see, and dropout draws the
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -16,10 +19,11 @@ from hf_recycle.neurons.find import find_feed_forwards
 
 
 class LastFeedForward:
-    """Restricts the block that is made of the linear layers `ins` and `out` in `layer` to chosen positions."""
+    """Restricts the block that is made of the linear layers `ins` and `out` in `layer` of `model` to chosen positions;
+    not while the model has hooks of the user, who would find them there."""
 
-    def __init__(self, layer: nn.Module, ins: list[nn.Module], out: nn.Module) -> None:
-        self._places = _Places()
+    def __init__(self, model: nn.Module, layer: nn.Module, ins: list[nn.Module], out: nn.Module) -> None:
+        self._model, self._places = weakref.ref(model), _Places()  # it keeps no model alive
         self._handles = [
             layer.register_forward_pre_hook(_Begin(self._places)),
             *(module.register_forward_pre_hook(_Gather(self._places)) for module in ins),
@@ -28,6 +32,8 @@ class LastFeedForward:
 
     def set(self, positions: Tensor | None, padding: Tensor | None) -> None:
         """As in `MaskedHead.at`; without positions, the block is as it was."""
+        if positions is not None and _is_watched(self._model()):
+            positions = padding = None
         self._places.positions, self._places.padding = positions, padding
 
     def remove(self) -> None:
@@ -59,6 +65,22 @@ class _Places:
     def idle(self) -> bool:
         """Whether the block is to be computed whole, by whoever calls it."""
         return self.now[0] is None or (self.positions is None and not _in_backward())
+
+
+_ENGINES = ("torch", "accelerate", "deepspeed", "transformers", __name__.partition(".")[0])
+
+
+def _is_watched(model: nn.Module) -> bool:
+    """Whether the model has hooks that are of none of the libraries that train it."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    hooks = (hook for module in model.modules() for kind in kinds for hook in getattr(module, kind).values())
+    return any(_origin(hook) not in _ENGINES for hook in hooks)
+
+
+def _origin(hook: Callable) -> str:
+    """The library that a hook is of."""
+    function = getattr(hook, "func", hook)  # of a partial
+    return (getattr(function, "__module__", None) or type(function).__module__).partition(".")[0]
 
 
 def _in_backward() -> bool:
@@ -123,4 +145,4 @@ def find_last_feed_forward(model: nn.Module) -> LastFeedForward | None:
     if not once_each or not all(map(comes_with_a_library, [*above, *last.modules()])):
         return None
     *ins, out = dict.fromkeys(part.module for part in blocks[-1].slices)
-    return LastFeedForward(last, ins, out)
+    return LastFeedForward(model, last, ins, out)

@@ -41,7 +41,7 @@ def make_reproducible(loader: Any, seed: int, epoch: SharedNumber) -> bool:
         vars(holder)["dataset"] = NumberedDataset(holder.dataset, epoch, seed)
         _seed_sampler(base, epoch, seed)
     elif not isinstance(holder.dataset, NumberedStream):
-        vars(holder)["dataset"] = NumberedStream(holder.dataset, epoch)
+        vars(holder)["dataset"] = NumberedStream(holder.dataset, epoch, seed)
     base.collate_fn = SeededCollator(base.collate_fn, seed)
     setattr(base, _DONE, True)
     return True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import operator
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 import datasets
@@ -43,8 +44,8 @@ class SharedNumber:
 class _Wrapper:
     """What a wrapper of a dataset does not do itself, the dataset does: callbacks find there what the user gave."""
 
-    def __init__(self, dataset: Any, epoch: SharedNumber) -> None:
-        vars(self).update(dataset=dataset, _epoch=epoch)
+    def __init__(self, dataset: Any, epoch: SharedNumber, seed: int) -> None:
+        vars(self).update(dataset=dataset, _epoch=epoch, _seed=seed)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -57,6 +58,9 @@ class _Wrapper:
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self.dataset, name, value)
 
+    def __reduce__(self):
+        return type(self), (self.dataset, self._epoch, self._seed)
+
 
 class NumberedDataset(_Wrapper, Dataset):
     """The examples of a map-style dataset as `Numbered`.
@@ -65,8 +69,8 @@ class NumberedDataset(_Wrapper, Dataset):
     """
 
     def __init__(self, dataset: Any, epoch: SharedNumber, seed: int) -> None:
-        super().__init__(dataset, epoch)
-        vars(self).update(_seed=seed, _draws=_may_draw(dataset))
+        super().__init__(dataset, epoch, seed)
+        vars(self).update(_draws=_may_draw(dataset))
 
     def __getitem__(self, index: Any) -> Numbered:
         return self.__getitems__([index])[0]
@@ -80,35 +84,46 @@ class NumberedDataset(_Wrapper, Dataset):
             examples = _load(self.dataset, indices)
         return [Numbered(epoch, number, example) for number, example in zip(numbers, examples, strict=True)]
 
-    def __reduce__(self):
-        return type(self), (self.dataset, self._epoch, self._seed)
-
 
 class NumberedStream(_Wrapper, IterableDataset):
     """The examples of a stream as `Numbered`, by their places in it.
 
-    A data worker counts what it reads itself, so there the numbers depend on how many workers there are.
+    A data worker counts what it reads itself, so there the numbers depend on how many workers there are. A stream that
+    draws random numbers before its first example, as for another order, draws by epoch; if it does, all that it draws.
     """
 
-    def __init__(self, dataset: Any, epoch: SharedNumber) -> None:
-        super().__init__(dataset, epoch)
+    def __init__(self, dataset: Any, epoch: SharedNumber, seed: int) -> None:
+        super().__init__(dataset, epoch, seed)
         vars(self).update(_state=None)
 
     def __iter__(self) -> Iterator[Numbered]:
         worker = get_worker_info()
         first, step = (worker.id, worker.num_workers) if worker else (0, 1)
         epoch = self._epoch.get()
-        for place, example in self._state.iterate() if self._state else enumerate(self.dataset):
+        for place, example in self._examples(seed_of("stream", self._seed, epoch, first)):
             yield Numbered(epoch, first + place * step, example)
+
+    def _examples(self, seed: int) -> Iterator[tuple[int, Any]]:
+        examples = iter(self._state.iterate() if self._state else enumerate(self.dataset))
+        state = OwnRandomState(seed, generators_of(self.dataset))
+        with state:
+            begun = list(islice(examples, 1))
+        yield from begun
+        if not state.was_drawn_from():  # exchanging random states takes too long to do it for every stream
+            yield from examples
+            return
+        while True:
+            with state:
+                following = list(islice(examples, 1))
+            if not following:
+                return
+            yield from following
 
     def keep_state(self, every: int) -> StreamState | None:
         """Notes where the stream is after every so many examples, if that lets it resume exactly."""
         if can_resume(self.dataset):
             vars(self).update(_state=StreamState(self.dataset, every))
         return self._state
-
-    def __reduce__(self):
-        return type(self), (self.dataset, self._epoch)
 
 
 def _may_draw(dataset: Any) -> bool:

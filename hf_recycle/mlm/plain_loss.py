@@ -14,6 +14,8 @@ from transformers.loss.loss_utils import ForMaskedLMLoss
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import is_peft_available
 
+from hf_recycle.forwards import Forward
+
 _FAMILIES = """
 Albert Bert BigBird Camembert ConvBert Data2VecText Deberta DebertaV2 DistilBert Electra Ernie Esm FNet Funnel Gte IBert
 JinaEmbeddingsV3 LayoutLM Longformer MPNet MegatronBert MobileBert Mra NomicBert Nystromformer Reformer RemBert RoCBert
@@ -115,8 +117,10 @@ def _forward_of(module: nn.Module) -> str | None:
 
 
 def _class_forward_is_used(module: nn.Module) -> bool:
-    """Accelerate replaces the forward of an instance to convert dtypes, and nothing else may."""
+    """Accelerate replaces the forward of an instance to convert dtypes, and we do to save time; nobody else may."""
     own = vars(module).get("forward")
+    if isinstance(own, Forward):
+        return True
     original = getattr(vars(module).get("_original_forward"), "__func__", None)
     return own is None or (original is type(module).forward and own.__module__.startswith("accelerate."))
 

@@ -27,7 +27,7 @@ class OwnRandomState:
         self._outside: list[Any] = []
 
     def __enter__(self) -> None:
-        self._outside = [_state(source) for source in self._sources]
+        self._outside = self._states()
         if self._inside is None:
             for place, source in enumerate(self._sources):
                 _seed(source, (self._seed + place) % 2**63)  # not twice the same numbers
@@ -35,8 +35,18 @@ class OwnRandomState:
             _restore(self._sources, self._inside)
 
     def __exit__(self, *_) -> None:
-        self._inside = [_state(source) for source in self._sources]
+        self._inside = self._states()
         _restore(self._sources, self._outside)
+
+    def _states(self) -> list[Any]:
+        return [_state(source) for source in self._sources]
+
+    def was_drawn_from(self) -> bool:
+        """Whether anything was drawn in it so far."""
+        fresh = OwnRandomState(self._seed, self._sources[3:])
+        with fresh:
+            pass
+        return not all(map(_equal, fresh._inside, self._inside))
 
 
 def generators_of(thing: Any, depth: int = 3) -> list[Any]:
@@ -61,6 +71,10 @@ def _state(source: Any) -> Any:
     if isinstance(source, np.random.Generator):
         return source.bit_generator.state
     return source.getstate() if hasattr(source, "getstate") else source.get_state()
+
+
+def _equal(a: Any, b: Any) -> bool:
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else repr(a) == repr(b)
 
 
 def _restore(sources: list[Any], states: list[Any]) -> None:

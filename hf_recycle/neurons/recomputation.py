@@ -8,71 +8,63 @@ first is the function of the second: one of them is enough. (Selective activatio
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
+from hf_recycle.forwards import Forward
 from hf_recycle.neurons.blocks import FeedForward
 
 
-class Recomputation:
-    """Lets `blocks` keep pre-activations only. Loss and gradients stay the same to the bit.
+def recomputing_forwards(
+    blocks: Sequence[FeedForward], forwards: Mapping[nn.Module, Forward]
+) -> dict[nn.Module, Forward]:
+    """For the out-projections of `blocks`, on top of those that `forwards` has for them."""
+    modules = dict.fromkeys(block.out_slice.module for block in blocks)
+    return {module: Recomputation(forwards.get(module, module.forward)) for module in modules}
 
-    A block is left as it is where something lies between the activation function and the out-projection (dropout, the
-    other half of a gated block), or where torch takes the derivative from the activations themselves (ReLU).
+
+class Recomputation(Forward):
+    """The forward of an out-projection that keeps pre-activations only. Loss and gradients stay the same to the bit.
+
+    A block keeps what it would keep anyway where something lies between the activation function and the out-projection
+    (dropout, the other half of a gated block, a change in place), where torch takes the derivative from the activations
+    themselves (ReLU), in compiled code, and where others decide what is kept (`torch.utils.checkpoint`,
+    `saved_tensors_hooks`, transforms of `torch.func`).
     """
 
-    def __init__(self, blocks: Sequence[FeedForward]) -> None:
-        self._handles = []
-        for out in dict.fromkeys(block.out_slice.module for block in blocks):
-            block = _Block()
-            self._handles += [
-                out.register_forward_pre_hook(block.begin),
-                # Also where the projection fails: hooks on saved tensors are global, and must not stay.
-                out.register_forward_hook(block.end, always_call=True),
-            ]
-
-    def remove(self) -> None:
-        """Take the hooks off the model."""
-        for handle in self._handles:
-            handle.remove()
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        compute = None if torch.compiler.is_compiling() or not _is_free() else _function_of(*args[:1])
+        if compute is None:
+            return self.original(*args, **kwargs)
+        with saved_tensors_hooks(partial(_pack, _identity(args[0]), compute), _unpack):
+            return self.original(*args, **kwargs)
 
 
-class _Block:
-    """The hooks of one out-projection, around its forward pass.
+def _pack(activations: _Identity, compute: Callable[[], Tensor], saved: Tensor) -> Tensor | Callable[[], Tensor]:
+    # The projection saves its weights too; its input, as rows.
+    if _identity(saved) != activations or not saved.is_contiguous():
+        return saved
+    return partial(_compute, compute, saved.shape)
 
-    Attributes:
-        compute: gives the activations that are the projection's input; None outside of a forward pass, and where they
-            are kept.
-        place: address and number of elements of these activations.
-    """
 
-    def __init__(self) -> None:
-        self.compute: Callable[[], Tensor] | None = None
-        self.place: tuple[int, int] | None = None
-        self._hooks = saved_tensors_hooks(self._pack, _unpack)
+def _is_free() -> bool:
+    """Whether what is saved for the backward pass is kept as it is, and hooks may change that."""
+    allowed = torch._C._autograd._saved_tensors_hooks_is_enabled()
+    return allowed and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
 
-    def begin(self, out: nn.Module, args: tuple) -> None:
-        activations = args[0]
-        self.compute = _function_of(activations)
-        if self.compute is not None:
-            self.place = activations.data_ptr(), activations.numel()
-            self._hooks.__enter__()
 
-    def end(self, out: nn.Module, args: tuple, output: Tensor) -> None:
-        if self.compute is not None:
-            self.compute = None
-            self._hooks.__exit__(None, None, None)
+_Identity = tuple[int, int, torch.dtype]
 
-    def _pack(self, saved: Tensor) -> Tensor | Callable[[], Tensor]:
-        # The projection saves its weights too; its input, as rows.
-        if (saved.data_ptr(), saved.numel()) != self.place:
-            return saved
-        return partial(_compute, self.compute, saved.shape)
+
+def _identity(values: Tensor) -> _Identity:
+    """Address, number of elements and dtype."""
+    return values.data_ptr(), values.numel(), values.dtype
 
 
 def _compute(function: Callable[[], Tensor], shape: torch.Size) -> Tensor:
@@ -83,8 +75,11 @@ def _unpack(kept: Tensor | Callable[[], Tensor]) -> Tensor:
     return kept if isinstance(kept, Tensor) else kept()
 
 
-def _function_of(activations: Tensor) -> Callable[[], Tensor] | None:
-    """How to compute `activations` again from what is kept anyway, told from how autograd got them."""
+def _function_of(activations: object = None) -> Callable[[], Tensor] | None:
+    """How to compute `activations` again from what is kept anyway, told from how autograd got them; None if they have
+    been changed since, or do not lie in memory row after row."""
+    if type(activations) is not Tensor or activations._version or not activations.is_contiguous():
+        return None
     node = activations.grad_fn
     match node.name() if node is not None else None:
         case "GeluBackward0":

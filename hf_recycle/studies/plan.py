@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hf_recycle.cli.recipes import load_recipes
 from hf_recycle.errors import UserError
+from hf_recycle.studies.key import run_key
 from hf_recycle.suggest import nearest
-
-# Where a run goes and how it talks; the result does not depend on them.
-_NOT_A_RESULT = ("output_dir", "resume_from_checkpoint", "disable_tqdm", "report_to")
 
 
 @dataclass(frozen=True)
@@ -36,12 +32,25 @@ class FigurePlan:
 
 
 @dataclass(frozen=True)
+class Control:
+    """The positive control of a study: two arms whose losses must differ, by all that is known. Where they don't, the
+    study is too short, too small or too noisy to judge losses at all.
+
+    Attributes:
+        lower, higher: the arms that must end with the lower and with the higher loss.
+    """
+
+    lower: str
+    higher: str
+
+
+@dataclass(frozen=True)
 class PlannedRun:
     """One training run of a study.
 
     Attributes:
         settings: every argument that differs from its default, flat.
-        key: hash of the settings and the package's version, so that equal runs are done once.
+        key: hash of all that the result depends on, see `hf_recycle.studies.key`.
     """
 
     arm: str
@@ -62,6 +71,7 @@ class Study:
         settings: of every arm; an arm's own win over them.
         scales: further settings of every arm at one scale, by its name.
         overrides: of every arm; they win over everything.
+        control: must separate before anything is said of losses.
     """
 
     name: str
@@ -77,6 +87,7 @@ class Study:
     overrides: Mapping[str, Any] = field(default_factory=dict)
     figures: tuple[FigurePlan, ...] = ()
     statements: tuple[str, ...] = ()
+    control: Control | None = None
 
     def runs(self) -> list[PlannedRun]:
         """Every run, seed by seed, so that an interrupted study has whole comparisons.
@@ -129,12 +140,3 @@ class Study:
             overrides={**self.overrides, **(overrides or {})},
             figures=tuple(plan for plan in figures if plan.arms),
         )
-
-
-def run_key(settings: Mapping[str, Any]) -> str:
-    """A hash of what a run's result depends on."""
-    from hf_recycle.files import package_version
-
-    content = {name: value for name, value in settings.items() if name not in _NOT_A_RESULT}
-    text = json.dumps([package_version(), content], sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -4,16 +4,20 @@ title: Does immunity break the vicious cycle?
 scale: laptop              # recipes/scale/laptop.yaml comes before the recipes of every arm
 seeds: 3
 baseline: baseline         # the arm that the others are compared with
+control: {lower: baseline, higher: no-ff}    # the positive control: losses that must differ
 settings: {max_steps: 1000}    # of every arm
 scales: {laptop: {eval_steps: 100}}    # of every arm at that scale
 arms:
   baseline: {recipes: baseline}
+  no-ff: {recipes: no-ff, about: no feed-forward neurons}
   immunity: {recipes: immunity-2, settings: {recycle_fraction: 0.05}, about: two phases of immunity}
 figures:
   - {kind: losses, title: Immunity, arms: [baseline, immunity]}
-statements: [vicious_cycle]
+statements: [vicious_cycle, immunity_hurts]
 
-With `include`, the name of another study, it goes on from that one: arms, figures and statements are added.
+A study whose statements judge losses must name a positive control; unless its two arms separate, every verdict about
+losses is "can't tell". With `include`, the name of another study, it goes on from that one: arms, figures and
+statements are added.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ from typing import Any
 
 from hf_recycle.cli.recipes import read_recipe, recipe_root
 from hf_recycle.errors import UserError
-from hf_recycle.studies.plan import Arm, FigurePlan, Study
+from hf_recycle.studies.plan import Arm, Control, FigurePlan, Study
 from hf_recycle.suggest import nearest
 
 _KEYS = (
@@ -34,6 +38,7 @@ _KEYS = (
     "scale",
     "seeds",
     "baseline",
+    "control",
     "recipes",
     "settings",
     "scales",
@@ -84,6 +89,7 @@ def load_study(path: Path) -> Study:
     # Late: they bring matplotlib.
     from hf_recycle.studies.figures import FIGURES
     from hf_recycle.studies.statements import STATEMENTS
+    from hf_recycle.studies.verdicts import judges_losses
 
     where = f"study {path}"
     values = _read(path, ())
@@ -101,6 +107,13 @@ def load_study(path: Path) -> Study:
         check_known(where, "arm", [baseline], names)
     statements = _names(where, "statements", values.get("statements"))
     check_known(where, "statement", statements, STATEMENTS)
+    control = _control(where, values.get("control"), names)
+    of_losses = [name for name in statements if judges_losses(name)]
+    if of_losses and control is None:
+        raise UserError(
+            f"{where}: {', '.join(of_losses)} can't be judged without a positive control; name two arms whose losses "
+            "must differ, as control: {lower: baseline, higher: no-ff}"
+        )
     return Study(
         name=path.stem,
         title=str(values.get("title") or path.stem),
@@ -114,6 +127,7 @@ def load_study(path: Path) -> Study:
         scales={str(name): check_settings(where, settings) for name, settings in scales.items()},
         figures=tuple(_figure(where, plan, names, FIGURES) for plan in _list(where, "figures", values.get("figures"))),
         statements=statements,
+        control=control,
     )
 
 
@@ -198,6 +212,15 @@ def _arm(where: str, name: str, value: Any) -> Arm:
     check_known(where, "key", value, _ARM_KEYS)
     recipes = _names(where, "recipes", value.get("recipes"))
     return Arm(name, recipes, check_settings(where, value.get("settings")), str(value.get("about") or ""))
+
+
+def _control(where: str, value: Any, arms: Sequence[str]) -> Control | None:
+    if value is None:
+        return None
+    if not isinstance(value, dict) or set(value) != {"lower", "higher"} or value["lower"] == value["higher"]:
+        raise UserError(f"{where}: control={value!r} must name two arms, as {{lower: baseline, higher: no-ff}}")
+    check_known(f"{where}, control", "arm", value.values(), arms)
+    return Control(**value)
 
 
 def _figure(where: str, value: Any, arms: Sequence[str], kinds: Iterable[str]) -> FigurePlan:

@@ -18,12 +18,13 @@ import torch
 from hf_recycle.files import package_version, write_bytes
 from hf_recycle.studies.figures import FIGURES
 from hf_recycle.studies.inference import DIVERGED, PairedDifference, paired_difference
+from hf_recycle.studies.key import code_version
 from hf_recycle.studies.published import PUBLISHED_LOSS_DIFFERENCES, counts_rows
-from hf_recycle.studies.results import RunResult, StudyResults
+from hf_recycle.studies.results import StudyResults
 from hf_recycle.studies.statements import check
+from hf_recycle.studies.verdicts import HOLDS, MISSING, control
 
 _DPI = 110
-_STEADY = 1.2  # times as long: what seeds of one arm may differ by before the report warns
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,6 @@ class ArmRow:
         mean: not finite if a run diverged.
         spread: standard deviation over seeds; None with one seed, or if a run diverged.
         tokens, seconds: means over runs; None if one is unknown.
-        at_equal_time: mean evaluation loss after the training time of the quickest arm.
     """
 
     arm: str
@@ -45,58 +45,44 @@ class ArmRow:
     difference: PairedDifference | None
     tokens: float | None
     seconds: float | None
-    at_equal_time: float | None
-    time_difference: PairedDifference | None
 
 
 def arm_rows(results: StudyResults) -> list[ArmRow]:
     """One row for each arm that has a finished run."""
-    seconds = equal_seconds(results)
-    return [_row(results, arm.name, arm.about, seconds) for arm in results.study.arms if results.has(arm.name)]
+    return [_row(results, arm.name, arm.about) for arm in results.study.arms if results.has(arm.name)]
 
 
-def equal_seconds(results: StudyResults) -> float | None:
-    """The mean training time of the quickest arm."""
-    times = [_mean([run.seconds for run in results.of(arm.name)]) for arm in results.study.arms]
-    return min((time for time in times if time is not None), default=None)
-
-
-def unsteadiness(results: StudyResults) -> float:
-    """How many times as long the slowest run of an arm trained as its quickest, at most: what the machine's other work,
-    and nothing in the arm, has done."""
-    times = [[run.seconds for run in results.of(arm.name) if run.seconds] for arm in results.study.arms]
-    return max((max(seconds) / min(seconds) for seconds in times if seconds), default=1.0)
-
-
-def _row(results: StudyResults, arm: str, about: str, seconds: float | None) -> ArmRow:
+def _row(results: StudyResults, arm: str, about: str) -> ArmRow:
     runs, base = results.of(arm), results.study.baseline
     losses = [run.eval_loss for run in runs]
     pairs = results.paired(arm, base) if base is not None and base != arm else []
-
-    def loss_in_time(run: RunResult) -> float | None:
-        return None if seconds is None else run.eval_loss_at(seconds)
-
     return ArmRow(
         arm=arm,
         about=about,
         seeds=len(runs),
         mean=float(np.mean(losses)),
         spread=float(np.std(losses, ddof=1)) if len(losses) > 1 and np.isfinite(losses).all() else None,
-        difference=_paired([(one.eval_loss, two.eval_loss) for one, two in pairs]),
+        difference=paired_difference(*zip(*((one.eval_loss, two.eval_loss) for one, two in pairs), strict=True))
+        if pairs
+        else None,
         tokens=_mean([run.tokens for run in runs]),
         seconds=_mean([run.seconds for run in runs]),
-        at_equal_time=_mean([loss_in_time(run) for run in runs]),
-        time_difference=_paired([(loss_in_time(one), loss_in_time(two)) for one, two in pairs]),
     )
+
+
+def count_tests(results: StudyResults) -> dict[str, int]:
+    """How often the report asks whether something is so, by what it asks."""
+    differences = [row.difference for row in arm_rows(results)]
+    verdicts = [check(name, results)[1] for name in results.study.statements]
+    return {
+        "differences from the baseline": sum(each is not None and each.low is not None for each in differences),
+        "statements": sum(verdict.verdict != MISSING for verdict in verdicts),
+        "positive control": int(control(results).verdict != MISSING),
+    }
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
     return float(np.mean(values)) if values and None not in values else None
-
-
-def _paired(pairs: Sequence[tuple[float | None, float | None]]) -> PairedDifference | None:
-    known = [pair for pair in pairs if None not in pair]
-    return paired_difference(*zip(*known, strict=True)) if known else None
 
 
 def write_report(results: StudyResults, folder: Path, command: str, jobs: int) -> list[Path]:
@@ -106,8 +92,9 @@ def write_report(results: StudyResults, folder: Path, command: str, jobs: int) -
     content = {
         "study": results.study,
         "rows": rows,
-        "equal_seconds": equal_seconds(results),
-        "unsteady": ratio if (ratio := unsteadiness(results)) > _STEADY else None,
+        "tests": count_tests(results),
+        "control": control(results),
+        "control_separates": control(results).verdict == HOLDS,
         "published": [
             (row, PUBLISHED_LOSS_DIFFERENCES[row.arm]) for row in rows if row.arm in PUBLISHED_LOSS_DIFFERENCES
         ],
@@ -178,7 +165,8 @@ def _machine(jobs: int) -> str:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{cores} CPU cores"
     libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
     at_a_time = "one run at a time" if jobs == 1 else f"{jobs} runs at a time"
-    return f"{device}, {at_a_time}; hf_recycle {package_version()}, {libraries}, Python {platform.python_version()}"
+    code = f"hf_recycle {package_version()} (sources {code_version()})"
+    return f"{device}, {at_a_time}; {code}, {libraries}, Python {platform.python_version()}"
 
 
 def _difference(found: PairedDifference | None) -> str:

@@ -9,8 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from hf_recycle.files import CONFIG_FILE, write_bytes
 from hf_recycle.history import RecyclingHistory
 from hf_recycle.studies.plan import PlannedRun, Study
@@ -43,19 +41,11 @@ class RunResult:
         """The last evaluation loss."""
         return self.evaluations[-1][1]
 
-    def eval_loss_at(self, seconds: float) -> float | None:
-        """Evaluation loss after so many seconds of training, as if steps took equally long; between two evaluations it
-        is interpolated. None if the run's own time is unknown."""
-        if self.seconds is None:
-            return None
-        steps, values = zip(*self.evaluations, strict=True)
-        return float(np.interp(seconds / self.seconds * self.steps, steps, values))
-
     @cached_property
     def history(self) -> RecyclingHistory | None:
         """What happened to the neurons; None for a model without any."""
         folder = Path(self.folder)
-        return RecyclingHistory.from_pretrained(folder) if (folder / CONFIG_FILE).exists() else None
+        return RecyclingHistory.of_own_run(folder) if (folder / CONFIG_FILE).exists() else None
 
 
 def collect(planned: PlannedRun, folder: Path, resumed: bool = False) -> RunResult:
@@ -95,7 +85,7 @@ def collect(planned: PlannedRun, folder: Path, resumed: bool = False) -> RunResu
 def _cost(folder: Path, state: Mapping[str, Any], resumed: bool) -> tuple[float | None, int | None]:
     """Seconds and tokens of the whole training."""
     if (folder / CONFIG_FILE).exists():
-        history = RecyclingHistory.from_pretrained(folder)
+        history = RecyclingHistory.of_own_run(folder)
         run = history.config.get("run", {})
         extra = history.stats.get("overtraining", {}).get("tokens", 0)
         tokens = run.get("tokens")

@@ -1,7 +1,7 @@
 """Statements of the article, each checked against what a study measured.
 
 To add one, write a function here and decorate it; a study names it under `statements`. Arms are spoken of by the names
-that they have in `recipes/studies/article.yaml`.
+that they have in `recipes/studies/article.yaml`. A check that judges losses is decorated with `of_losses` too.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from hf_recycle.studies.verdicts import (
     lower,
     needs,
     no_better,
+    of_losses,
 )
 
 __all__ = ["STATEMENTS", "check"]
@@ -69,42 +70,49 @@ def matched_normal_breaks_the_cycle(results: StudyResults) -> Verdict:
 
 
 @STATEMENTS.register
+@of_losses
 def recycling_does_not_beat_the_baseline(results: StudyResults) -> Verdict:
     """Plain recycling brings no gain over ordinary training."""
     return no_better(results, "plain", "baseline")
 
 
 @STATEMENTS.register
+@of_losses
 def immunity_hurts(results: StudyResults) -> Verdict:
     """Many rounds of immunity raise the loss, as good neurons are recycled."""
     return lower(results, "baseline", first_present(results, ("immunity-9", "immunity-6", "immunity-2")))
 
 
 @STATEMENTS.register
+@of_losses
 def matched_normal_hurts(results: StudyResults) -> Verdict:
     """Reinitialising from the current weights' distribution raises the loss."""
     return lower(results, "baseline", "matched-normal")
 
 
 @STATEMENTS.register
+@of_losses
 def copying_does_not_help(results: StudyResults) -> Verdict:
     """Copying neurons with noise does not beat the baseline."""
     return no_better(results, first_present(results, ("copy-noise-05pct", "copy-noise-01pct")), "baseline")
 
 
 @STATEMENTS.register
+@of_losses
 def smooth_does_not_beat_the_baseline(results: StudyResults) -> Verdict:
     """Smooth recycling does not beat the baseline."""
     return no_better(results, first_present(results, ("smooth-1pct", "smooth-01pct", "smooth-10pct")), "baseline")
 
 
 @STATEMENTS.register
+@of_losses
 def midpoint_does_not_help(results: StudyResults) -> Verdict:
     """The midpoint loss does not improve the model."""
     return no_better(results, first_present(results, ("midpoint-1", "midpoint-1e-3", "midpoint-1e-7")), "baseline")
 
 
 @STATEMENTS.register
+@of_losses
 def wider_is_better(results: StudyResults) -> Verdict:
     """The loss falls as the feed-forward layer grows."""
     names = [name for name in ("no-ff", "ff-quarter", "ff-half", "baseline", "ff-double") if results.has(name)]
@@ -121,18 +129,21 @@ def wider_is_better(results: StudyResults) -> Verdict:
 
 
 @STATEMENTS.register
+@of_losses
 def no_ff_beats_pruned_to_nothing(results: StudyResults) -> Verdict:
     """A model without feed-forward layer ends better than one that is pruned to nothing."""
     return lower(results, "no-ff", "prune-low")
 
 
 @STATEMENTS.register
+@of_losses
 def low_magnitude_prunes_best(results: StudyResults) -> Verdict:
     """Gradually pruning small neurons costs less than pruning large ones."""
     return lower(results, "prune-low", "prune-high")
 
 
 @STATEMENTS.register
+@of_losses
 def one_shot_pruning_order(results: StudyResults) -> Verdict:
     """Of a trained model, small neurons are pruned at the least cost, random ones at more, large ones at the most."""
     # Late: this brings models and the Trainer, which reading a study can do without.
@@ -201,6 +212,7 @@ def weight_decay_balances(results: StudyResults) -> Verdict:
 
 
 @STATEMENTS.register
+@of_losses
 def small_neurons_gain_from_overtraining(results: StudyResults) -> Verdict:
     """Overtraining the smallest neurons gains more than overtraining the largest."""
     return lower(results, "overtrain-smallest", "overtrain-largest")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ from hf_recycle.studies.inference import DIVERGED, PairedDifference, paired_diff
 from hf_recycle.studies.results import StudyResults
 
 HOLDS, FAILS, UNCLEAR, MISSING = "holds", "does not hold", "not shown at this scale", "not measured"
+CANT_TELL = "can't tell"
 
 LOSS_MARGIN = 0.02
 """Nats: a gain that is smaller is none, where a statement says that something brings none."""
@@ -21,7 +23,7 @@ class Verdict:
 
     Attributes:
         verdict: HOLDS and FAILS where the measurement says so, UNCLEAR where it can't tell, MISSING where the study
-            lacks an arm.
+            lacks an arm; CANT_TELL of losses where the positive control does not separate.
         measured: the numbers, or what is lacking.
     """
 
@@ -29,8 +31,41 @@ class Verdict:
     measured: str
 
 
-STATEMENTS: Registry[Callable[[StudyResults], Verdict]] = Registry("statement")
+Check = Callable[[StudyResults], Verdict]
+
+STATEMENTS: Registry[Check] = Registry("statement")
 """Checks by name; the first line of a check's docstring is the statement."""
+
+
+def of_losses(function: Check) -> Check:
+    """Decorator of a check that judges losses: nothing can be told of them unless the positive control separates."""
+
+    @functools.wraps(function)
+    def judged(results: StudyResults) -> Verdict:
+        found = function(results)
+        told = found.verdict == MISSING or control(results).verdict == HOLDS
+        return found if told else Verdict(CANT_TELL, found.measured)
+
+    judged.judges_losses = True
+    return judged
+
+
+def judges_losses(name: str) -> bool:
+    """Whether the statement of this name is about losses."""
+    return getattr(STATEMENTS[name], "judges_losses", False)
+
+
+def control(results: StudyResults) -> Verdict:
+    """Whether the positive control separates: HOLDS if the whole interval lies beyond `LOSS_MARGIN`. Less would leave
+    nothing that a method could gain or lose."""
+    pair = results.study.control
+    if pair is None:
+        return Verdict(MISSING, "the study names no positive control")
+    found = difference(results, pair.lower, pair.higher)
+    if found is None:
+        return needs(pair.lower, pair.higher)
+    separates = found.high is not None and found.high < -LOSS_MARGIN
+    return Verdict(HOLDS if separates else FAILS, told(pair.lower, pair.higher, found))
 
 
 def check(name: str, results: StudyResults) -> tuple[str, Verdict]:

@@ -27,7 +27,6 @@ def turns(seconds, losses=None, peak=100):
 
 def stand_in(monkeypatch, **seconds):
     """Lets `hold_match` answer with steps of these seconds, on a machine that need not be measured."""
-    monkeypatch.setattr(steps, "is_faster", lambda: "without oneDNN" in seconds)
     monkeypatch.setattr(steps, "_reach", lambda shape, seconds: "")
     monkeypatch.setattr(steps, "hold_match", lambda contestants, rounds: {c.name: seconds[c.name] for c in contestants})
 
@@ -43,14 +42,6 @@ def test_speed_is_the_median_of_paired_ratios_and_the_warm_up_does_not_count(mon
     assert speed.value.median == pytest.approx(1.75)  # of 2, 4, 1.5 and 1
     assert (speed.value.low, speed.value.high) == (1.0, 4.0)
     assert memory.value.median == pytest.approx(0.5)
-
-
-def test_what_onednn_is_worth_is_told_where_it_is_used(monkeypatch):
-    match = {"stock": turns([6.0] * 6), "no method": turns([2.0] * 6), "everything": turns([2.0] * 6)}
-    stand_in(monkeypatch, **match)
-    assert "onednn_linear" not in steps.against_stock(TINY, EFFORT)[0].note
-    stand_in(monkeypatch, **match, **{"without oneDNN": turns([4.0] * 6)})
-    assert "with onednn_linear off 1.50× (1.50 to 1.50)" in steps.against_stock(TINY, EFFORT)[0].note
 
 
 def test_other_losses_are_refused(monkeypatch):

@@ -1,13 +1,19 @@
 """`RecyclingArguments`: one field for every setting, with the name, default and checks that users rely on."""
 
 import dataclasses
+import math
+import re
 from typing import get_type_hints
 
+import hypothesis
 import pytest
+from hypothesis import strategies as st
 from transformers import HfArgumentParser, TrainingArguments
 
 from hf_recycle import RecyclingArguments
-from hf_recycle.settings import METHODS, MagnitudeSettings, MidpointSettings, RecyclingSettings
+from hf_recycle.callbacks.pruning import make_schedule as make_pruning_schedule
+from hf_recycle.callbacks.recycling import make_schedule
+from hf_recycle.settings import METHODS, MagnitudeSettings, MidpointSettings, PruningSettings, RecyclingSettings
 
 # The interface as it is documented.
 DOCUMENTED = {
@@ -124,6 +130,68 @@ def test_the_seed_of_the_training_is_the_default_when_training_begins(make):
 def test_messages_name_the_field_the_value_and_what_is_allowed(make, arguments, message):
     with pytest.raises(ValueError, match=message):
         make(**arguments)
+
+
+INF, NAN = math.inf, math.nan
+
+
+@hypothesis.given(
+    method=st.sampled_from(METHODS),
+    number=st.one_of(
+        st.sampled_from([0, -0.0, 5e-324, 1e-300, 2**53, 2**63, 10**30, 10**400, 1e30, 1.7e308, INF, -INF, NAN, -1]),
+        st.floats(),
+        st.integers(),
+    ),
+    total=st.sampled_from([1, 7, 2**53]),
+    data=st.data(),
+)
+def test_every_number_is_refused_in_a_sentence_or_works(method, number, total, data):
+    numeric = [item.name for item in dataclasses.fields(method) if type(item.default) in (int, float, type(None))]
+    names = data.draw(st.sets(st.sampled_from([name for name in numeric if name != "layers"]), min_size=1))
+    refusal = None
+    try:
+        _use(method(**dict.fromkeys(names, number)), total)
+    except ValueError as error:
+        refusal = str(error)
+    assert refusal is None or re.fullmatch(rf".*{method.prefix}.*\.", refusal)
+
+
+def _use(settings, total):
+    """As a training of `total` steps does."""
+    settings.validate(settings.prefix)
+    settings, step = settings.resolve(total, 42), min(5, total)
+    if isinstance(settings, RecyclingSettings) and settings.enabled:
+        schedule = make_schedule(settings, total)
+        assert len(schedule.phases_until(total)) >= 0
+        assert not schedule.is_phase(step) or 0 <= schedule.quota(step, 100) <= 100
+    if isinstance(settings, PruningSettings) and settings.enabled:
+        assert 0 <= make_pruning_schedule(settings, total).target(step, 100) <= 100
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"max_steps": 2**63},
+        {"num_train_epochs": INF},
+        {"num_train_epochs": NAN},
+        {"learning_rate": INF},
+        {"learning_rate": NAN},
+        {"learning_rate": 1e300},
+        {"weight_decay": -INF},
+        {"max_grad_norm": NAN},
+    ],
+    ids=str,
+)
+def test_numbers_of_the_trainer_that_no_training_comes_well_out_of(make, arguments):
+    ((name, value),) = arguments.items()
+    with pytest.raises(
+        ValueError, match=f"^{name}={re.escape(repr(value))} is not allowed: it must be a number, at most"
+    ):
+        make(**arguments)
+
+
+def test_no_clipping_may_be_written_as_an_infinite_norm(make):
+    assert make(max_grad_norm=INF).max_grad_norm == INF
 
 
 @pytest.mark.parametrize("value", [None, 0, 1, 1.0, 0.5, 100_000, 0.0001])

@@ -6,10 +6,12 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+from transformers.trainer_utils import get_last_checkpoint
 
 from hf_recycle import RecyclingHistory
 from hf_recycle.cli.main import main
@@ -76,13 +78,45 @@ def test_resumed_equals_uninterrupted(words, tmp_path, capsys):
     resumed = weights(tmp_path / "other")
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
-    optimizer = next(path for path in tmp_path.glob("other/checkpoint-6/optimizer.pt"))
+    optimizer = Path(get_last_checkpoint(tmp_path / "other"), "optimizer.pt")
     optimizer.write_bytes(optimizer.read_bytes()[:-1])
     capsys.readouterr()
     assert main([*other, "--max_steps", "8", "--resume_from_checkpoint", "true"]) == 2
     errors = capsys.readouterr().err
     assert f"error: {optimizer}: it has " in errors
     assert "Traceback" not in errors
+
+
+@pytest.mark.slow
+def test_what_would_go_on_as_another_run_ends_in_a_sentence(words, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main([*words, "--max_steps", "4"]) == 0
+    capsys.readouterr()
+
+    def refused(*more):
+        assert main([*words, *more, "--resume_from_checkpoint", "true"]) == 2
+        lines = capsys.readouterr().err.splitlines()
+        return [line for line in lines if line.startswith("error: ") or "Traceback" in line]
+
+    for more, said in [
+        (("--seed", "7"), "seed=42 (now 7)"),
+        (("--optim", "sgd"), "optimizer='AdamW' (now 'SGD')"),
+        (("--per_device_train_batch_size", "8"), "batch_size=4 (now 8)"),
+        (("--max_seq_length", "16"), "examples="),
+    ]:
+        (line,) = refused(*more, "--recycle_seed", "42")
+        assert said in line
+    kept = {name: (out / "checkpoint-4" / name).read_bytes() for name in ("optimizer.pt", "model.safetensors")}
+    (out / "checkpoint-4" / "optimizer.pt").unlink()
+    (line,) = refused()
+    assert "optimizer.pt" in line
+    (out / "checkpoint-4" / "optimizer.pt").write_bytes(kept["optimizer.pt"])
+    others = kept["model.safetensors"].replace(b"intermediate.dense.weight", b"intermediate.other.weight")
+    (out / "checkpoint-4" / "model.safetensors").write_bytes(others)
+    (line,) = refused()
+    assert "model.safetensors" in line or "intermediate.other.weight does not fit" in line
+    (out / "checkpoint-4" / "model.safetensors").write_bytes(kept["model.safetensors"])
+    assert main([*words, "--resume_from_checkpoint", "true"]) == 0
 
 
 @pytest.mark.slow

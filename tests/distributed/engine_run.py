@@ -63,10 +63,12 @@ def run(
     accumulation: int = 1,
     drift: bool = False,
     d_ff: int = 32,
+    family: str | None = None,
     precision_name: str = "fp32",
     how: str = "",
     **overrides,
 ):
+    from renamed_models import build
     from tiny_runs import masked_sentences, tiny_bert
 
     from hf_recycle import RecyclingArguments, RecyclingTrainer
@@ -96,7 +98,8 @@ def run(
         | overflow.ARGUMENTS.get(how, {})
         | overrides,
     )
-    model = tiny_bert(dropout=0.0, d_ff=d_ff)
+    # Other weights than those that are resumed.
+    model = build(family, seed=2 if resume else 1) if family else tiny_bert(dropout=0.0, d_ff=d_ff)
     if precision_name == "bf16":
         # DeepSpeed rounds the model before it makes the masters: all start from what it starts from.
         model = model.bfloat16().float()

@@ -59,6 +59,30 @@ def test_resume_across_engines_and_process_counts_is_the_same_as_uninterrupted(l
     assert_same_outcome(outcome(runs / "one", "whole"), found)
 
 
+@pytest.fixture(scope="module")
+def renamed(tmp_path_factory):
+    """The folder of runs of models that are saved under other names than their modules bear; see `runs`."""
+    folder = tmp_path_factory.mktemp("renamed")
+    families = ("gpt_neox", "qwen2_moe")
+    launch("single", folder / "one", [f"{name}=plain,family={name}" for name in families], 1, script=SCRIPT)
+    from_one = [f"{name}=plain,family={name}:{folder / 'one' / name / 'checkpoint-4'}" for name in families]
+    launch("fsdp2", folder / "fsdp2", from_one, 2, script=SCRIPT)
+    back = [f"{name}=plain,family={name}:{folder / 'fsdp2' / name / 'checkpoint-8'}" for name in families]
+    launch("single", folder / "back", back, 1, script=SCRIPT)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launched", ["fsdp2", "back"])
+@pytest.mark.parametrize("family", ["gpt_neox", "qwen2_moe"])
+def test_weights_under_other_names_cross_engines(family, launched, renamed):
+    expected, found = (torch.load(renamed / at / family / "result.pt", weights_only=False) for at in ("one", launched))
+    assert found["losses"] == pytest.approx(expected["losses"], abs=5e-6)
+    assert [row["recycled"] for row in found["history"]] == [row["recycled"] for row in expected["history"]]
+    for block, values in expected["magnitudes"].items():
+        torch.testing.assert_close(found["magnitudes"][block], values, rtol=1e-4, atol=2e-6)
+
+
 @pytest.mark.slow
 def test_sharded_state_dicts_resume_to_the_bit(runs):
     whole, resumed = outcome(runs / "sharded", "whole"), outcome(runs / "sharded", "resumed")

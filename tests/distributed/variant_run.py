@@ -3,8 +3,8 @@
     variant_run.py PROCESSES ENGINE FOLDER NAME=METHOD[,SETTING=NUMBER ...][:CHECKPOINT] ...
 
 Each run saves every four steps and writes to FOLDER/NAME. If it is refused, FOLDER/NAME.error gets the message of each
-process. The setting `d_ff` is that of the model, `measured` writes FOLDER/NAME/measured.json: what the methods
-communicated and held, by event (see `Measure`); the others are training arguments.
+process. The settings `d_ff` and `family` are those of the model, `measured` writes FOLDER/NAME/measured.json: what the
+methods communicated and held, by event (see `Measure`); the others are training arguments.
 """
 
 import functools
@@ -78,14 +78,16 @@ def main() -> None:
         name, _, what = word.partition("=")
         what, _, checkpoint = what.partition(":")
         method, *settings = what.split(",")
-        values = {key: float(value) for key, value in (setting.split("=") for setting in settings)}
+        texts = dict(setting.split("=") for setting in settings)
+        family = texts.pop("family", None)
+        values = {key: float(value) for key, value in texts.items()}
         overrides = {key: int(value) if value.is_integer() else value for key, value in values.items()}
         if overrides.pop("measured", False):
             measured = measure_methods() if measured is None else measured
             measured.clear()
         resume = Path(checkpoint) if checkpoint else None
         try:
-            trainer = run(engine, method, folder / name, resume=resume, save_steps=4, **overrides)
+            trainer = run(engine, method, folder / name, resume=resume, save_steps=4, family=family, **overrides)
         except ValueError as error:
             folder.mkdir(exist_ok=True, parents=True)
             with open(folder / f"{name}.error", "a") as file:

@@ -25,7 +25,7 @@ def run(tmp_path):
 
 
 def test_events_counts_and_ages_agree(run):
-    seen = RecyclingHistory.from_pretrained(run)
+    seen = RecyclingHistory.of_own_run(run)
     assert list(seen.counts) == list(seen.ages) == seen.blocks == list(NAMES)
     assert list(seen.events.columns) == ["step", "phase", "block", "recycled", "eligible", "requested", "note"]
     assert len(seen.events) == 4 * 3
@@ -43,7 +43,7 @@ def test_events_counts_and_ages_agree(run):
 
 
 def test_magnitudes(run):
-    magnitudes = RecyclingHistory.from_pretrained(run).magnitudes
+    magnitudes = RecyclingHistory.of_own_run(run).magnitudes
     assert list(magnitudes.columns) == ["step", "block", "quantiles", "histogram", "edges", "note"]
     assert len(magnitudes) == 6 * 3
     row = magnitudes.iloc[0]
@@ -53,7 +53,7 @@ def test_magnitudes(run):
 
 
 def test_logs_have_one_row_per_step(run):
-    logs = RecyclingHistory.from_pretrained(run).logs
+    logs = RecyclingHistory.of_own_run(run).logs
     assert list(logs.columns) == ["step", "loss", "learning_rate", "eval_loss", "eval_accuracy"]
     assert logs["step"].tolist() == [10, 20, 30, 40, 50]
     assert logs["loss"].iloc[-1] == pytest.approx(2 + 6 * np.exp(-1))
@@ -67,7 +67,7 @@ def test_logs_keep_the_later_of_two_values_and_gaps(tmp_path):
     recorder.log(3, {"loss": 5.0})
     recorder.log(9, {"eval_loss": 2.0})
     files.write_history(tmp_path, recorder.to_table())
-    logs = RecyclingHistory.from_pretrained(tmp_path).logs
+    logs = RecyclingHistory.of_own_run(tmp_path).logs
     assert logs["step"].tolist() == [3, 9]
     assert logs["eval_loss"].tolist()[1] == 2.0
     assert np.isnan(logs["loss"].tolist()[1])
@@ -96,19 +96,19 @@ def test_counts_that_the_events_do_not_give(run):
 
     forge_state(run, "counts", drop_one)
     with pytest.raises(RecyclingFileError, match="counts of block a in the state contradicts the phases"):
-        RecyclingHistory.from_pretrained(run)
+        RecyclingHistory.of_own_run(run)
 
 
 def test_a_last_phase_that_the_events_do_not_give(run):
     forge_state(run, "last_phase", lambda last, _: last.masked_fill_(last > 0, 5))
     with pytest.raises(RecyclingFileError, match="last_phase of block a"):
-        RecyclingHistory.from_pretrained(run)
+        RecyclingHistory.of_own_run(run)
 
 
 def test_a_history_without_the_phases_that_were_counted(run):
     files.write_history(run, HistoryRecorder().to_table())
     with pytest.raises(RecyclingFileError, match=r"counts of block z\.layer\.10"):
-        RecyclingHistory.from_pretrained(run)
+        RecyclingHistory.of_own_run(run)
 
 
 def test_an_older_summary(run):
@@ -124,7 +124,7 @@ def test_an_older_summary(run):
     ):
         files.write_stats(run, stats)
         with pytest.raises(RecyclingFileError, match=message):
-            RecyclingHistory.from_pretrained(run)
+            RecyclingHistory.of_own_run(run)
 
 
 def test_a_config_of_another_model(run):
@@ -132,7 +132,7 @@ def test_a_config_of_another_model(run):
     config["blocks"][0]["num_neurons"] = 31
     files.write_config(run, config)
     with pytest.raises(RecyclingFileError, match=r"counts of block z\.layer\.10 has shape \(30,\) where \(31,\)"):
-        RecyclingHistory.from_pretrained(run)
+        RecyclingHistory.of_own_run(run)
 
 
 def test_a_run_that_went_on_from_a_vanilla_checkpoint(tmp_path):
@@ -151,7 +151,7 @@ def test_a_run_that_went_on_from_a_vanilla_checkpoint(tmp_path):
     files.write_history(tmp_path, recorder.to_table())
     counts = {f"encoder.layer.{i}": state[f"encoder.layer.{i}/counts"] for i in range(2)}
     files.write_stats(tmp_path, summarize(counts, {}, recorder, step=5010))
-    seen = RecyclingHistory.from_pretrained(tmp_path)
+    seen = RecyclingHistory.of_own_run(tmp_path)
     assert seen.ages["encoder.layer.1"][:5].tolist() == [-1, -1, -1, 10, 10]
 
 
@@ -165,7 +165,7 @@ def test_an_output_folder_gives_its_newest_complete_checkpoint(tmp_path):
     (tmp_path / "checkpoint-12").mkdir()
     (tmp_path / "checkpoint-13.old").mkdir()
     (tmp_path / "checkpoint-11" / files.STATE_FILE).unlink()
-    assert RecyclingHistory.from_pretrained(tmp_path).stats["phases"] == 2
+    assert RecyclingHistory.of_own_run(tmp_path).stats["phases"] == 2
     write_run(tmp_path, phases=4)
     assert RecyclingHistory.from_pretrained(str(tmp_path)).stats["phases"] == 4
 
@@ -180,7 +180,7 @@ def test_folders_without_a_complete_set(tmp_path, run):
         RecyclingHistory.from_pretrained(empty)
     (run / files.STATS_FILE).unlink()
     with pytest.raises(RecyclingFileError, match=r"recycling_stats\.json is missing beside"):
-        RecyclingHistory.from_pretrained(run)
+        RecyclingHistory.of_own_run(run)
 
 
 def test_a_path_that_does_not_exist(tmp_path):
@@ -199,11 +199,11 @@ def cache(tmp_path, monkeypatch):
     write_run(folder)
     requests = []
 
-    def download(repo, name, revision=None, token=None):
+    def fetch(repo, name, revision=None, token=None):
         requests.append((repo, name, revision, token))
-        return str(folder / name)
+        return folder / name
 
-    monkeypatch.setattr(history, "hf_hub_download", download)
+    monkeypatch.setattr(history, "fetch_file", fetch)
     return requests
 
 
@@ -237,10 +237,10 @@ def response(status):
     ],
 )
 def test_what_the_hub_refuses(monkeypatch, make, message):
-    def download(*args, **kwargs):
+    def fetch(*args, **kwargs):
         raise make()
 
-    monkeypatch.setattr(history, "hf_hub_download", download)
+    monkeypatch.setattr(history, "fetch_file", fetch)
     with pytest.raises(RecyclingFileError, match=message):
         RecyclingHistory.from_pretrained("user/model", revision="v1")
 
@@ -249,4 +249,4 @@ def test_the_state_is_plain_safetensors_and_the_config_plain_json(run):
     assert "a/counts" in safetensors.torch.load_file(run / "recycling_state.safetensors")
     assert json.loads((run / "recycling_config.json").read_text())["format_version"] == 1
     copy = shutil.copytree(run, run / "copy")
-    assert RecyclingHistory.from_pretrained(copy).stats == RecyclingHistory.from_pretrained(run).stats
+    assert RecyclingHistory.from_pretrained(copy).stats == RecyclingHistory.of_own_run(run).stats

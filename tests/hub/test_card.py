@@ -101,7 +101,7 @@ def test_it_tells_the_run(card):
         "67 min",
         "81,920, padding included",
         'AutoModelForMaskedLM.from_pretrained("lab/model")',
-        "hf-recycle train demo --max_steps 40 --resume_from_checkpoint hub://lab/model",
+        "hf-recycle train demo --max_steps 40 --resume_from_checkpoint hf://lab/model",
         "hf-recycle report lab/model",
         "was not compared with a baseline",
         "one seed (seed 42)",
@@ -201,7 +201,7 @@ def test_a_command_of_the_card_publishes_nothing(tmp_path):
     card = card_of(describe(tmp_path, RUN | {"command": command}), repo_id="lab/run")
     commands = [line for line in card.splitlines() if line.startswith("hf-recycle train")]
     expected = "hf-recycle train demo --max_steps 40 --seed 1"
-    assert commands == [expected, f"{expected} --resume_from_checkpoint hub://lab/run"]
+    assert commands == [expected, f"{expected} --resume_from_checkpoint hf://lab/run"]
 
 
 @pytest.mark.usefixtures("without_figures")

@@ -1,10 +1,12 @@
 """Merging a card with the one that is there: nothing that a person wrote is lost."""
 
+import re
+
 import pytest
 import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from hf_recycle.hub.merge import BEGIN, END, compose_card, merge_card
@@ -15,10 +17,6 @@ LATER = compose_card({"library_name": "transformers", "tags": ["hf_recycle"], "d
 
 def header_of(card: str) -> dict:
     return yaml.safe_load(REGEX_YAML_BLOCK.match(card)[2])
-
-
-def with_result(value: float) -> dict:
-    return {"task": {"type": "fill-mask"}, "dataset": {"name": "d", "type": "d"}, "metrics": [{"value": value}]}
 
 
 def test_a_first_card_is_written_as_it_is():
@@ -36,12 +34,11 @@ def test_text_around_the_marks_survives_and_ours_is_replaced():
 
 def test_the_users_header_survives_with_its_comments_and_layout():
     theirs = OURS.replace("---\n\n", "# licensed by the lab\nlicense:   mit # for now\nextra: {a: [1, 2]}\n---\n\n", 1)
-    theirs = theirs.replace("- masked-lm\n", "- masked-lm\n- my-tag\n")
     merged = merge_card(theirs, LATER)
     assert "# licensed by the lab\nlicense:   mit # for now\nextra: {a: [1, 2]}\n" in merged
     header = header_of(merged)
-    assert header["tags"] == ["hf_recycle", "my-tag"]  # ours of last time is gone, the user's stays
-    assert header["datasets"] == ["a/b"]
+    assert header["tags"] == ["hf_recycle"], "still as we wrote it, so it is brought up to date"
+    assert header["datasets"] == ["a/b"], "never there, so it is written"
 
 
 def test_a_value_of_ours_changed_by_hand_stays_changed():
@@ -55,21 +52,65 @@ def test_a_value_of_ours_that_is_no_longer_true_goes():
     assert header_of(merged) == {"tags": ["t"]}
 
 
-def test_results_that_the_user_added_stay_beside_ours():
-    first = compose_card({"model-index": [{"name": "m", "results": [with_result(1.0)]}]}, "x")
-    second = compose_card({"model-index": [{"name": "m", "results": [with_result(2.0)]}]}, "x")
-    header = header_of(first)
-    header["model-index"][0]["results"].append(with_result(9.0))
-    theirs = f"---\n{yaml.safe_dump(header)}---\n" + first.split("---\n", 2)[2]
-    merged = header_of(merge_card(theirs, second))
-    assert merged["model-index"] == [{"name": "m", "results": [with_result(2.0), with_result(9.0)]}]
+@pytest.mark.parametrize("edit", ["- hf_recycle\n", "- masked-lm\n", "tags:\n- hf_recycle\n- masked-lm\n"])
+def test_a_tag_deleted_by_hand_stays_deleted(edit):
+    theirs = OURS.replace(edit, "")
+    mine = header_of(theirs).get("tags")
+    for ours in (OURS, LATER, OURS):
+        theirs = merge_card(theirs, ours)
+        assert header_of(theirs).get("tags") == mine
+
+
+def test_a_list_with_an_entry_of_the_users_is_the_users():
+    theirs = OURS.replace("- masked-lm\n", "- masked-lm\n- my-tag\n")
+    assert header_of(merge_card(theirs, LATER))["tags"] == ["hf_recycle", "masked-lm", "my-tag"]
+
+
+def test_a_key_deleted_by_hand_stays_deleted_and_one_that_we_took_away_comes_back():
+    with_task, without = (compose_card(header, "x") for header in ({"pipeline_tag": "fill-mask", "a": 1}, {"a": 2}))
+    deleted = with_task.replace("pipeline_tag: fill-mask\n", "")
+    for ours in (with_task, without, with_task):
+        deleted = merge_card(deleted, ours)
+        assert "pipeline_tag" not in header_of(deleted)
+    assert header_of(merge_card(merge_card(with_task, without), with_task))["pipeline_tag"] == "fill-mask"
+
+
+def test_what_came_with_a_card_of_ours_is_remembered_as_well():
+    """Such as a license that `create_model_card` was given."""
+    ours = OURS.replace("---\n\n", "license: mit\n---\n\n", 1)
+    published = merge_card("", ours)
+    assert header_of(published)["license"] == "mit"
+    without = merge_card(published.replace("license: mit\n", ""), ours)
+    assert "license" not in header_of(without)
+
+
+SECTIONS = (
+    "# A model\n\nStep {0}.\n\n## Results\n\nLoss {0}.\n\n## Training\n\n```bash\n# run\n```\n\n## Limits\n\nNone."
+)
+
+
+def test_a_section_deleted_by_hand_stays_deleted_and_the_others_are_renewed():
+    first, second = (compose_card({}, SECTIONS.format(step)) for step in (1, 2))
+    theirs = first[: first.index("\n## Training")] + first[first.index("\n## Limits") :]
+    for ours in (first, second, second):
+        theirs = merge_card(theirs.replace("\n", "\r\n"), ours)
+        assert "\n## Training" not in theirs
+        assert "# run" not in theirs
+    assert "Step 2.\n\n## Results\n\nLoss 2.\n\n## Limits\n\nNone.\n\n" + END in theirs
+    shorter = compose_card({}, "# A model\n\n## Results\n\nLoss.")
+    assert "\n## Training" in merge_card(merge_card(first, shorter), second), "what we took away ourselves comes back"
+
+
+def test_where_nothing_is_left_between_the_marks_nothing_is_written():
+    theirs = f"---\nlicense: mit\n---\nMine.\n\n{BEGIN}\n\n{END}\n"
+    assert merge_card(theirs, OURS) == theirs
 
 
 def test_a_card_without_marks_keeps_its_text_above_ours():
     theirs = "---\nlicense: mit\ntags: other\n---\n# Mine\n\nText without a last line end"
     merged = merge_card(theirs, OURS)
     assert "# Mine\n\nText without a last line end\n\n" + BEGIN in merged
-    assert header_of(merged)["tags"] == ["hf_recycle", "masked-lm", "other"]
+    assert header_of(merged) == {"library_name": "transformers", "license": "mit", "tags": "other"}
 
 
 def test_a_damaged_header_is_kept_as_text():
@@ -121,6 +162,7 @@ lines = st.one_of(
     st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\n"), max_size=12),
 )
 texts = st.lists(lines, max_size=25).map("\n".join)
+EMPTIED = re.compile(rf"{re.escape(BEGIN)}\s*{re.escape(END)}")
 headers = st.dictionaries(
     st.sampled_from(["tags", "datasets", "license", "library_name", "x-1"]),
     st.one_of(st.none(), st.integers(), st.text("ab #:", max_size=5), st.lists(st.text("ab#", max_size=3), max_size=3)),
@@ -142,12 +184,13 @@ def survivors(text: str) -> list[str]:
             pending.append(line)
         else:
             kept.append(line)
-    return [line for line in kept + (pending or []) if line.strip() and not line.startswith("<!-- hf_recycle:header")]
+    return [line for line in kept + (pending or []) if line.strip() and not line.startswith("<!-- hf_recycle:written")]
 
 
 @given(texts)
 def test_merging_twice_changes_nothing_and_no_written_line_is_lost(body):
     theirs = f"---\nlicense: mit\n---\n{body}"
+    assume(not EMPTIED.search(body))
     merged = merge_card(theirs, OURS)
     assert merge_card(merged, OURS) == merged
     assert header_of(merged)["license"] == "mit"
@@ -160,6 +203,7 @@ def test_merging_twice_changes_nothing_and_no_written_line_is_lost(body):
 
 @given(texts)
 def test_any_card_becomes_a_valid_one(theirs):
+    assume(not EMPTIED.search(theirs))
     merged = merge_card(theirs, OURS)
     assert ModelCard(merged).data.library_name == "transformers" or "library_name" in theirs
     assert merge_card(merged, OURS) == merged

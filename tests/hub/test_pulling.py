@@ -8,11 +8,15 @@ from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
+import safetensors.torch
+import torch
 from hub_server import ALICE, ALICE_READ, BOB, INVALID, Fault
 from huggingface_hub import HfApi
 from pulled_runs import contents, new_trainer
 
 from hf_recycle import RecyclingHistory
+from hf_recycle.analysis import shrink_files
+from hf_recycle.analysis.source import Source
 from hf_recycle.cli.main import main
 from hf_recycle.cli.run import Run
 from hf_recycle.data.arguments import ModelArguments
@@ -121,8 +125,9 @@ def test_revisions(publish, hub, online, run):
         ("hub://{secret}", BOB, "no such repository on the Hub that you may read"),
         ("hub://{gated}", BOB, "access to this repository is restricted"),
         ("hub://{name}", INVALID, "does not know your token"),
-        ("hub://{name}@absent", ALICE, "no such revision"),
-        ("hub://{name}@" + "0" * 40, ALICE, "no such revision"),
+        ("hf://{name}@absent", ALICE, "no such revision"),
+        ("hf://{name}@" + "0" * 40, ALICE, "no such revision"),
+        ("hf://{name}@main/models", ALICE, "write last-checkpoint or checkpoint-N"),
         ("hub://{name}/checkpoint-7", ALICE, "no folder checkpoint-7; it has checkpoint-2"),
         ("hub://{empty}", ALICE, r"neither last-checkpoint nor a checkpoint-N.*--model_name_or_path alice/empty"),
         ("hub://{empty}/last-checkpoint", ALICE, "it has no checkpoint"),
@@ -188,7 +193,7 @@ def test_the_pull_command(publish, online, tmp_path, capsys):
     name = publish({"checkpoint-2": 2, "last-checkpoint": 4})
     assert main(["pull", name]) == 0
     address, folder, advice = capsys.readouterr().out.splitlines()
-    assert re.fullmatch(rf"hub://{name}/last-checkpoint@[0-9a-f]{{40}}", address)
+    assert re.fullmatch(rf"hf://{name}@[0-9a-f]{{40}}/last-checkpoint", address)
     assert Path(folder).is_dir()
     assert advice == f"resume with: --resume_from_checkpoint {address}"
 
@@ -222,6 +227,38 @@ def test_a_history_is_small_and_of_one_commit(hub, online, run):
     hub.store.add_files(name, newer)
     assert RecyclingHistory.from_pretrained(name, revision=first.sha[:10]).stats["step"] == 6
     assert RecyclingHistory.from_pretrained(name).stats["step"] == 8
+
+
+def test_a_folder_of_a_repository_by_its_address(publish, hub, online, tmp_path, capsys):
+    name = publish({"checkpoint-2": 2, "last-checkpoint": 6})
+    address = f"hf://{name}@main/checkpoint-2"
+
+    assert RecyclingHistory.from_pretrained(address).stats["step"] == 2
+    assert RecyclingHistory.from_pretrained(f"hub://{name}/last-checkpoint").stats["step"] == 6
+    with pytest.raises(RecyclingFileError, match="has no recycling_config"):
+        RecyclingHistory.from_pretrained(f"hf://{name}")
+    with pytest.raises(RecyclingFileError, match="contradicts"):
+        RecyclingHistory.from_pretrained(address, revision="other")
+
+    assert main(["analyze", address, "--json"]) == 0
+    (model,) = json.loads(capsys.readouterr().out)["models"]
+    assert model["recycling"]["step"] == 2
+    assert re.fullmatch(rf"{name}@[0-9a-f]{{8}}/checkpoint-2", model["model"])
+
+    assert main(["report", address, "--output", str(tmp_path / "page.html")]) == 0
+    assert "checkpoint-2" in (tmp_path / "page.html").read_text()
+
+    model, tokenizer = shrink_files.load_model(Source(address))
+    commit = hub.store.repositories["model", name].branches["main"]
+    there = online / f"models--{name.replace('/', '--')}/snapshots/{commit}/checkpoint-2/model.safetensors"
+    weights = safetensors.torch.load_file(there)
+    key = next(key for key in weights if key.endswith("word_embeddings.weight"))
+    assert torch.equal(model.state_dict()[key], weights[key])
+    assert tokenizer is not None
+
+    assert main(["analyze", address, "--revisions", "all"]) == 2
+    assert "takes a whole repository" in capsys.readouterr().err
+    assert not hub.requests("/resolve/.*last-checkpoint/(model|optimizer)")
 
 
 def test_a_mistyped_folder(hub, online, run, monkeypatch):

@@ -36,7 +36,7 @@ def test_a_run_goes_on_from_the_hub_to_the_bit(hub, online, tmp_path):
     for step, folder in ((2, "checkpoint-2"), (4, "last-checkpoint")):
         api.upload_folder(repo_id=repo, folder_path=tmp_path / "whole" / f"checkpoint-{step}", path_in_repo=folder)
 
-    for address, begins in ((f"hub://{repo}", 4), (f"hub://{repo}/checkpoint-2@main", 2)):
+    for address, begins in ((f"hub://{repo}", 4), (f"hf://{repo}@main/checkpoint-2", 2)):
         resumed = new_trainer(tmp_path / f"from-{begins}", hub_token=ALICE_READ)
         resumed.train(address)
         assert_same_weights(whole, resumed)
@@ -63,7 +63,10 @@ def test_the_best_checkpoint_of_another_machine(hub, online, tmp_path):
 
 def test_nothing_is_trained_from_what_is_refused(hub, online, tmp_path):
     trainer = new_trainer(tmp_path / "out")
-    for address, problem in (("hub://alice/absent", "no such repository"), ("hub://absent", "write user/repo")):
+    for address, problem in (
+        ("hub://alice/absent", "no such repository"),
+        ("hub://absent", "the form is hf://user/repo"),
+    ):
         with pytest.raises(UserError, match=problem):
             trainer.train(resume_from_checkpoint=address)
     assert trainer.state.global_step == 0

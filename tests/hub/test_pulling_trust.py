@@ -9,18 +9,25 @@ import zipfile
 from pathlib import Path
 
 import huggingface_hub
-import pyarrow as pa
-import pyarrow.parquet as pq
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pulled_runs import contents, new_trainer
 from transformers import Trainer, TrainerState
+from transformers.trainer_pt_utils import safe_globals
 
-from hf_recycle import RecyclingArguments
+from hf_recycle import RecyclingArguments, RecyclingHistory
+from hf_recycle.analysis import shrink_files
+from hf_recycle.analysis.checkpoint import Checkpoint
+from hf_recycle.analysis.source import Source
+from hf_recycle.cli.report import report
+from hf_recycle.data.arguments import ModelArguments
+from hf_recycle.data.model import pin_revision
 from hf_recycle.errors import UserError
 from hf_recycle.hub.address import HubAddress
+from hf_recycle.hub.checks import sizes
 from hf_recycle.hub.names import check_names
 from hf_recycle.hub.pull import is_pulled, plan, pull_checkpoint
 from hf_recycle.hub.resume import forget_foreign_best, local_checkpoint
@@ -38,7 +45,7 @@ def checkpoint(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def copy(checkpoint, tmp_path) -> Path:
-    return Path(shutil.copytree(checkpoint, tmp_path / "copy"))
+    return Path(shutil.copytree(checkpoint, tmp_path / "checkpoint-4"))
 
 
 class _Bomb:
@@ -185,29 +192,67 @@ def test_a_name_that_passes_stays_in_its_folder(name):
     assert name.isprintable() or not any(ord(character) < 32 for character in name)
 
 
-def test_sizes_are_bounded(hub, online, checkpoint, monkeypatch):
-    repo = hub.store.create("alice/huge").name
-    hub.store.add_files(repo, contents(checkpoint, "checkpoint-4"))
+@pytest.fixture
+def claiming(monkeypatch):
+    """`claiming(ending, size)`: for the next questions the Hub says that files whose path ends so have this size."""
     original = huggingface_hub.HfApi.list_repo_tree
 
-    def claiming(name, size):
+    def set_to(ending: str, size: int) -> None:
         def listed(*args, **kwargs):
             for entry in original(*args, **kwargs):
-                if entry.path.endswith(name):
+                if entry.path.endswith(ending):
                     entry.size = size
                 yield entry
 
-        return listed
+        monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_tree", listed)
 
-    for name, size, problem in (
-        ("model.safetensors", 2**60, "bytes free in the cache|are free in the cache"),
-        ("rng_state.pth", 2**30, r"rng_state\.pth claims"),
-        ("config.json", 2**30, r"config\.json claims"),
-    ):
-        monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_tree", claiming(f"/{name}", size))
-        with pytest.raises(UserError, match=problem):
-            pull_checkpoint(f"hub://{repo}")
-    assert not hub.requests("/resolve/.*(safetensors|rng_state|config)")
+    return set_to
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "problem"),
+    [
+        ("model.safetensors", 2**60, "are free in the cache"),
+        ("rng_state.pth", 2**23, r"rng_state\.pth is not to be trusted \(it has 8,388,608 bytes"),
+        ("/config.json", 198 * 10**6, r"config\.json is not to be trusted"),
+        ("trainer_state.json", 2**28, r"trainer_state\.json is not to be trusted"),
+        ("recycling_config.json", 2**24, r"recycling_config\.json is not to be trusted"),
+        ("recycling_history.parquet", 2**31, r"recycling_history\.parquet is not to be trusted"),
+    ],
+)
+@pytest.mark.parametrize("folder", ["checkpoint-4", "last-checkpoint"])
+def test_sizes_are_bounded_before_anything_is_downloaded(
+    hub, online, checkpoint, claiming, name, size, problem, folder
+):
+    repo = hub.store.create(f"alice/huge-{name.strip('/').partition('.')[0]}-{folder}").name
+    hub.store.add_files(repo, contents(checkpoint, folder))
+    claiming(name, size)
+    with pytest.raises(UserError, match=problem):
+        pull_checkpoint(f"hf://{repo}/{folder}")
+    assert not hub.requests("/resolve/")
+    with pytest.raises(UserError, match=problem):
+        pull_checkpoint(f"hf://{repo}")
+    # To know which is the newest, the step of last-checkpoint is asked for.
+    assert not hub.requests(f"GET .*/resolve/.*({name}|safetensors)")
+
+
+@pytest.mark.parametrize("take", ["history", "analyze", "shrink", "a new run", "report"])
+def test_large_small_files_of_a_model_are_not_downloaded(hub, online, checkpoint, take, tmp_path, monkeypatch):
+    """The Hub's test server has no such files: the bounds come down to what is there."""
+    repo = hub.store.create(f"alice/large-{take.replace(' ', '-')}").name
+    hub.store.add_files(repo, {Path(key).name: value for key, value in contents(checkpoint, "x").items()})
+    name = "recycling_stats.json" if take in ("history", "report") else "config.json"
+    monkeypatch.setitem(sizes._MOST, name, 100)
+    actions = {
+        "history": lambda: RecyclingHistory.from_pretrained(repo),
+        "report": lambda: report(f"hf://{repo}"),
+        "analyze": lambda: Checkpoint(Source(repo)).blocks,
+        "shrink": lambda: shrink_files.load_model(Source(f"hf://{repo}")),
+        "a new run": lambda: pin_revision(ModelArguments(model_name_or_path=f"hf://{repo}")),
+    }
+    with pytest.raises(ValueError, match=rf"{name} is not to be trusted \(it has .* bytes and such a file has at most"):
+        actions[take]()
+    assert not hub.requests(f"GET .*/resolve/.*{name}")
 
 
 def test_the_trainer_itself_checks_what_lies_in_the_cache(hub, online, checkpoint, marker, monkeypatch, tmp_path):
@@ -295,12 +340,27 @@ def edit_json(path: Path, **changes) -> None:
         {"train_batch_size": -4},
         {"best_metric": "x"},
         {"log_history": {"a": 1}},
+        {"log_history": [{"step": "x"}]},
+        {"stateful_callbacks": {"a": 1}},
+        {"best_model_checkpoint": 3},
+        {"is_world_process_zero": "yes"},
+        {"max_steps": 3},
+        {"global_step": 3},
         {"surprise": 1},
     ],
 )
 def test_a_damaged_trainer_state(copy, changes):
     edit_json(copy / "trainer_state.json", **changes)
-    with pytest.raises(UserError, match=rf"here: trainer_state\.json .*{next(iter(changes))}"):
+    with pytest.raises(UserError, match=rf"here: trainer_state\.json .*({next(iter(changes))}|of 3 steps)"):
+        check_checkpoint(copy, "here")
+
+
+@pytest.mark.parametrize("name", ["global_step", "max_steps", "epoch", "log_history"])
+def test_a_trainer_state_without_what_is_read(copy, name):
+    state = json.loads((copy / "trainer_state.json").read_text())
+    del state[name]
+    (copy / "trainer_state.json").write_text(json.dumps(state))
+    with pytest.raises(UserError, match=rf"here: trainer_state\.json .*{name} is missing"):
         check_checkpoint(copy, "here")
 
 
@@ -311,19 +371,53 @@ def test_a_trainer_state_that_is_none(copy, content):
         check_checkpoint(copy, "here")
 
 
+def test_what_is_damaged_elsewhere_is_fine_before(copy):
+    check_checkpoint(copy, "here")
+
+
 def test_a_run_that_diverged_is_no_damage(copy):
     rows = [{"step": 1, "loss": float("nan")}, {"step": 2, "loss": float("inf")}]
     edit_json(copy / "trainer_state.json", log_history=rows)
     check_checkpoint(copy, "here")
 
 
-def millions_of_rows(path: Path) -> None:
-    """Of nothing: the file is a few hundred kilobytes. It is refused by what it claims, before a row is read."""
-    schema = pq.read_schema(path)
-    group = pa.table({field.name: pa.nulls(10**6, field.type) for field in schema}, schema=schema)
-    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
-        for _ in range(6):
-            writer.write_table(group)
+def edit_saved(path: Path, **changes) -> None:
+    with safe_globals():
+        state = torch.load(path, weights_only=True)
+    torch.save(state | changes, path)
+
+
+def edit_optimizer(path: Path, **changes) -> None:
+    """Changes the state of the first parameter."""
+    state = torch.load(path, weights_only=True)
+    state["state"][0] |= changes
+    torch.save(state, path)
+
+
+def edit_group(path: Path, **changes) -> None:
+    state = torch.load(path, weights_only=True)
+    state["param_groups"][0] |= changes
+    torch.save(state, path)
+
+
+def laughs() -> list:
+    """A list of lists of lists, each written once and used ten times."""
+    items: list = [0]
+    for _ in range(15):
+        items = [items] * 10
+    return items
+
+
+def deep() -> list:
+    items: list = []
+    for _ in range(100):
+        items = [items]
+    return items
+
+
+def numpy_state(position: int) -> tuple:
+    kind, words, *_ = np.random.RandomState(0).get_state()
+    return kind, words, position, 0, 0.0
 
 
 def compressed(path: Path) -> None:
@@ -350,15 +444,47 @@ def outside_shard(path: Path) -> None:
         ("optimizer.pt", lambda path: path.write_bytes(saved([1, 2])), "a list where a mapping"),
         ("optimizer.pt", lambda path: path.write_bytes(saved({"a": 1})), "no state of an optimizer"),
         ("optimizer.pt", lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]), "optimizer"),
-        ("recycling_history.parquet", millions_of_rows, "claims 6,000,000 rows"),
         ("recycling_stats.json", lambda path: edit_json(path, ever_recycled=float("nan")), "recycling_stats"),
         ("recycling_stats.json", lambda path: edit_json(path, step=-4), "recycling_stats"),
         ("recycling_state.safetensors", lambda path: path.unlink(), r"recycling_state\.safetensors is missing"),
         ("config.json", lambda path: path.write_text("[]"), r"config\.json"),
+        ("config.json", lambda path: edit_json(path, num_hidden_layers=10**9), "num_hidden_layers is 1000000000, more"),
+        ("config.json", lambda path: edit_json(path, text_config={"n_layer": 10**9}), "n_layer is 1000000000, more"),
+        ("config.json", lambda path: edit_json(path, depths=[1] * 10**5), r"depths is \[1, 1"),
+        ("config.json", lambda path: edit_json(path, num_labels=10**9), "num_labels is 1000000000, more"),
+        (
+            "config.json",
+            lambda path: path.write_text(" " * 2**23 + "{}"),
+            "8,388,610 bytes and such a",
+        ),
+        ("optimizer.pt", lambda path: edit_optimizer(path, exp_avg=torch.zeros(3)), r"exp_avg of parameter 0 .*\(3,\)"),
+        ("optimizer.pt", lambda path: edit_optimizer(path, exp_avg=torch.zeros(0)), r"exp_avg of parameter 0 .*\(0,\)"),
+        ("optimizer.pt", lambda path: edit_optimizer(path, exp_avg=5), "exp_avg of parameter 0 has shape int"),
+        (
+            "optimizer.pt",
+            lambda path: edit_optimizer(path, more=torch.zeros(1).expand(2**40)),
+            "larger than what is",
+        ),
+        ("optimizer.pt", lambda path: edit_optimizer(path, more=laughs()), "nested more than any state"),
+        ("optimizer.pt", lambda path: edit_optimizer(path, more=deep()), "nested more than any state"),
+        ("optimizer.pt", lambda path: edit_optimizer(path, more=torch.eye(3).to_sparse()), "layout torch.sparse"),
+        ("optimizer.pt", lambda path: edit_group(path, lr=float("nan")), "setting that is not a number"),
+        ("optimizer.pt", lambda path: edit_group(path, params=[0]), "in none of its groups"),
+        ("scheduler.pt", lambda path: edit_saved(path, base_lrs=[float("nan")]), "setting that is not a number"),
+        (
+            "scheduler.pt",
+            lambda path: edit_saved(path, base_lrs=torch.zeros(1).expand(2**40)),
+            "larger than what is",
+        ),
+        ("rng_state.pth", lambda path: edit_saved(path, cpu=torch.zeros(3, dtype=torch.uint8)), r"rng_state\.pth"),
+        ("rng_state.pth", lambda path: edit_saved(path, cpu=torch.zeros(5056, dtype=torch.uint8)), r"rng_state\.pth"),
+        ("rng_state.pth", lambda path: edit_saved(path, python=(3, (1, 2), None)), r"rng_state\.pth"),
+        ("rng_state.pth", lambda path: edit_saved(path, numpy=numpy_state(2**31 - 1)), "NumPy's generator"),
+        ("rng_state.pth", lambda path: edit_saved(path, cuda=torch.zeros(2**10)), "'cuda' is no state"),
+        ("rng_state.pth", lambda path: path.write_bytes(saved({"python": 1})), "lacks the state of cpu"),
     ],
 )
 def test_damaged_content(copy, name, damage, message):
-    check_checkpoint(copy, "here")
     damage(copy / name)
     with pytest.raises(UserError, match=message) as error:
         check_checkpoint(copy, "here")

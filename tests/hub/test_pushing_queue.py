@@ -1,6 +1,9 @@
 """The queue of pushes, without a Hub: order, patience, and a word about everything that did not land."""
 
 import atexit
+import random
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -16,7 +19,7 @@ from publishing_runs import QUICK
 from hf_recycle.hub.job import Push
 from hf_recycle.hub.publisher import Publisher
 from hf_recycle.hub.retry import RetryPolicy, asked_for, passes
-from hf_recycle.hub.staging import FOLDER, leftovers, stage, unstage
+from hf_recycle.hub.staging import FOLDER, is_overtaken, leftovers, stage, unstage
 
 
 def refusal(status: int, **headers: str) -> HfHubHTTPError:
@@ -27,13 +30,13 @@ def refusal(status: int, **headers: str) -> HfHubHTTPError:
 class FakeRepository:
     """Lands pushes; `trouble(message, attempt)` may give an error instead. Closed gates hold everything up."""
 
-    name = "alice/fake"
+    name = repo_id = "alice/fake"
 
     def __init__(self, trouble=lambda message, attempt: None, gate=None, policy=QUICK):
         self.trouble, self.gate, self.policy = trouble, gate, policy
         self.attempts, self.landed, self.pushes, self.started = [], [], [], threading.Event()
 
-    def publish(self, push):
+    def publish(self, push, deadline):
         self.started.set()
         if self.gate is not None:
             self.gate.wait(10)
@@ -143,28 +146,29 @@ def test_interrupted_it_stops_soon_and_says_what_is_left(tmp_path):
         publisher.submit(push(tmp_path, message, always=True))
     repository.started.wait(10)
     publisher.abandon(grace=0.2)
-    assert [item.push.message for item in publisher.unpublished][:1] == ["0"]
     gate.set()
     publisher.finish()
-    assert {item.push.message for item in publisher.unpublished} >= {"1", "2"}
-    assert repository.attempts == ["0"]
+    assert [item.push.message for item in publisher.unpublished] == ["0", "1", "2"]
+    assert set(repository.attempts) <= {"0"}
 
 
-def test_what_is_left_is_taken_up_once_and_forgotten_when_it_lands(tmp_path):
+def test_what_is_left_is_taken_up_and_forgotten_when_it_lands(tmp_path):
     gate = threading.Event()
     repository = FakeRepository(gate=gate)
     publisher = Publisher(repository)
-    staged = [push(tmp_path / str(n), n, always=True, staged=True) for n in range(2)]
-    futures = [publisher.submit(one) for one in staged]
+    copies = [staged(tmp_path, number, always=True) for number in range(2)]
+    for one in copies:
+        publisher.submit(one)
     repository.started.wait(10)
     publisher.abandon(grace=0.05)
     assert publisher.report()
-    again = [publisher.submit(one) for one in staged]
+    again = [publisher.submit(one) for one in copies]
+    assert [publisher.submit(one) for one in copies] == again, "each once"
     gate.set()
     publisher.finish()
-    assert again == futures
-    assert repository.landed == ["0", "1"]
+    assert [future.result().oid for future in again] == ["0", "1"]
     assert publisher.report() == ""
+    assert not (tmp_path / FOLDER).exists()
 
 
 def test_a_program_that_does_not_wait_says_what_it_leaves(tmp_path, monkeypatch, caplog):
@@ -189,22 +193,19 @@ def test_a_program_that_does_not_wait_says_what_it_leaves(tmp_path, monkeypatch,
 
 def test_staging_while_the_last_staged_copy_goes(tmp_path, monkeypatch):
     """The thread that publishes removes the folder of staged copies once none is left."""
-    (tmp_path / "checkpoint-2").mkdir()
-    (tmp_path / "checkpoint-2" / "config.json").write_text("{}")
-    wanted, parent = Push(tmp_path / "checkpoint-2", "alice/fake", "2"), tmp_path / "unpublished"
-    first = stage(wanted, tmp_path, link=True)
-    remover, iterdir = threading.Thread(target=unstage, args=[first], daemon=True), Path.iterdir
+    first = staged(tmp_path, 1)
+    mkdir = Path.mkdir
 
-    def iterdir_late(path):
-        if path == parent and remover.ident is None:
-            remover.start()
-            remover.join(0.3)
-        return iterdir(path)
+    def mkdir_late(path, *args, **kwargs):
+        if first.folder.exists() and path.name.startswith("tmp-"):
+            unstage(first)
+            raise FileNotFoundError(path)  # as if it had gone in the middle of it
+        return mkdir(path, *args, **kwargs)
 
-    monkeypatch.setattr(Path, "iterdir", iterdir_late)
-    second = stage(wanted, tmp_path, link=True)
-    remover.join(10)
+    monkeypatch.setattr(Path, "mkdir", mkdir_late)
+    second = staged(tmp_path, 2)
     assert (second.folder / "config.json").read_text() == "{}"
+    assert not first.folder.exists()
 
 
 def test_a_second_attempt_that_lands_clears_the_first(tmp_path):
@@ -269,10 +270,6 @@ def refuses(*messages):
     return FakeRepository(lambda message, attempt: refusal(403) if message in messages else None)
 
 
-def left_by(publisher) -> list[tuple]:
-    return [(item.push.message, item.push.late, item.push.has_place) for item in publisher.unpublished]
-
-
 def test_what_was_given_up_is_forgotten_once_a_newer_push_has_landed(tmp_path, caplog):
     repository = refuses("1", "2", "4")
     publisher = Publisher(repository)
@@ -282,45 +279,38 @@ def test_what_was_given_up_is_forgotten_once_a_newer_push_has_landed(tmp_path, c
         with caplog.at_level("WARNING"):
             publisher.finish()
     assert repository.landed == ["3"]
-    assert left_by(publisher) == [("1", False, True), ("4", False, True)], "of another branch, and newer"
+    assert [item.push.message for item in publisher.unpublished] == ["1", "4"], "of another branch, and newer"
     assert [one.folder.exists() for one in pushes] == [True, False, False, True]
     assert "'2' need not be published any more: '3' was" in caplog.text
     assert leftovers(tmp_path) == [pushes[0], pushes[3]]
 
 
 @pytest.mark.parametrize(
-    ("older", "newer", "left"),
+    ("older", "newer", "command"),
     [
         ({}, {}, None),
         ({"checkpoint": "last-checkpoint"}, {"checkpoint": "last-checkpoint"}, None),
-        # The end of training publishes a model and nothing to resume from.
-        ({"checkpoint": "last-checkpoint"}, {"always": True}, "folder"),
-        ({"checkpoint": "checkpoint-1", "always": True}, {"checkpoint": "checkpoint-2", "always": True}, "folder"),
-        ({"checkpoint": "last-checkpoint", "tag": "step-1", "always": True}, {"checkpoint": "last-checkpoint"}, "tag"),
-        ({"always": True}, {"always": True}, "nothing"),
+        ({"checkpoint": "checkpoint-1", "always": True}, {"checkpoint": "checkpoint-2", "always": True}, ""),
+        ({"tag": "step-1", "always": True}, {}, " --revision checkpoint-1"),
     ],
 )
 @pytest.mark.parametrize("is_staged", [True, False])
-def test_what_is_left_of_an_older_push(tmp_path, older, newer, left, is_staged):
+def test_what_is_left_of_an_older_push(tmp_path, older, newer, command, is_staged):
     publisher = Publisher(refuses("1"))
     first = staged(tmp_path, 1, **older)
     publisher.submit(first)
     publisher.finish()
     publisher.submit(staged(tmp_path, 2, **newer) if is_staged else push(tmp_path, 2, **newer))
     publisher.finish()
-    if left is None:
+    assert is_overtaken(first, "alice/fake") is (command is not None)
+    assert first.folder.exists() is (command is not None)
+    if command is None:
         assert publisher.report() == ""
-        assert leftovers(tmp_path) == []
-        return
-    (item,) = publisher.unpublished
-    assert leftovers(tmp_path) == [item.push], "noted for later, too"
-    assert (item.push.late, item.push.folder, item.push.checkpoint) == (True, first.folder, older.get("checkpoint"))
-    assert item.push.folder_taken is (left != "folder")
-    assert item.push.has_place is (left != "nothing")
-    assert item.push.command.endswith("alice/fake --tag") is (left == "nothing"), "a tag is a place"
+    else:
+        assert publisher.unpublished[0].push.command == f"hf-recycle push {first.folder} alice/fake{command}"
 
 
-def test_what_is_newer_than_a_push_that_lands_late_stays(tmp_path, monkeypatch):
+def test_what_is_newer_than_a_push_that_lands_when_nobody_waits_stays(tmp_path, monkeypatch):
     """The program ends, gives up all that wait, and the first of them lands after all."""
     at_exit, gate = [], threading.Event()
     monkeypatch.setattr(atexit, "register", at_exit.append)
@@ -332,39 +322,72 @@ def test_what_is_newer_than_a_push_that_lands_late_stays(tmp_path, monkeypatch):
     for one in pushes[1:]:
         publisher.submit(one)
     at_exit[0]()
-    publisher.abandon(grace=0.05)
+    assert [item.push.message for item in publisher.unpublished] == ["1", "2", "3"]
     gate.set()
-    publisher.finish()
+    while not repository.landed:
+        time.sleep(0.01)
     assert repository.landed == ["1"]
-    assert leftovers(tmp_path) == pushes[1:]
+    assert leftovers(tmp_path) == pushes, "whoever publishes the first again finds nothing left to change"
 
 
-def test_what_is_taken_up_behind_a_newer_push_is_not_put_over_it(tmp_path):
-    gate = threading.Event()
-    repository = FakeRepository(gate=gate)
+@pytest.mark.slow
+def test_another_process_takes_its_turn(tmp_path):
+    """What it has published meanwhile is not published again, and not over what it has published."""
+    code = """
+import sys, time
+from pathlib import Path
+from hf_recycle.hub.deadline import Deadline
+from hf_recycle.hub.staging import Turn, leftovers, note_landed, unstage
+first, second, third = leftovers(Path(sys.argv[1]))
+turn = Turn()
+turn.take(second, Deadline())
+print("taken", flush=True)
+sys.stdin.readline()
+note_landed(second, "alice/fake")
+unstage(second)
+"""
+    pushes = [staged(tmp_path, number, always=True) for number in (1, 2, 3)]
+    repository = FakeRepository()
     publisher = Publisher(repository)
-    older = [staged(tmp_path, 1), staged(tmp_path, 2, always=True, tag="step-2")]
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "taken\n"
+        futures = [publisher.submit(one) for one in pushes[1:]]
+        time.sleep(0.5)
+        assert repository.attempts == []
+        other.stdin.write("\n")
+        other.stdin.flush()
+        publisher.finish()  # the lock dies with its process
+    assert [future.result() and future.result().oid for future in futures] == [None, "3"]
+    assert repository.landed == ["3"]
+    assert publisher.report() == ""
+    assert is_overtaken(pushes[0], "alice/fake")
+
+
+def test_a_push_that_hangs_is_left_when_the_time_is_up_and_the_next_one_is_tried(tmp_path):
+    gate = threading.Event()
+    policy = RetryPolicy(last_patience=0.3)
+    hanging = FakeRepository(gate=gate, policy=policy)
+    publisher = Publisher(hanging)
+    copies = [staged(tmp_path, number, always=True) for number in (1, 2)]
+    futures = [publisher.submit(one) for one in copies]
+    began = time.monotonic()
+    publisher.finish()
+    assert time.monotonic() - began < 3
+    assert [future.result() for future in futures] == [None, None]
+    assert [item.reason for item in publisher.unpublished] == ["the Hub did not answer in time"] * 2
+    hanging.gate = None
     publisher.submit(staged(tmp_path, 3))
-    repository.started.wait(10)
-    futures = [publisher.submit(one) for one in older]
+    publisher.finish()
+    assert hanging.landed == ["3"], "by another thread"
     gate.set()
-    publisher.finish()
-    assert futures[0].cancelled()
-    assert [(one.message, one.late) for one in repository.pushes] == [("3", False), ("2", True)]
-    assert not (tmp_path / FOLDER).exists()
 
 
-def test_by_hand_the_newest_first(tmp_path):
-    """What else an earlier run left is then late: by another process, which forgets nothing that it was not given."""
-    pushes = [staged(tmp_path, 1), staged(tmp_path, 2, tag="step-2"), staged(tmp_path, 3), staged(tmp_path, 4)]
-    publisher = Publisher(FakeRepository(), says_failures=False)
-    publisher.submit(pushes[2])
-    publisher.finish()
-    assert [(one.message, one.late, one.has_place) for one in leftovers(tmp_path)] == [
-        ("1", True, False),
-        ("2", True, True),
-        ("4", False, True),
-    ]
+def test_waiting_draws_nothing_from_the_users_generators():
+    before = random.getstate()
+    for attempt in range(1, 5):
+        RetryPolicy().wait(attempt, refusal(503))
+    assert random.getstate() == before
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,12 @@
 
 import io
 import json
+import random
 import shutil
 import socket
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -14,7 +16,7 @@ import pytest
 import torch
 from hub_server import ALICE, Fault, HubServer, Store
 from publishing_runs import QUICK, make_trainer, train_and_publish
-from tiny_runs import assert_same_weights
+from tiny_runs import assert_same_weights, sentences
 from transformers import AutoModelForMaskedLM, TrainerCallback
 
 from hf_recycle import RecyclingHistory
@@ -176,6 +178,41 @@ def test_a_hub_that_never_takes_a_commit_costs_no_training_and_loses_nothing(
     assert not (run / FOLDER).exists()
 
 
+class Augmented(torch.utils.data.Dataset):
+    """Sentences with words replaced by means of Python's own generator, as augmentations are made."""
+
+    def __init__(self):
+        self.rows = list(sentences())
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        row = dict(self.rows[index])
+        row["input_ids"] = [7 if random.random() < 0.2 else token for token in row["input_ids"]]
+        return row
+
+
+def test_failing_pushes_draw_nothing_from_the_generators_that_data_are_made_with(online, hub, tmp_path):
+    hub.faults.set([Fault(COMMIT)])
+    ends = []
+    for publishing in (True, False):
+        trainer = make_trainer(
+            tmp_path / str(publishing), hub_model_id="alice/random", push_to_hub=publishing, hub_always_push=publishing
+        )
+        trainer.train_dataset = Augmented()
+        if publishing:
+            trainer.publisher.policy = RetryPolicy(first=0.001, longest=0.01, last_patience=0.5)
+            trainer.publisher.finish = trainer.publisher.abandon
+            trainer.add_callback(AtStep(**{f"_{step}": lambda: time.sleep(0.2) for step in range(1, 7)}))
+        random.seed(1)
+        trainer.train()
+        ends.append((trainer, random.getstate()))
+    assert len(hub.requests(COMMIT)) > 3
+    assert_same_weights(ends[0][0], ends[1][0])
+    assert ends[0][1] == ends[1][1]
+
+
 def test_what_a_run_gave_up_is_not_put_over_what_it_has_published_since(online, hub, tmp_path):
     """Neither forgotten nor taken up wrongly: step 2 is refused, step 4 lands, and the run goes on."""
     for strategy, kept in (("every_save", []), ("all_checkpoints", ["checkpoint-2"])):
@@ -293,9 +330,8 @@ def test_nothing_published_tells_about_the_machine(online, hub, tmp_path, monkey
     assert trainer.publisher.report() == ""
     assert ALICE.encode() in (run / "training_args.bin").read_bytes(), "or else this test shows nothing"
     paths = hub.store.paths(name)
-    assert {"training_args.bin", "last-checkpoint/training_args.bin", "last-checkpoint/trainer_state.json"} <= set(
-        paths
-    )
+    assert "last-checkpoint/trainer_state.json" in paths
+    assert not [path for path in paths if path.endswith("training_args.bin")]
     repository = hub.store.repositories["model", name]
     told = {"commits": " ".join(c.title + c.message for c in repository.commits.values()).encode()}
     for revision in repository.commits:
@@ -309,9 +345,6 @@ def test_nothing_published_tells_about_the_machine(online, hub, tmp_path, monkey
         for secret in (ALICE, host, user, str(home), str(tmp_path), "secret project"):
             assert not any(secret.encode() in part for part in parts), f"{path} tells {secret}"
     assert not [path for path in paths if "events" in path or path.endswith((".log", "leaked.txt"))]
-    args = torch.load(io.BytesIO(hub.store.read(name, "training_args.bin")), weights_only=False)
-    assert (args.max_steps, args.recycle_steps, args.hub_model_id, args.hub_token) == (6, 2, name, None)
-    assert args.output_dir == "run-7"
 
 
 def test_of_two_processes_one_talks_to_the_hub_and_the_other_does_not_wait(hub, hub_environment, tmp_path):

@@ -5,6 +5,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hf_recycle.methods.midpoint import CENTERS, DISTANCES, MidpointLoss
 
@@ -113,3 +115,26 @@ def test_by_hand():
     _, by_in, by_out = MidpointLoss().slopes(norms, one, everyone)
     assert by_in.tolist() == pytest.approx([-1, -1 / 2, 1 / 6])
     assert by_out.tolist() == pytest.approx([-1, -2, 6])
+
+
+SIZES = st.one_of(
+    st.sampled_from([0.0, 1e-45, 1e-40, 1e-23, 1e-19, 2e-19, 1e-6, 1e6, 2e19, 3e38, math.inf, math.nan]),
+    st.floats(0, 1e6, width=32),
+)
+
+
+@pytest.mark.parametrize(("distance", "center", "log", "below_only"), VARIANTS)
+@given(data=st.data())
+@settings(max_examples=30)
+def test_weights_of_any_size(distance, center, log, below_only, data):
+    """What is out of range is left alone and disturbs no other; what is not grows ten times at most with the log."""
+    norms = data.draw(st.lists(st.tuples(SIZES, SIZES), min_size=1, max_size=6))
+    in_norm, out_norm = torch.tensor([*norms, (0.5, 0.5), (1.0, 2.0)], dtype=torch.float32).T
+    method = MidpointLoss(distance, center, log, below_only)
+    _, *slopes = method.slopes(in_norm, out_norm, torch.ones(len(in_norm), dtype=torch.bool))
+    for slope, norm in zip(slopes, (in_norm, out_norm), strict=True):
+        assert slope.isfinite().all()
+        assert slope[~((norm > 1e-19) & (norm < 2e19))].eq(0).all()
+        factor = method.factor(slope, 1e-3)
+        assert factor.isfinite().all()
+        assert not log or factor.abs().max() <= 10

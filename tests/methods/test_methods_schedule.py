@@ -108,6 +108,49 @@ def test_decay_accumulates_the_running_sum(decay):
         assert schedule.quota(end, neurons) == 0
 
 
+@given(
+    st.sampled_from(FRACTION_SCHEDULES),
+    st.tuples(*[st.integers(1, 30), st.integers(0, 90), st.integers(0, 400), st.integers(1, 400)]),
+    st.integers(1, 999),
+    st.integers(1, 5000),
+    st.randoms(use_true_random=False),
+)
+def test_quotas_are_those_of_the_sum_over_all_phases(decay, when, thousandths, neurons, random):
+    """Asked for in any order: a resumed run begins with a late one."""
+    every, start, length, last = when
+    schedule = PhaseSchedule(every, start, start + length, last, thousandths / 1000, decay)
+    expected, total = {}, Fraction(0)
+    for step in phases(schedule):
+        share = Fraction(thousandths, 1000)
+        progress = Fraction(step - start, max(length, 1))
+        if decay == "linear":
+            share *= 1 - progress
+        elif decay == "cosine":
+            share *= Fraction(f"{(1 + math.cos(math.pi * float(progress))) / 2:.12f}")
+        expected[step] = math.floor((total + share) * neurons) - math.floor(total * neurons)
+        total += share
+    order = random.sample(list(expected), len(expected))
+    assert {step: schedule.quota(step, neurons) for step in order} == {step: expected[step] for step in order}
+
+
+@pytest.mark.parametrize("decay", FRACTION_SCHEDULES)
+def test_a_late_quota_costs_what_an_early_one_costs(decay, monkeypatch):
+    schedule = PhaseSchedule(1, 1, 10**6, 10**6 + 1, 0.01, decay)
+    schedule.quota(2000, 512)
+    asked = []
+    monkeypatch.setattr(math, "cos", lambda angle, cos=math.cos: asked.append(angle) or cos(angle))
+    for step in range(2001, 2021):
+        schedule.quota(step, 512), schedule.quota(step, 333)
+    assert len(asked) <= 20 * 4
+
+
+@pytest.mark.parametrize("decay", ["constant", "linear"])
+def test_trainings_without_end(decay):
+    schedule = PhaseSchedule(1, 0, 10**30, 10**30, 0.5, decay)
+    assert schedule.quota(10**15, 8) in (3, 4, 5)
+    assert len(schedule.phases_until(10**30)) > 10**18
+
+
 @pytest.mark.parametrize(
     ("value", "total", "expected"),
     [

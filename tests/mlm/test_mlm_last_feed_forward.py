@@ -74,15 +74,23 @@ def assert_same(left, right):
         torch.testing.assert_close(left[1][name], gradient, rtol=1e-8, atol=1e-10, msg=name)
 
 
+def watched(forward, shapes):
+    def note(hidden):
+        shapes.append(hidden.shape)
+        return forward(hidden)
+
+    return note
+
+
 @pytest.mark.parametrize("model_type", WHERE)
-def test_only_masked_positions_and_the_same_dropout(model_type):
+def test_only_masked_positions_and_the_same_dropout(model_type, monkeypatch):
     model = tiny_model(model_type)
     reference = full(model)
     head = find_masked_head(model)
     shapes = []
     for layer in model.get_submodule(WHERE[model_type]):
         linear = next(m for m in layer.modules() if getattr(m, "out_features", 0) in (20, 40) and m.in_features == 16)
-        linear.register_forward_hook(lambda _, args, output: shapes.append(args[0].shape))
+        monkeypatch.setattr(linear, "forward", watched(linear.forward, shapes))
     assert_same(restricted(model, head), reference)
     count = int((batch()[1] != -100).sum())
     assert shapes == [(3, 12, 16), (count, 16)]
@@ -125,6 +133,20 @@ def test_behind_the_context_a_part_of_the_model_is_as_it_was():
     after = layer.output.dense(layer.intermediate(hidden)), model.bert(ids).last_hidden_state
     assert torch.equal(after[0], before[1])
     assert torch.equal(after[1], before[0])
+
+
+@pytest.mark.parametrize("where", ["bert.encoder", "bert.encoder.layer.1", "bert.encoder.layer.1.intermediate"])
+def test_a_hook_of_the_user_finds_what_it_would_find_without(where):
+    model = tiny_model("bert")
+    found = []
+    module = model.get_submodule(where)
+    handle = module.register_forward_hook(lambda _, __, output: found.append(output[0].detach()))
+    reference = full(model)
+    head = find_masked_head(model)
+    assert_same(restricted(model, head), reference)
+    assert torch.equal(*found)
+    handle.remove()
+    assert_same(restricted(model, head), reference)
 
 
 def test_blocks_computed_in_chunks_of_the_sequence_are_left_alone():

@@ -3,7 +3,7 @@
 import pytest
 from simulated_runs import write_run
 
-from hf_recycle.studies.plan import Arm, FigurePlan, Study
+from hf_recycle.studies.plan import Arm, Control, FigurePlan, Study
 from hf_recycle.studies.results import RunResult, StudyResults
 
 STEPS = 100
@@ -11,9 +11,10 @@ STEPS = 100
 
 @pytest.fixture
 def made_up(tmp_path):
-    """Results from `{arm: [final loss of each seed]}`; `histories` names the arms that have one, with its settings."""
+    """Results from `{arm: [final loss of each seed]}`; `histories` names the arms that have one, with its settings;
+    `control` the arms of lower and higher loss."""
 
-    def make(losses, histories=None, failures=None, about=None, figures=(), statements=(), seconds=None):
+    def make(losses, histories=None, failures=None, about=None, figures=(), statements=(), seconds=None, control=None):
         runs = {}
         for arm, values in losses.items():
             for seed, loss in enumerate(values, start=1):
@@ -33,6 +34,7 @@ def made_up(tmp_path):
             baseline="baseline",
             figures=tuple(FigurePlan(kind, title, tuple(arms)) for kind, title, arms in figures),
             statements=tuple(statements),
+            control=control and Control(*control),
         )
         return StudyResults(study, runs, failures or {})
 

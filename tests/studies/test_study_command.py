@@ -18,6 +18,7 @@ STUDY = """\
 title: A tiny study
 seeds: 1
 baseline: baseline
+control: {lower: baseline, higher: plain}
 recipes: tiny.yaml
 arms:
   baseline: {}

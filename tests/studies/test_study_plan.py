@@ -1,7 +1,7 @@
 import pytest
 
 from hf_recycle.errors import UserError
-from hf_recycle.studies.plan import run_key
+from hf_recycle.studies.plan import Control
 from hf_recycle.studies.plan_file import find_study, load_study, parse_seeds, study_names
 
 STUDY = """\
@@ -80,14 +80,6 @@ def test_equal_settings_have_one_key_and_changed_ones_another(study):
     assert slower[1].key == runs[1].key  # it has a rate of its own
 
 
-def test_where_a_run_goes_is_no_part_of_its_key(monkeypatch):
-    assert run_key({"seed": 1}) == run_key({"seed": 1, "output_dir": "elsewhere", "disable_tqdm": True})
-    assert run_key({"seed": 1}) != run_key({"seed": 2})
-    before = run_key({"seed": 1})
-    monkeypatch.setattr("hf_recycle.files.package_version", lambda: "99.0")
-    assert run_key({"seed": 1}) != before
-
-
 def test_fewer_arms_keep_the_baseline_and_the_figures_that_are_left(study):
     text = STUDY.replace("statements", "  - {kind: widths, title: Hot alone, arms: [hot]}\nstatements")
     found = study(text).changed(arms=["baseline"])
@@ -120,6 +112,14 @@ def test_fewer_arms_keep_the_baseline_and_the_figures_that_are_left(study):
         ("scale: laptop", "scales: {laptop: {seed: 3}}", "seed is not a setting of a study"),
         ("seeds: 2", "seeds: 2.5", "seeds=2.5 must be a number of seeds"),
         ("seeds: 2", "seeds: [1, 1]", r"seeds=\[1, 1\] must be a number of seeds"),
+        (
+            "[vicious_cycle]",
+            "[wider_is_better, vicious_cycle]",
+            "wider_is_better can't be judged without a positive con",
+        ),
+        ("baseline: baseline", "control: baseline", "control='baseline' must name two arms, as {lower: baseline, hi"),
+        ("baseline: baseline", "control: {lower: hot, higher: hot}", "must name two arms"),
+        ("baseline: baseline", "control: {lower: hit, higher: hot}", r"control: unknown arm 'hit'; did you mean hot\?"),
         ("title: Two arms", "title: [", "^study .*mine.yaml: .* in line 3"),
         ("title: Two arms", "include: nowhere", "study 'nowhere' is neither a file"),
     ],
@@ -157,6 +157,13 @@ def test_a_study_may_include_another(study):
     assert len(found.figures) == 2
     with pytest.raises(UserError, match="includes itself"):
         study("include: circle.yaml\narms: {a: {}}\n", "circle.yaml")
+
+
+def test_a_positive_control(study):
+    text = STUDY.replace("[vicious_cycle]", "[immunity_hurts]\ncontrol: {lower: baseline, higher: hot}")
+    assert study(text).control == Control(lower="baseline", higher="hot")
+    assert study("include: mine.yaml\narms: {cold: {}}\n", "more.yaml").control == Control("baseline", "hot")
+    assert study().control is None  # of counts alone something can be said without
 
 
 def test_seeds():

@@ -1,6 +1,5 @@
 import io
 import re
-from dataclasses import replace
 from html.parser import HTMLParser
 
 import markdown_it
@@ -11,7 +10,7 @@ from matplotlib.image import imread
 from hf_recycle.studies import figures, one_shot
 from hf_recycle.studies.figures import FIGURES
 from hf_recycle.studies.plan import FigurePlan
-from hf_recycle.studies.report import arm_rows, equal_seconds, summary_table, unsteadiness, write_report
+from hf_recycle.studies.report import arm_rows, count_tests, summary_table, write_report
 
 ARMS = {"baseline": [2.0, 2.1, 2.05], "plain": [2.02, 2.09, 2.11], "no-ff": [2.5, 2.6, 2.4], "half": [2.2, 2.3, 2.2]}
 HISTORIES = {"baseline": {"phases": 0}, "plain": {"phases": 5}, "half": {"d_ff": 20}}
@@ -88,36 +87,43 @@ def test_recycle_counts_add_up(made_up):
     assert sum(bar.get_height() for bar in panel.patches) == pytest.approx(100)
 
 
-def test_equal_time(made_up):
-    # plain takes twice as long: when the baseline is done it has seen half of its steps.
-    results = made_up({"baseline": [2.0, 2.0], "plain": [1.5, 1.6]}, seconds={"plain": 20.0})
-    assert equal_seconds(results) == 10
+def test_a_row_of_the_table(made_up):
+    results = made_up({"baseline": [2.0, 2.0], "plain": [1.5, 1.6]}, seconds={"plain": None})
     row = {row.arm: row for row in arm_rows(results)}["plain"]
-    curves = [dict(run.evaluations) for run in results.of("plain")]
-    halfway = [(curve[40] + curve[60]) / 2 for curve in curves]
-    assert row.at_equal_time == pytest.approx(np.mean(halfway))
-    assert row.time_difference.mean == pytest.approx(np.mean(halfway) - 2.0)
     assert row.difference.mean == pytest.approx(-0.45)
     assert row.spread == pytest.approx(np.std([1.5, 1.6], ddof=1))
+    assert row.seconds is None  # what is not known is not made up
 
 
-def test_unknown_times_are_not_made_up(made_up):
-    results = made_up({"baseline": [2.0], "plain": [1.5]}, seconds={"plain": None})
-    row = {row.arm: row for row in arm_rows(results)}["plain"]
-    assert (row.seconds, row.at_equal_time, row.time_difference) == (None, None, None)
-    nothing = made_up({"x": [2.0]}, seconds={"x": None})
-    assert equal_seconds(nothing) is None
+def test_the_number_of_tests_is_stated(made_up, tmp_path):
+    results = made_up(
+        {**ARMS, "single": [2.0]},
+        HISTORIES,
+        statements=["recycling_does_not_beat_the_baseline", "vicious_cycle", "matched_normal_hurts"],
+        control=("baseline", "no-ff"),
+    )
+    assert list(count_tests(results).values()) == [3, 2, 1]  # one seed is no test, nor is what lacks an arm
+    for page in write_report(results, tmp_path, "command", jobs=1):
+        text = page.read_text()
+        assert re.search(r"Tests made: 6(\*\*|</strong>), of which differences from the baseline 3, statements 2", text)
+        assert "equal time" not in text
 
 
-def test_times_that_differ_between_seeds_are_warned_of(made_up, tmp_path):
-    results = made_up({"baseline": [2.0, 2.1], "plain": [1.5, 1.6]}, seconds={"plain": 20.0})
-    assert unsteadiness(results) == 1  # one arm may take longer than another
-    for page in write_report(results, tmp_path, "hf-recycle study x", jobs=1):
-        assert "busy" not in page.read_text()
-    results.runs["plain", 2] = replace(results.runs["plain", 2], seconds=26.0)
-    assert unsteadiness(results) == 1.3
-    for page in write_report(results, tmp_path, "hf-recycle study x", jobs=1):
-        assert "up to 1.3 times as long" in page.read_text()
+@pytest.mark.parametrize("separates", [True, False])
+def test_the_positive_control_is_reported(made_up, tmp_path, separates):
+    losses = ARMS if separates else {**ARMS, "no-ff": ARMS["baseline"]}
+    results = made_up(
+        losses,
+        HISTORIES,
+        statements=["recycling_does_not_beat_the_baseline", "vicious_cycle"],
+        control=("baseline", "no-ff"),
+    )
+    for page in write_report(results, tmp_path, "command", jobs=1):
+        text = " ".join(page.read_text().split())
+        assert "Positive control: evaluation loss of baseline minus no-ff" in text
+        assert ("so losses can be judged" in text) == separates
+        assert ("of losses nothing can be told here" in text) == (not separates)
+        assert len(re.findall(r"(?:\*\*|<strong>)can(?:'|&#39;)t tell", text)) == (not separates)
 
 
 @pytest.mark.parametrize("diverged", [float("nan"), float("inf")])
@@ -138,10 +144,9 @@ def test_a_run_that_diverged(made_up, tmp_path, diverged):
     table = markdown.partition("## Results")[2].partition("±:")[0]
     cells = {row.strip("| ").split(" | ")[0]: row.strip("| ").split(" | ") for row in table.splitlines()}
     assert cells["plain"][1:5] == ["3", "a run diverged", "a run diverged", "–"]
-    assert cells["plain"][7:] == ["a run diverged", "a run diverged"]
     assert cells["half"][4] == "0.250"
     assert "evaluation loss of plain minus baseline: a run diverged" in markdown
-    assert "**not shown at this scale**" in markdown
+    assert "**can't tell**" in markdown
     table = summary_table(arm_rows(results)).splitlines()
     assert re.fullmatch(r"plain +3  a run diverged +a run diverged", table[2])
     everywhere = made_up({"all": [diverged]}, figures=[("losses", "Losses", ["all"])])

@@ -7,7 +7,7 @@ from simulated_runs import write_run
 from hf_recycle import files
 from hf_recycle.recorder import OVERTRAINING_METRICS, HistoryRecorder, overtraining_totals
 from hf_recycle.studies.plan import PlannedRun
-from hf_recycle.studies.results import RESULT_FILE, RunResult, collect, load_result
+from hf_recycle.studies.results import RESULT_FILE, collect, load_result
 
 PLANNED = PlannedRun("arm", 3, {"max_steps": 40}, "0123456789ab")
 
@@ -107,10 +107,3 @@ def test_a_damaged_history_counts_as_not_done(finished):
 def test_there_is_no_result(tmp_path):
     assert load_result(PLANNED, tmp_path) is None
     assert load_result(PLANNED, tmp_path / "nowhere") is None
-
-
-def test_the_loss_after_some_time():
-    run = RunResult("a", 1, 100, 50.0, 1, [], [(20, 4.0), (60, 3.0), (100, 2.0)], "x")
-    assert run.eval_loss_at(50) == 2.0
-    assert run.eval_loss_at(20) == pytest.approx(3.5)  # step 40, halfway between two evaluations
-    assert run.eval_loss_at(1) == 4.0

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from hf_recycle.studies import runner as module
+from hf_recycle.studies.key import run_key
 from hf_recycle.studies.lock import run_lock
-from hf_recycle.studies.plan import PlannedRun, run_key
+from hf_recycle.studies.plan import PlannedRun
 from hf_recycle.studies.results import RESULT_FILE
 from hf_recycle.studies.runner import StudyRunner
 

@@ -3,7 +3,19 @@ import pytest
 
 from hf_recycle.studies import statements, verdicts
 from hf_recycle.studies.statements import STATEMENTS, check
-from hf_recycle.studies.verdicts import FAILS, HOLDS, MISSING, UNCLEAR, every_seed, lower, no_better
+from hf_recycle.studies.verdicts import (
+    CANT_TELL,
+    FAILS,
+    HOLDS,
+    MISSING,
+    UNCLEAR,
+    every_seed,
+    judges_losses,
+    lower,
+    no_better,
+)
+
+CONTROL = {"known": [1.0, 1.1, 0.9], "known to be worse": [2.0, 2.11, 1.9]}
 
 
 def verdict(name, results):
@@ -54,6 +66,53 @@ def test_seeds_are_paired(made_up):
 )
 def test_no_gain(made_up, one, expected):
     assert no_better(made_up({"a": one, "b": [1.0] * len(one)}), "a", "b").verdict == expected
+
+
+ABOUT_COUNTS_AND_MAGNITUDES = {
+    "vicious_cycle",
+    "immunity_breaks_the_cycle",
+    "matched_normal_breaks_the_cycle",
+    "magnitudes_grow",
+    "magnitudes_form_two_groups",
+    "midpoint_evens_magnitudes",
+    "weight_decay_balances",
+}
+
+
+def test_which_statements_judge_losses():
+    assert {name for name in STATEMENTS if not judges_losses(name)} == ABOUT_COUNTS_AND_MAGNITUDES
+
+
+@pytest.mark.parametrize(
+    ("worse", "expected"),
+    [
+        ([2.0, 2.11, 1.9], HOLDS),
+        ([1.0, 1.1, 0.9], CANT_TELL),  # the same
+        ([1.01, 1.111, 0.91], CANT_TELL),  # surely worse, by less than what counts as a gain
+        ([0.0, 0.11, -0.1], CANT_TELL),  # better, which should not be
+        ([2.0, 1.0, 4.0], CANT_TELL),  # by chance
+        ([2.0], CANT_TELL),  # one seed
+        ([float("nan")] * 3, CANT_TELL),
+        (None, CANT_TELL),  # not run
+    ],
+)
+@pytest.mark.parametrize("about", ["losses", "counts"])
+def test_of_losses_nothing_is_said_unless_the_positive_control_separates(made_up, about, worse, expected):
+    losses = {"baseline": [1.0] * 3, "plain": [1.1, 1.2, 1.15], "immunity-6": [1.0] * 3, "known": [1.0, 1.1, 0.9]}
+    losses |= {} if worse is None else {"worse": worse}
+    histories = {name: {"phases": 7, "favourites": name == "plain"} for name in ("plain", "immunity-6")}
+    results = made_up(losses, histories, control=("known", "worse"))
+    if about == "losses":
+        assert verdict("recycling_does_not_beat_the_baseline", results) == expected
+        assert verdict("matched_normal_hurts", results) == MISSING
+    else:
+        assert verdict("vicious_cycle", results) == HOLDS
+        assert verdict("immunity_breaks_the_cycle", results) == HOLDS
+
+
+def test_without_a_control_nothing_is_said_of_losses(made_up):
+    results = made_up({"baseline": [1.0] * 3, "plain": [1.1, 1.2, 1.15]})
+    assert verdict("recycling_does_not_beat_the_baseline", results) == CANT_TELL
 
 
 def test_every_seed_needs_the_margin():
@@ -132,7 +191,8 @@ def test_evenness_is_measured_by_quantiles(made_up, monkeypatch):
 )
 def test_width(made_up, losses, expected):
     noise = np.array([0.0, 0.01, -0.01])
-    results = made_up({name: list(loss + noise[[i % 3, 1, 2]]) for i, (name, loss) in enumerate(losses.items())})
+    arms = {name: list(loss + noise[[i % 3, 1, 2]]) for i, (name, loss) in enumerate(losses.items())}
+    results = made_up({**arms, **CONTROL}, control=CONTROL)
     assert verdict("wider_is_better", results) == expected
 
 
@@ -158,7 +218,7 @@ def test_one_shot_pruning(made_up, monkeypatch, curves, expected):
         return PruneCurves("x", "mlm", 9, (0, 0.5, 1), {name: [50, loss, -50] for name, loss in losses.items()})
 
     monkeypatch.setattr(one_shot, "one_shot_curves", measured)
-    results = made_up({"baseline": [1.0] * len(curves)}, {"baseline": {}})
+    results = made_up({"baseline": [1.0] * len(curves), **CONTROL}, {"baseline": {}}, control=CONTROL)
     assert verdict("one_shot_pruning_order", results) == expected
 
 

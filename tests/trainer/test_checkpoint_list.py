@@ -159,5 +159,6 @@ def test_verifying_what_has_no_checksum_is_said(checkpoint, train, caplog, monke
     monkeypatch.setattr(checkpoint_list, "_SMALL", 10_000)
     write_list(checkpoint, 2, checksum_all=False)
     logging.getLogger("hf_recycle").addHandler(caplog.handler)
-    train(resume=str(checkpoint), verify_checkpoint=True, **(SETTINGS | {"max_steps": 2}))
+    trainer = train(resume=str(checkpoint), verify_checkpoint=True, **(SETTINGS | {"max_steps": 2}))
+    assert trainer.state.global_step == 2  # and finished, so that nothing is trained
     assert "saved without verify_checkpoint, so only the size of model.safetensors, optimizer.pt" in caplog.text

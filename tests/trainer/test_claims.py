@@ -73,7 +73,7 @@ def test_the_trials_of_a_search_have_folders_of_their_own(arguments, tokenizer, 
     assert held.take()
 
 
-@pytest.mark.parametrize("resume", [None, True])
+@pytest.mark.parametrize("resume", [pytest.param(None, marks=pytest.mark.slow), True])
 def test_a_second_training_in_a_folder_is_refused(resume, train, tmp_path):
     train(max_steps=2, save_strategy="steps", save_steps=1)
     other = FileLock(tmp_path / "run" / LOCK_FILE)

@@ -21,6 +21,7 @@ def ending(trainer) -> dict:
     return {name: value for name, value in row.items() if not name.endswith(("runtime", "per_second"))}
 
 
+@pytest.mark.slow
 def test_a_finished_run_resumed_ends_as_it_had_ended(train, caplog):
     """An epoch has 12 steps, so that the last one is not over; steps 13 and 14 were not logged."""
     whole = train(evaluation=sentences(8, seed=9), **SETTINGS)

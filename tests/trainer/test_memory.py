@@ -1,18 +1,20 @@
 """What keeps the memory of a training low: it must change nothing else, and leave nothing behind."""
 
 import copy
+import pickle
 
 import pytest
 import torch
 from tiny_runs import assert_same_weights, losses, sentences, tiny_bert
 from torch import nn
-from transformers import DataCollatorForLanguageModeling
+from transformers import DataCollatorForLanguageModeling, TrainerCallback
 
 from hf_recycle import RecyclingTrainer, host_memory
 from hf_recycle.bench.memory import status
 from hf_recycle.host_memory import give_back_freed_memory, sparse_tied_gradient
 from hf_recycle.mlm import heads
 from hf_recycle.mlm.cross_entropy import compact_loss
+from hf_recycle.onednn import is_available
 
 CPU = torch.device("cpu")
 
@@ -26,28 +28,31 @@ def run(arguments, tokenizer):
             train_dataset=sentences(),
             data_collator=DataCollatorForLanguageModeling(tokenizer),
         )
-        hooks = []
+        replaced = []
         out = trainer.neuron_table().blocks[0].out_slice.module
-        out.register_forward_hook(lambda *_: hooks.append(len(out._forward_pre_hooks)))
+        out.register_forward_hook(lambda *_: replaced.append("forward" in vars(out)))
         trainer.train()
-        assert not out._forward_pre_hooks
+        assert "forward" not in vars(out)
         assert not trainer.model.get_input_embeddings().sparse
-        return trainer, hooks[0]
+        return trainer, replaced[0]
 
     return train
 
 
 def test_recomputed_activations_change_nothing(run):
-    (recomputed, hooks), (kept, none) = run(), run(recompute_activations=False)
-    assert (hooks, none) == (1, 0)
+    (recomputed, replaced), (kept, none) = run(), run(recompute_activations=False)
+    assert (replaced, none) == (True, False)
     assert losses(recomputed) == losses(kept)
     assert_same_weights(recomputed, kept)
 
 
-@pytest.mark.parametrize("setting", [{"activation_checkpointing": True}, {"torch_compile_backend": "eager"}])
+@pytest.mark.parametrize(
+    "setting",
+    [{"activation_checkpointing": True}, pytest.param({"torch_compile_backend": "eager"}, marks=pytest.mark.slow)],
+)
 def test_where_something_else_decides_what_is_kept(setting, run):
-    trainer, hooks = run(**setting)
-    assert hooks == 0
+    trainer, replaced = run(**setting)
+    assert not replaced
     assert losses(trainer) == pytest.approx(losses(run()[0]), rel=1e-5)
 
 
@@ -104,14 +109,74 @@ def test_a_loss_that_may_leave_the_head_out_keeps_a_dense_gradient(run):
 
 
 def test_embeddings_get_sparse_gradients_in_training(run):
+    seen = []
+
     def build():
         model = tiny_bert()
-        model.get_input_embeddings().register_forward_pre_hook(lambda module, _: seen.append(module.sparse))
+        model.get_input_embeddings().register_forward_hook(lambda module, *_: seen.append(module.sparse))
         return model
 
-    seen = []
     run(build)
     assert seen == [True] * 6
+
+
+class Copies(TrainerCallback):
+    """At every event of a training, a copy of the model and a pickle of it, as moving averages keep them."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, tuple[nn.Module, bytes]] = {}
+
+    def __getattribute__(self, name: str):
+        if not name.startswith("on_"):
+            return super().__getattribute__(name)
+
+        def take(args, state, control, model, **kwargs) -> None:
+            self.found[name] = copy.deepcopy(model), pickle.dumps(model.bert.encoder.layer[0])
+
+        return take
+
+
+@pytest.fixture
+def economical(arguments, tokenizer):
+    """`economical(model, **arguments)`: a trainer with everything that saves time and memory."""
+
+    def make(model, callbacks=None, **settings):
+        return RecyclingTrainer(
+            model=model,
+            args=arguments(recycle_steps=2, onednn_linear=is_available(), **settings),
+            train_dataset=sentences(),
+            data_collator=DataCollatorForLanguageModeling(tokenizer),
+            callbacks=callbacks,
+        )
+
+    return make
+
+
+def attributes(model: nn.Module) -> list[tuple[type, set[str]]]:
+    return [(type(module), set(vars(module)) - {"_is_accelerate_prepared"}) for module in model.modules()]
+
+
+def test_copies_made_at_any_event_are_as_those_of_a_stock_training(economical):
+    copies = Copies()
+    economical(tiny_bert(), [copies], max_steps=2, gradient_accumulation_steps=2).train()
+    assert {"on_train_begin", "on_substep_end", "on_pre_optimizer_step", "on_optimizer_step"} < set(copies.found)
+    assert {"on_step_begin", "on_step_end", "on_log", "on_train_end"} < set(copies.found)
+    for copied, pickled in copies.found.values():
+        assert attributes(copied) == attributes(tiny_bert())
+        assert not copied.get_input_embeddings().sparse
+        assert b"hf_recycle" not in pickled
+        copied.bert(input_ids=torch.arange(8).view(1, 8)).last_hidden_state.square().mean().backward()
+        assert not copied.get_input_embeddings().weight.grad.is_sparse
+
+
+def test_after_a_training_that_fails_the_model_is_as_it_was(economical):
+    model = tiny_bert()
+    handle = model.bert.encoder.layer[1].register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        economical(model).train()
+    assert attributes(model) == attributes(tiny_bert())
+    assert not model.get_input_embeddings().sparse
+    handle.remove()
 
 
 def test_training_steps_of_the_users_keep_a_dense_gradient(run):

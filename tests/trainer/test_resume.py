@@ -9,7 +9,7 @@ import datasets
 import pytest
 import torch
 from tiny_runs import assert_same_weights, losses, sentences, tiny_bert
-from torch.utils.data import DataLoader, WeightedRandomSampler
+from torch.utils.data import DataLoader, IterableDataset, WeightedRandomSampler
 from transformers import DataCollatorForLanguageModeling, Trainer
 
 from hf_recycle import RecyclingHistory, RecyclingTrainer
@@ -95,6 +95,16 @@ def random_crops() -> datasets.Dataset:
     return datasets.Dataset.from_list(sentences()).with_transform(crop)
 
 
+class Shuffled(IterableDataset):
+    """A stream that shuffles and crops by the global generator."""
+
+    def __iter__(self):
+        rows = sentences()
+        random.shuffle(rows)
+        for row in rows:
+            yield {"input_ids": row["input_ids"][random.randrange(4) :]}
+
+
 class OwnOrder(RecyclingTrainer):
     """A sampler of the user's with a generator of its own, in a loader of the user's."""
 
@@ -125,6 +135,8 @@ WAYS = {
     },
     "stream": {"data": a_stream()},
     "stream, evaluated each epoch": {"data": a_stream(), **EVALUATED, "eval_strategy": "epoch"},
+    "stream that draws": {"data": Shuffled()},
+    "stream that draws, workers": {"data": Shuffled(), "dataloader_num_workers": 2},
     "stream of shards": {"data": a_stream(3)},
     "stream of shards, workers": {"data": a_stream(3), "dataloader_num_workers": 2},
     "stream, persistent workers": {
@@ -143,7 +155,7 @@ def test_resume_is_exact_in_a_later_epoch(way, train):
     in the second."""
     settings = {"max_steps": 27, "save_strategy": "steps", "save_steps": 3, **METHODS["plain"], **WAYS[way]}
     whole = train("whole", **settings)
-    for at in (9, 12, 15):
+    for at in (15,) if way in QUICK else (9, 12, 15):
         resumed = train(f"resumed-{at}", resume=f"{whole.args.output_dir}/checkpoint-{at}", **settings)
         assert resumed.state.global_step == 27
         assert_same_run(whole, resumed, *(f"{run.args.output_dir}/checkpoint-27" for run in (whole, resumed)))
@@ -203,6 +215,12 @@ def test_load_best_model_restores_the_neurons_of_that_checkpoint(train):
     trainer.save_model(str(best.parent / "final"))
     again = RecyclingHistory.from_pretrained(best.parent / "final")
     assert again.events.astype(str).equals(saved.events.astype(str))
+    # So says the card, and what is evaluated from here on belongs to that step too.
+    step = int(best.name.removeprefix("checkpoint-"))
+    assert again.stats["step"] == saved.stats["step"] == step
+    assert f"after {step} optimizer steps" in (best.parent / "final" / "README.md").read_text()
+    trainer.evaluate()
+    assert trainer.recorder.to_table()["step"].to_pylist()[-1] == step
     # Time and tokens are those of the whole run.
     last = RecyclingHistory.from_pretrained(best.parent / "checkpoint-12")
     assert again.config["run"]["tokens"] == last.config["run"]["tokens"] > saved.config["run"]["tokens"]

@@ -83,7 +83,7 @@ def warnings():
     messages: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())
-    logger = logging.getLogger("hf_recycle.checkpoints")
+    logger = logging.getLogger("hf_recycle.checkpoint_writing")
     logger.addHandler(handler)
     yield messages
     logger.removeHandler(handler)
@@ -96,7 +96,7 @@ def test_what_fails_beside_training_does_not_stop_it(train, tmp_path, monkeypatc
         raise RuntimeError("no font was found here")
 
     monkeypatch.setattr("hf_recycle.hub.card.write_card", fail)
-    monkeypatch.setattr("hf_recycle.checkpoints.run_facts", lambda trainer: {"arguments": "not a mapping"})
+    monkeypatch.setattr("hf_recycle.checkpoint_writing.run_facts", lambda trainer: {"arguments": "not a mapping"})
     trainer = train("run", save_strategy="steps", save_steps=4, **RUN)
     assert_same_weights(trainer, expected)
     cards = {path.name for path in (tmp_path / "expected/checkpoint-12").iterdir()}

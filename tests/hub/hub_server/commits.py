@@ -24,8 +24,10 @@ def preupload(repository: Repository, revision: str, request: Request) -> Answer
     return json_answer({"files": answers})
 
 
-def commit(store: Store, repository: Repository, branch: str, identity: Identity, request: Request) -> Answer:
-    """One commit from NDJSON lines.
+def commit(
+    store: Store, repository: Repository, branch: str, identity: Identity, request: Request, has_cas: bool = False
+) -> Answer:
+    """One commit from NDJSON lines; large files may be in a Xet store instead of here.
 
     Raises:
         HubError: 412 if the branch has moved on from `parentCommit`, 400 for a bad name or card, 404 for a branch
@@ -43,7 +45,7 @@ def commit(store: Store, repository: Repository, branch: str, identity: Identity
         raise HubError(412, "A commit has happened since. Please refresh and try again.")
     files = dict(head.files)
     for change in changes:
-        _apply(store, files, change["key"], change["value"])
+        _apply(store, files, change["key"], change["value"], has_cas)
     made = store.commit(
         repository,
         branch,
@@ -56,7 +58,7 @@ def commit(store: Store, repository: Repository, branch: str, identity: Identity
     return json_answer({"success": True, "commitOid": made.sha, "commitUrl": url, "hookOutput": ""})
 
 
-def _apply(store: Store, files: dict[str, File], key: str, value: dict[str, Any]) -> None:
+def _apply(store: Store, files: dict[str, File], key: str, value: dict[str, Any], has_cas: bool) -> None:
     path = value["path"]
     if path.startswith("/") or any(part in ("", ".", "..", ".git") for part in path.rstrip("/").split("/")):
         raise HubError(400, f"invalid path {path!r}")
@@ -66,7 +68,7 @@ def _apply(store: Store, files: dict[str, File], key: str, value: dict[str, Any]
             raise HubError(400, "Invalid metadata in README.md: " + "; ".join(errors))
         files[path] = store.regular_file(content)
     elif key == "lfsFile":
-        files[path] = store.lfs_file(value["oid"])
+        files[path] = store.lfs_file(value["oid"], value["size"] if has_cas else None)
     elif key == "deletedFile":
         if path not in files:
             raise entry_not_found(f"A file with this name doesn't exist: {path}")

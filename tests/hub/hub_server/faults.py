@@ -8,6 +8,7 @@ from typing import Literal
 
 Action = Literal[
     "status",  # answer `status` at once, with `Retry-After` if `retry_after` is given
+    "page",  # answer 200 with a page of HTML, as the portal of a network does
     "delay",  # wait `delay` seconds, then answer as usual
     "drop",  # close the connection without a word
     "reset_request",  # reset the connection after half of the request's body was read

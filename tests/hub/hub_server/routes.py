@@ -1,6 +1,7 @@
 """Every endpoint: from a request to an answer. Nothing here knows of sockets."""
 
 import re
+import time
 from urllib.parse import quote
 
 from hub_server import commits, reading
@@ -31,6 +32,7 @@ class Routes:
         self.store = store
         self.page_size = page_size
         self.large_files = LargeFiles(store, part_size)
+        self.cas: str | None = None  # where Xet uploads go, such as local:///some/folder; what is in it is not read
 
     def answer(self, request: Request) -> Answer:
         try:
@@ -150,6 +152,10 @@ class Routes:
                 return reading.references(repository)
             case ["commits", revision]:
                 return reading.commits(repository, revision, request, self.page_size)
+            case ["xet-write-token", _] if self.cas:
+                check_write(repository, identity)
+                expires = int(time.time()) + 3600
+                return json_answer({"accessToken": "xet", "exp": expires, "casUrl": self.cas})
             case ["auth-check"]:
                 check_download(repository, identity)
                 return json_answer({})
@@ -164,7 +170,7 @@ class Routes:
             case "POST", "preupload", revision:
                 return commits.preupload(repository, revision, request)
             case "POST", "commit", branch:
-                return commits.commit(self.store, repository, branch, require_user(identity), request)
+                return commits.commit(self.store, repository, branch, require_user(identity), request, bool(self.cas))
             case "POST", "branch", name:
                 start = repository.resolve(request.json().get("startingPoint") or "main")
                 self._new_reference(repository, repository.branches, name, start.sha)

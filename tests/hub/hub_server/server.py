@@ -149,11 +149,14 @@ class _Handler(BaseHTTPRequestHandler):
                 self._hang_up()
                 return True
             return False
-        if fault.action == "status":
+        if fault.action in ("status", "page"):
             self._body()
             headers = {} if fault.retry_after is None else {"Retry-After": str(fault.retry_after)}
-            self._log(fault.status, fault)
-            self._send(Answer(fault.status, b'{"error": "made to fail"}', headers))
+            answer = Answer(fault.status, b'{"error": "made to fail"}', headers)
+            if fault.action == "page":
+                answer = Answer(200, b"<html>Please log in</html>", {"Content-Type": "text/html; charset=utf-8"})
+            self._log(answer.status, fault)
+            self._send(answer)
             return True
         if fault.action in ("drop", "reset_request"):
             self._log(0, fault)

@@ -109,11 +109,12 @@ class Store:
         oid = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
         return File(self.put_blob(content), len(content), oid, lfs=False)
 
-    def lfs_file(self, sha256: str) -> File:
-        """An LFS file whose content was uploaded before."""
-        if not self.has_blob(sha256):
+    def lfs_file(self, sha256: str, size: int | None = None) -> File:
+        """An LFS file whose content was uploaded before, here or (with a size in bytes) to a Xet store."""
+        if self.has_blob(sha256):
+            size = (self.folder / "blobs" / sha256).stat().st_size
+        elif size is None:
             raise HubError(422, f"LFS object {sha256} was not uploaded")
-        size = (self.folder / "blobs" / sha256).stat().st_size
         pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {size}\n".encode()
         return File(sha256, size, hashlib.sha1(b"blob %d\0" % len(pointer) + pointer).hexdigest(), lfs=True)
 

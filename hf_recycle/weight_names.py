@@ -1,0 +1,83 @@
+"""The names of weights in files, turned into those of the model's modules.
+
+transformers saves many families (ESM, GPT-NeoX, ViT, mixtures of experts and others) under names that their modules no
+longer bear, with tensors split that the modules hold in one. `from_pretrained` turns them back; `load_state_dict`
+doesn't know of it, and the stock Trainer resumes through `load_state_dict`.
+"""
+
+import copy
+import re
+from collections.abc import Callable, Iterator, Mapping
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    WeightTransform,
+    dot_natural_key,
+    rename_source_key,
+)
+
+
+def conversions_of(model: nn.Module) -> list[WeightTransform]:
+    """What `from_pretrained` does to the weights of a model's files, in order; nothing for other modules.
+
+    To be asked before FSDP shards the model: it looks classes up by their names, which FSDP changes.
+    """
+    return get_model_conversion_mapping(model) if isinstance(model, PreTrainedModel) else []
+
+
+def as_in_model(
+    files: Mapping[str, Callable[[], Tensor]],
+    model: nn.Module,
+    targets: dict[str, Tensor],
+    conversions: list[WeightTransform],
+) -> Iterator[tuple[str, Tensor]]:
+    """Yields the tensors of files as the model holds them, each when it is needed.
+
+    Args:
+        files: reads a tensor, by its name in the files.
+        targets: the model's state dict.
+        conversions: of `conversions_of`.
+
+    Yields:
+        A name of `targets`, or that of a file's tensor that the model has no place for, and the tensor.
+
+    Raises:
+        ValueError: tensors that belong together don't fit together.
+    """
+    renamings = [step for step in conversions if isinstance(step, WeightRenaming)]
+    converters = [step for step in conversions if isinstance(step, WeightConverter)]
+    of_pattern = {pattern: step for step in converters for pattern in step.source_patterns}
+    prefix = getattr(model, "base_model_prefix", None)
+    merged: dict[str, WeightConverter] = {}
+    # As from_pretrained orders them: experts are stacked in the order in which they come.
+    for key in sorted(files, key=dot_natural_key):
+        name, pattern = rename_source_key(key, renamings, converters, prefix, targets)
+        if name not in targets and key in targets:  # a pattern that means names of another time
+            name, pattern = key, None
+        if name in targets and pattern is not None:
+            parts = merged.setdefault(name, copy.deepcopy(of_pattern[pattern]))
+            parts.add_tensor(name, key, pattern, files[key])
+        else:
+            yield (name if name in targets else key), files[key]()
+    for first, parts in merged.items():
+        try:
+            whole = parts.convert(first, model=model, config=model.config)
+        except Exception as error:  # as many kinds as there are conversions
+            raise ValueError(f"the parts of {first} don't fit together ({error})") from error
+        for name, tensor in whole.items():
+            yield name, tensor[0] if isinstance(tensor, list) else tensor
+
+
+def is_left_out(model: nn.Module, name: str) -> bool:
+    """Whether `save_pretrained` leaves a tensor out on purpose, because the model makes it anew."""
+    return name in (getattr(model, "_keys_to_ignore_on_save", None) or ())
+
+
+def is_obsolete(model: nn.Module, name: str) -> bool:
+    """Whether a tensor of a file is one that the model's class says it no longer has."""
+    patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    return any(re.search(pattern, name) for pattern in patterns)
