@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from hf_recycle.checkpoint_list import write_list
 from hf_recycle.file_set import FileSet, write_files
+from hf_recycle.hub.card_words import Words, told_facts
 from hf_recycle.hub.run_facts import run_facts
 from hf_recycle.hub.run_meter import RunMeter
 from hf_recycle.recorder import HistoryRecorder
@@ -43,6 +44,7 @@ class CheckpointWritingMixin(Trainer):
 
     recorder: HistoryRecorder
     meter: RunMeter
+    card_words: Words
 
     def _save_checkpoint(self, model, trial) -> None:
         # The steps of Trainer._save_checkpoint, with the folder renamed between writing and pushing.
@@ -127,7 +129,7 @@ class CheckpointWritingMixin(Trainer):
 
             name = self.hub_model_id or self.args.hub_model_id
             # Its namespace is not known as long as the Hub can't be reached.
-            write_card(folder, repo_id=name if name and "/" in name else None)
+            write_card(folder, repo_id=name if name and "/" in name else None, told=told_facts(self.card_words))
         except Exception as error:  # a card is drawn by libraries that may fail in any way
             logger.warning_once(f"No model card is written ({type(error).__name__}: {error}); training goes on.")
 

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import Trainer
 from transformers.utils import logging
 
 from hf_recycle.arguments import RecyclingArguments
@@ -47,7 +48,7 @@ class RecyclingTrainer(RunStartMixin, HubMixin, CheckpointMixin, MaskedLanguageM
     """A `transformers.Trainer` that recycles feed-forward neurons while it trains.
 
     Same signature and methods as `Trainer`; `args` is a `RecyclingArguments`, and the callbacks that it asks for are
-    added by themselves. With every method and `masked_head` off it trains exactly as `Trainer` does on one process.
+    added by themselves. With every method and `masked_head` off it trains and evaluates exactly as `Trainer` does.
 
     Beyond the methods it gives: checkpoints that are whole or absent and resume to the bit, the history of every neuron
     in them, and for masked language models a loss normalised over the masked tokens of the whole batch, the head
@@ -59,6 +60,7 @@ class RecyclingTrainer(RunStartMixin, HubMixin, CheckpointMixin, MaskedLanguageM
             FSDP version 1, fewer processes or another engine than the launcher was asked for.
     """
 
+    @wraps(Trainer.__init__, assigned=())  # for whoever asks for its signature
     def __init__(self, model=None, args: RecyclingArguments | None = None, *positional, **kwargs):
         if args is None:
             args = RecyclingArguments(output_dir="tmp_trainer")
@@ -81,17 +83,14 @@ class RecyclingTrainer(RunStartMixin, HubMixin, CheckpointMixin, MaskedLanguageM
         check_engine(self)
         self._use_methods()
         self.add_callback(self.neuron_methods)
-        seed = args.seed if args.data_seed is None else args.data_seed
         deterministic = args.deterministic_masking
         if deterministic is None:
-            deterministic = bool(args.masked_head or self.neuron_methods.methods)
+            deterministic = not self.steps_aside
         if args.onednn_linear and not is_available():
             raise ValueError(
                 "onednn_linear=True, but this PyTorch is without oneDNN or it is switched off: leave it out."
             )
-        self.set_up_masked_language_modeling(
-            masked_head=args.masked_head, deterministic_masking=deterministic, seed=seed
-        )
+        self.set_up_masked_language_modeling(deterministic_masking=deterministic)
         self._savings: list[Callable[[], AbstractContextManager]] = []
 
     def _use_methods(self) -> None:
@@ -123,6 +122,12 @@ class RecyclingTrainer(RunStartMixin, HubMixin, CheckpointMixin, MaskedLanguageM
             method.check_blocks(table.blocks)
         if any(isinstance(method, Overtraining) for method in methods):
             check_can_overtrain(self)
+
+    @property
+    def steps_aside(self) -> bool:
+        """Whether every method and `masked_head` are off. Then training, evaluation, collator and batches are those of
+        the stock Trainer."""
+        return not (self.args.masked_head or self.neuron_methods.methods)
 
     # ---- Neurons ----
 
@@ -175,6 +180,7 @@ class RecyclingTrainer(RunStartMixin, HubMixin, CheckpointMixin, MaskedLanguageM
         if self.recycling is not None:
             for view in self.neuron_table().views:
                 view.learn_distribution()
+        self.settle_loss()
         self._economize()
         if self.is_fsdp_enabled:
             leave_embeddings_ungrouped(self.accelerator.state.fsdp_plugin, self.model)
@@ -185,7 +191,7 @@ class RecyclingTrainer(RunStartMixin, HubMixin, CheckpointMixin, MaskedLanguageM
         table, forwards = self.neuron_table(), {}
         if self.args.onednn_linear and can_use_onednn(self):
             forwards |= onednn_forwards(self.model)
-        if self.args.recompute_activations and table is not None and can_recompute(self):
+        if self.args.recompute_activations and not self.steps_aside and table is not None and can_recompute(self):
             forwards |= recomputing_forwards(table.blocks, forwards)
         self._savings = [partial(replaced_forwards, forwards)]
         if self.can_sum_sparsely():
@@ -210,14 +216,14 @@ class RecyclingTrainer(RunStartMixin, HubMixin, CheckpointMixin, MaskedLanguageM
         start |= {f"the shape of {name}": full_shape(value) for name, value in self.model.named_parameters()}
         return start | {"the number of training examples": getattr(self.train_dataset, "__len__", lambda: None)()}
 
-    def create_optimizer(self, *args, **kwargs):
-        optimizer = super().create_optimizer(*args, **kwargs)
+    def create_optimizer(self, model=None):
+        optimizer = super().create_optimizer(model)
         if self.is_fsdp_enabled:
             # Only now, so that the optimizer numbers the parameters as it does without FSDP.
             self.tied_aliases |= drop_tied_aliases(self.accelerator.unwrap_model(self.model, keep_torch_compile=False))
         return optimizer
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+    def train(self, resume_from_checkpoint: str | bool | None = None, trial=None, ignore_keys_for_eval=None):
         """As `Trainer.train`; `resume_from_checkpoint` may also be `hf://user/repo[@revision][/folder]`, with
         `last-checkpoint` or `checkpoint-N` as folder, by default the newest one.
 
@@ -225,9 +231,9 @@ class RecyclingTrainer(RunStartMixin, HubMixin, CheckpointMixin, MaskedLanguageM
             UserError: if the checkpoint can't be had from the Hub, or is not to be trusted.
         """
         check_training_numbers(self.args)
-        self.check_labels()
         try:
-            return super().train(local_checkpoint(resume_from_checkpoint, self.args), *args, **kwargs)
+            checkpoint = local_checkpoint(resume_from_checkpoint, self.args)
+            return super().train(checkpoint, trial, ignore_keys_for_eval)
         finally:
             self.neuron_methods.release()
             self._savings = []
@@ -237,10 +243,10 @@ class RecyclingTrainer(RunStartMixin, HubMixin, CheckpointMixin, MaskedLanguageM
         super()._hp_search_setup(trial)
         self._use_methods()  # by the arguments as they are now, of a trial or changed since, and callbacks added since
 
-    def training_step(self, model, inputs, *args, **kwargs) -> torch.Tensor:
+    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         self.meter.count(inputs)
         with self._saving():
-            loss = super().training_step(model, inputs, *args, **kwargs)
+            loss = super().training_step(model, inputs, num_items_in_batch)
         self.neuron_methods.note_loss(loss)
         return loss
 

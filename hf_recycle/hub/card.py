@@ -26,7 +26,9 @@ __all__ = ["card_for", "merge_card", "render_card", "write_card"]
 CARD_FILE = "README.md"
 
 
-def write_card(folder: str | os.PathLike[str], *, repo_id: str | None = None) -> None:
+def write_card(
+    folder: str | os.PathLike[str], *, repo_id: str | None = None, told: Mapping[str, Any] | None = None
+) -> None:
     """Write `README.md` and `figures/*.png` into a checkpoint or output folder, from what lies in it alone.
 
     A card that is there already keeps what was written into it by hand (see `merge_card`).
@@ -34,6 +36,7 @@ def write_card(folder: str | os.PathLike[str], *, repo_id: str | None = None) ->
     Args:
         folder: holds the recycling files.
         repo_id: the repository that the folder is published in, for the commands in the card.
+        told: facts that replace those of the folder (see `card_words.told_facts`).
 
     Raises:
         RecyclingFileError: a recycling file is missing or damaged.
@@ -46,7 +49,7 @@ def write_card(folder: str | os.PathLike[str], *, repo_id: str | None = None) ->
 
     folder = Path(folder)
     history = RecyclingHistory.of_own_run(folder)
-    facts = facts_of(history, folder, repo_id)
+    facts = facts_of(history, folder, repo_id) | dict(told or {})
     images = figure_images(history, unigram_entropy=facts["unigram_entropy"])
     (folder / "figures").mkdir(exist_ok=True)
     for name, image in images.items():
@@ -96,17 +99,18 @@ def card_header(facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _eval_results(facts: Mapping[str, Any]) -> list[EvalResult]:
-    name, kind = _evaluated_on(facts)
     return [
         EvalResult(
             task_type=facts["task"].pipeline or "other",
             dataset_type=kind,
             dataset_name=name,
+            dataset_args=args,
             dataset_split="validation",
             metric_type=metric,
             metric_name=words,
             metric_value=value,
         )
+        for name, kind, args in facts.get("evaluated_on") or [(*_evaluated_on(facts), None)]
         for metric, words, value in facts["evaluation"]
     ]
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import CommitInfo, ModelCard
 from transformers import Trainer
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 
+from hf_recycle import files
 from hf_recycle.agreement import from_main_process
+from hf_recycle.hub.card_words import Words, told_metadata
 from hf_recycle.hub.commit_message import commit_message, step_of
 from hf_recycle.hub.job import Push
 from hf_recycle.hub.layout import CARD
@@ -23,6 +24,8 @@ from hf_recycle.hub.retry import RetryPolicy
 from hf_recycle.hub.staging import leftovers, stage
 
 logger = logging.get_logger(__name__)
+
+_CARD_ARGUMENTS = frozenset(inspect.signature(Trainer.create_model_card).parameters) - {"self"}
 
 
 class HubMixin(Trainer):
@@ -35,10 +38,12 @@ class HubMixin(Trainer):
     Attributes:
         push_policy: how patiently; a class attribute, to be overridden.
         publisher: on process 0 of a run that publishes; None elsewhere.
+        card_words: what `create_model_card` was told.
     """
 
     push_policy = RetryPolicy()
     publisher: Publisher | None = None
+    card_words: Words = {}  # noqa: RUF012 - replaced, never changed
 
     # ---- Before training ----
 
@@ -69,11 +74,11 @@ class HubMixin(Trainer):
 
     # ---- While training ----
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+    def train(self, resume_from_checkpoint: str | bool | None = None, trial=None, ignore_keys_for_eval=None):
         if self.publisher is not None:
             self._take_up_leftovers(resume=bool(resume_from_checkpoint))
         try:
-            result = super().train(resume_from_checkpoint, *args, **kwargs)
+            result = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         except BaseException:
             if self.publisher is not None:
                 self.publisher.abandon()
@@ -163,24 +168,39 @@ class HubMixin(Trainer):
         self.publisher.finish()
         return future.result()
 
-    def create_model_card(self, **kwargs: Any) -> None:
-        """Writes our card into `output_dir`, with the metadata that the stock method takes added to its header."""
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> None:
+        """Writes our card into `output_dir`, with what the caller says in it and in its header; cards that this trainer
+        writes later say it too. The stock card where there can't be one of ours: without feed-forward blocks, or before
+        anything was saved by several processes."""
+        words = {name: value for name, value in locals().items() if name in _CARD_ARGUMENTS and value is not None}
         if not self.is_world_process_zero():
             return
-        self.write_card(self.args.output_dir)
-        path = Path(self.args.output_dir, CARD)
-        metadata = _metadata(kwargs)
-        if metadata and path.is_file():
-            card = ModelCard.load(path, ignore_metadata_errors=True)
+        folder = Path(self.args.output_dir)
+        if not all((folder / name).is_file() for name in files.RECYCLING_FILES):
+            if self.neuron_table() is None or self.args.world_size > 1:
+                super().create_model_card(**words)
+                return
+            self.write_recycling_files(folder)
+        self.card_words = self.card_words | words
+        self.write_card(folder)
+        metadata = told_metadata(words)
+        if metadata and (folder / CARD).is_file():
+            card = ModelCard.load(folder / CARD, ignore_metadata_errors=True)
             for key, value in metadata.items():
-                known = getattr(card.data, key, None)
-                is_list = isinstance(value, list)
-                setattr(
-                    card.data,
-                    key,
-                    [*(known or []), *(v for v in value if v not in (known or []))] if is_list else value,
-                )
-            card.save(path)
+                known = getattr(card.data, key, None) if isinstance(value, list) else None
+                setattr(card.data, key, [*known, *(v for v in value if v not in known)] if known else value)
+            card.save(folder / CARD)
 
     def _push_of(self, folder: Path, wanted: str | None = None) -> Push:
         message, description = commit_message(folder, wanted)
@@ -194,17 +214,3 @@ class HubMixin(Trainer):
             tag=f"step-{step}" if self.args.hub_tag_steps and step is not None else None,
             private=self.publisher.repository.private,
         )
-
-
-def _metadata(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The header's entries for the arguments of the stock `create_model_card`."""
-    lists = {"tags": given.get("tags"), "datasets": given.get("dataset_tags")}
-    metadata = {key: [value] if isinstance(value, str) else list(value) for key, value in lists.items() if value}
-    tasks = given.get("tasks")
-    single = {
-        "language": given.get("language"),
-        "license": given.get("license"),
-        "base_model": given.get("finetuned_from"),
-        "pipeline_tag": tasks if isinstance(tasks, str) or not tasks else tasks[0],
-    }
-    return metadata | {key: value for key, value in single.items() if value}

@@ -114,11 +114,11 @@ class ReproducibleDataMixin(Trainer):
 
     # ---- Epochs ----
 
-    def _run_epoch(self, *args, epoch: int, train_dataloader, **kwargs) -> None:
+    def _run_epoch(self, model, epoch: int, train_dataloader, *args, **kwargs) -> None:
         self._epoch.set(epoch)
         if self._deterministic:
             set_sampler_epoch(train_dataloader, epoch)
-        super()._run_epoch(*args, epoch=epoch, train_dataloader=train_dataloader, **kwargs)
+        super()._run_epoch(model, epoch, train_dataloader, *args, **kwargs)
 
     def set_initial_training_values(self, args, dataloader):
         self._stream_ends_unannounced = not has_length(dataloader)

@@ -13,10 +13,10 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from hf_recycle.host_memory import give_back_freed_memory
 from hf_recycle.mlm.last_feed_forward import LastFeedForward, find_last_feed_forward
+from hf_recycle.mlm.plain_loss import comes_with_a_library, has_known_forward
 
 HEADS: dict[str, str] = {
     "albert": "predictions",
@@ -44,8 +44,6 @@ HEADS: dict[str, str] = {
 """`config.model_type` to the dotted path of the first module of the head. From that module to the logits the
 forward must be position-wise and call the module with the hidden states as first positional argument; so must
 what lies between the last feed-forward block and it."""
-
-_MASKED_LM_CLASSES = frozenset(MODEL_FOR_MASKED_LM_MAPPING_NAMES.values())
 
 
 class _KeepPositions:
@@ -111,29 +109,17 @@ class MaskedHead:
             self._feed_forward.remove()
 
 
-def is_masked_language_model(model: nn.Module) -> bool:
-    """Whether the (unwrapped) `model` is an encoder trained by masked language modelling."""
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        return False
-    names = [base.__name__ for base in type(model).__mro__]
-    return any(name in _MASKED_LM_CLASSES or name.endswith("ForMaskedLM") for name in names)
-
-
 def find_masked_head(model: nn.Module) -> MaskedHead | None:
     """A `MaskedHead` on the (unwrapped) masked language model, or None where its head is not known to be
-    position-wise: a family that is not in `HEADS`, another kind of model, or a class with a forward of its
-    own."""
+    position-wise: a family that is not in `HEADS`, another kind of model, a class with a forward of its own, or a head
+    with a module of the user's in it."""
     path = HEADS.get(getattr(getattr(model, "config", None), "model_type", None) or "")
-    if path is None or not is_masked_language_model(model) or not _has_stock_forward(model):
+    if path is None or not has_known_forward(model):
         return None
     try:
         first = model.get_submodule(path)
     except AttributeError:  # a variant of the family built otherwise, such as DeBERTa with `legacy=False`
         return None
+    if not all(map(comes_with_a_library, first.modules())):
+        return None
     return MaskedHead(first, find_last_feed_forward(model))
-
-
-def _has_stock_forward(model: nn.Module) -> bool:
-    # What a subclass does with the logits can't be known. Only the class is asked: Accelerate replaces the
-    # forward of the instance to convert dtypes.
-    return type(model).forward.__module__.startswith("transformers.models.")

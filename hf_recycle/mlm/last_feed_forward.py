@@ -8,13 +8,13 @@ dropout, residual and norm see the shapes they always see, and dropout draws the
 
 from __future__ import annotations
 
-import re
 import weakref
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
+from hf_recycle.mlm.plain_loss import comes_with_a_library
 from hf_recycle.neurons.find import find_feed_forwards
 
 
@@ -127,15 +127,22 @@ class _Scatter(_Hook):
 
 
 def find_last_feed_forward(model: nn.Module) -> LastFeedForward | None:
-    """The last block of an encoder whose head works position by position; None where blocks are not found or layers
-    share one, or where the model computes them in chunks of the sequence."""
+    """The last block of an encoder whose head works position by position; None where it is not known that the block is
+    computed once in a forward pass, last and over the whole sequence: blocks that are not found or that layers share,
+    layers in groups (ALBERT), a module of the user's around the block, or blocks computed in chunks of the sequence."""
     config = model.config
     try:
         blocks = find_feed_forwards(model)
     except ValueError:
         return None
-    if len(blocks) != config.num_hidden_layers or getattr(config, "chunk_size_feed_forward", 0):
+    path = blocks[-1].name.split(".")
+    place = next((place for place, name in enumerate(path) if name.isdecimal()), None)
+    if place is None or getattr(config, "chunk_size_feed_forward", 0):
+        return None
+    *above, layers = [model.get_submodule(".".join(path[:depth])) for depth in range(place + 1)]
+    last = layers[int(path[place])]
+    once_each = len(blocks) == len({*layers}) == config.num_hidden_layers and last is layers[-1]
+    if not once_each or not all(map(comes_with_a_library, [*above, *last.modules()])):
         return None
     *ins, out = dict.fromkeys(part.module for part in blocks[-1].slices)
-    layer = re.match(r".*\.\d+(?=\.|$)", blocks[-1].name)
-    return LastFeedForward(model, model.get_submodule(layer[0]), ins, out) if layer else None
+    return LastFeedForward(model, last, ins, out)

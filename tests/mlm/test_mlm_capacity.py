@@ -1,16 +1,20 @@
 """How many positions the head computes."""
 
+import copy
 import math
 
 import numpy as np
 import pytest
 import torch
+from accelerate.data_loader import prepare_data_loader
+from accelerate.utils import concatenate, slice_tensors
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import BatchEncoding
 
-from hf_recycle.mlm.capacity import MASKED_TOKENS, CountingCollator, usual_size
+from hf_recycle.mlm.capacity import CountingCollator, counted, masked_tokens, usual_size
 from hf_recycle.mlm.loss import masked_lm_loss, padded_positions
 
 LABELS = st.lists(st.lists(st.sampled_from([-100, 0, 3, 7]), min_size=5, max_size=5), min_size=1, max_size=6)
@@ -74,16 +78,68 @@ def test_much_padding_or_a_rare_large_batch_has_another_size(masked):
     assert usual_size(masked, 4096, 0.15) is None
 
 
-def test_the_count_travels_with_the_batch():
-    batch = BatchEncoding({"input_ids": torch.ones(2, 3), "labels": torch.tensor([[1, -100, 2], [-100, -100, 0]])})
-    counted = CountingCollator(lambda examples: batch)([])
-    assert counted[MASKED_TOKENS] == 3
-    assert type(counted[MASKED_TOKENS]) is int  # a loader would move, slice or join a tensor
+LABELS_OF_THREE = torch.tensor([[1, -100, 2], [-100, -100, 0]])
+
+
+@pytest.fixture
+def not_counted(monkeypatch):
+    """Counting labels again, which waits for an accelerator, is an error."""
+    monkeypatch.setattr(torch.Tensor, "__ne__", lambda *_: pytest.fail("counted again"))
+
+
+def through_a_loader(collator, **settings):
+    """A batch as Accelerate's loader gives it."""
+    loader = DataLoader([0, 1], batch_size=2, collate_fn=collator, **settings)
+    return next(iter(prepare_data_loader(loader, device=torch.device("cpu"), put_on_device=True)))
+
+
+class Fixed:
+    """A collator, for data workers too."""
+
+    def __init__(self, kind: type):
+        self.kind = kind
+
+    def __call__(self, examples):
+        return self.kind({"input_ids": torch.ones(2, 3), "labels": LABELS_OF_THREE.clone()})
+
+
+@pytest.mark.parametrize("kind", [dict, BatchEncoding])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_the_count_goes_with_the_batch_and_is_no_part_of_it(kind, workers, request):
+    batch = through_a_loader(CountingCollator(Fixed(kind)), num_workers=workers)
+    request.getfixturevalue("not_counted")
+    assert isinstance(batch, kind)
     assert set(batch) == {"input_ids", "labels"}
+    assert masked_tokens(batch["labels"]) == 3
+
+
+@pytest.mark.parametrize("kind", [dict, BatchEncoding])
+def test_the_count_survives_pinning(kind):
+    """What torch does with a mapping to pin it."""
+    batch = CountingCollator(Fixed(kind))([])
+    pinned = copy.copy(batch)
+    pinned.update({name: value.clone() for name, value in batch.items()})
+    assert pinned.to("cpu")["labels"].masked_tokens[0] == 3
+
+
+@pytest.mark.parametrize("kind", [dict, BatchEncoding])
+def test_labels_that_were_changed_or_exchanged_are_counted_again(kind):
+    batch = through_a_loader(CountingCollator(Fixed(kind)))
+    batch["labels"][0, 1] = 7
+    assert masked_tokens(batch["labels"]) == 4
+    batch["labels"] = torch.full((2, 3), 5)
+    assert masked_tokens(batch["labels"]) == 6
+
+
+def test_a_part_of_a_counted_batch_has_no_count():
+    """As Accelerate's dispatcher makes the batches of the processes."""
+    batch = CountingCollator(Fixed(dict))([])
+    part = slice_tensors(concatenate([batch, batch]), slice(0, 1)).to("cpu")
+    assert masked_tokens(part["labels"]) == 2
 
 
 @pytest.mark.parametrize(
     "batch", [{"input_ids": torch.ones(2, 3)}, torch.ones(3), {"labels": [[1, 2]]}, {"labels": None}]
 )
 def test_other_batches_pass_as_they_are(batch):
-    assert CountingCollator(lambda examples: batch)([]) is batch
+    assert counted(batch) is batch

@@ -10,15 +10,12 @@ import torch
 from torch.nn import functional as F
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoModelForMaskedLM,
-    AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
     BertForMaskedLM,
     BertForPreTraining,
 )
 
-from hf_recycle.mlm.heads import HEADS, find_masked_head, is_masked_language_model
+from hf_recycle.mlm.heads import HEADS, find_masked_head
 from hf_recycle.mlm.loss import masked_positions
 
 VOCABULARY = 61
@@ -240,18 +237,60 @@ def test_models_whose_head_is_not_known_get_none():
     assert find_masked_head(BertForPreTraining(bert)) is None  # its `cls` also predicts the next sentence
     assert find_masked_head(torch.nn.Linear(2, 2)) is None
     fnet = AutoModelForMaskedLM.from_config(tiny_config("fnet"))
-    assert is_masked_language_model(fnet)
     assert find_masked_head(fnet) is None
     deberta = AutoModelForMaskedLM.from_config(tiny_config("deberta-v2", legacy=False))
     assert find_masked_head(deberta) is None
+    assert find_masked_head(OwnName(bert)) is not None
 
 
-def test_is_masked_language_model():
-    assert is_masked_language_model(OwnName(tiny_config("bert")))
-    assert find_masked_head(OwnName(tiny_config("bert"))) is not None
-    gpt = tiny_config("gpt2", n_embd=16, n_layer=1, n_head=2)
-    assert not is_masked_language_model(AutoModelForCausalLM.from_config(gpt))
-    bart = tiny_config("bart", d_model=16, encoder_layers=1, decoder_layers=1)
-    assert not is_masked_language_model(AutoModelForSeq2SeqLM.from_config(bart))  # listed among the masked ones
-    assert not is_masked_language_model(AutoModelForSequenceClassification.from_config(tiny_config("bert")))
-    assert not is_masked_language_model(torch.nn.Linear(2, 2))
+def test_a_head_of_the_users_is_not_restricted():
+    """It may look at other positions."""
+
+    class Smooth(torch.nn.Module):
+        def forward(self, hidden):
+            return hidden + hidden.roll(1, dims=1)
+
+    model = tiny_model("bert")
+    model.cls.predictions.transform = torch.nn.Sequential(Smooth(), model.cls.predictions.transform)
+    assert find_masked_head(model) is None
+
+
+SHARED = {
+    "inner groups": ("albert", {"inner_group_num": 4, "num_hidden_groups": 1, "num_hidden_layers": 4}),
+    "one group": ("albert", {"num_hidden_groups": 1, "num_hidden_layers": 2}),
+    "an encoder that runs its layers twice": ("bert", {}),
+    "the last layer first": ("roberta", {}),
+    "something behind the layer": ("electra", {}),
+}
+
+
+@pytest.mark.parametrize("case", SHARED)
+def test_a_last_block_that_is_not_computed_once_and_last_is_not_restricted(case):
+    """The head still is, and gives the same loss and gradients."""
+    model_type, overrides = SHARED[case]
+    model = tiny_model(model_type, **overrides)
+    encoder = model.base_model.encoder
+    if model_type == "bert":
+
+        class Twice(type(encoder)):
+            def forward(self, hidden, *args, **kwargs):
+                again = super().forward(hidden, *args, **kwargs)[0]
+                return super().forward(again, *args, **kwargs)
+
+        encoder.__class__ = Twice
+    elif model_type == "roberta":
+        encoder.layer = torch.nn.ModuleList([encoder.layer[1], encoder.layer[0], encoder.layer[1]])
+        model.config.num_hidden_layers = 3
+    elif model_type == "electra":
+
+        class Mixing(type(encoder.layer[-1])):
+            def forward(self, *args, **kwargs):
+                output = super().forward(*args, **kwargs)
+                return output + output.roll(1, dims=1)
+
+        encoder.layer[-1].__class__ = Mixing
+    inputs, labels = batch("uneven")
+    reference = full_head(model, inputs, labels)
+    head = find_masked_head(model)
+    assert head is not None
+    assert_same(masked_head(model, head, inputs, labels), reference)

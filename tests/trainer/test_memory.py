@@ -179,20 +179,29 @@ def test_after_a_training_that_fails_the_model_is_as_it_was(economical):
     handle.remove()
 
 
-def test_memory_is_given_back_before_the_logits_of_each_training_batch_and_of_no_other(run, monkeypatch):
-    class Watched(RecyclingTrainer):
-        def compute_loss(self, model, *args, **kwargs):
-            events.append("forward")
-            return super().compute_loss(model, *args, **kwargs)
+def test_training_steps_of_the_users_keep_a_dense_gradient(run):
+    """Their loss may leave the head out."""
 
+    class Own(RecyclingTrainer):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            assert not model.get_input_embeddings().sparse
+            loss = model.bert(input_ids=inputs["input_ids"]).last_hidden_state.square().mean()
+            self.accelerator.backward(loss)
+            return loss.detach()
+
+    run(trainer_class=Own)
+
+
+def test_memory_is_given_back_before_the_logits_of_each_training_batch_and_of_no_other(run, monkeypatch):
     def build():
         model = tiny_bert()
+        model.bert.register_forward_pre_hook(lambda *_: events.append("forward"))
         model.cls.predictions.decoder.register_forward_hook(lambda *_: events.append("logits"))
         return model
 
     events = []
     monkeypatch.setattr(heads, "give_back_freed_memory", lambda device: events.append("given back"))
-    trainer, _ = run(build, Watched, per_device_train_batch_size=8, gradient_accumulation_steps=2)
+    trainer, _ = run(build, per_device_train_batch_size=8, gradient_accumulation_steps=2)
     assert events == ["forward", "given back", "logits"] * 12
     events.clear()
     trainer.evaluate(sentences(seed=1))

@@ -1,0 +1,140 @@
+"""Which models compute plain masked cross entropy for certain, so that an equal loss may take its place.
+
+Plain: the mean, over the labels that are not -100, of the cross entropy of the logits that the model returns. Only
+classes of transformers are known to do so, and only in the forward that they came with.
+"""
+
+from __future__ import annotations
+
+import inspect
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.loss.loss_utils import ForMaskedLMLoss
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers.utils import is_peft_available
+
+from hf_recycle.forwards import Forward
+
+_FAMILIES = """
+Albert Bert BigBird Camembert ConvBert Data2VecText Deberta DebertaV2 DistilBert Electra Ernie Esm FNet Funnel Gte IBert
+JinaEmbeddingsV3 LayoutLM Longformer MPNet MegatronBert MobileBert Mra NomicBert Nystromformer Reformer RemBert RoCBert
+RoFormer Roberta RobertaPreLayerNorm SqueezeBert Tapas XLMRoberta XLMRobertaXL Xmod Yoso
+"""
+IN_FORWARD = frozenset(f"{family}ForMaskedLM" for family in _FAMILIES.split())
+"""Classes whose forward has the loss in it. It takes `**kwargs`, but makes nothing of `num_items_in_batch`."""
+
+BY_LOSS_FUNCTION = frozenset({"EsmcForMaskedLM", "EuroBertForMaskedLM", "ModernBertForMaskedLM"})
+"""Classes whose forward calls the model's `loss_function`, which divides by `num_items_in_batch`."""
+
+WITH_ANOTHER_LOSS = frozenset(
+    {
+        "AlbertForPreTraining",
+        "BertForPreTraining",
+        "BigBirdForPreTraining",
+        "ErnieForPreTraining",
+        "FNetForPreTraining",
+        "LukeForMaskedLM",
+        "MegatronBertForPreTraining",
+        "MobileBertForPreTraining",
+    }
+)
+"""Classes that add a second loss to masked cross entropy. They make nothing of `num_items_in_batch` either."""
+
+
+def core_model(model: nn.Module) -> nn.Module:
+    """The model whose forward computes the loss: `model` itself, or the one in a PEFT model that only passes on."""
+    if not is_peft_available():
+        return model
+    from peft import PeftModel
+
+    # Other classes and prompts change what goes in or comes out, and so may the tuners that they call.
+    passes_on = isinstance(model, PeftModel) and type(model).forward is PeftModel.forward
+    return model.base_model.model if passes_on and not model.active_peft_config.is_prompt_learning else model
+
+
+def has_plain_loss(model: nn.Module) -> bool:
+    """Whether the loss that the (unwrapped) `model` returns is plain masked cross entropy for certain."""
+    core = core_model(model)
+    if not (_is_untouched(model) and _is_untouched(core)):
+        return False
+    name = _forward_of(core)
+    if name in BY_LOSS_FUNCTION:
+        # With ModernBERT's `sparse_prediction` the logits are of some positions only.
+        return core.loss_function is ForMaskedLMLoss and not getattr(core.config, "sparse_prediction", False)
+    return name in IN_FORWARD and _is_plain(getattr(core, "mlm_loss_fct", None))  # DistilBERT's, an attribute
+
+
+def ignores_item_count(model: nn.Module) -> bool:
+    """Whether the (unwrapped) `model` is known to average its loss over its own batch, although its forward takes
+    `**kwargs`, which the Trainer takes for a sign of the contrary.
+
+    So do the classes `WITH_ANOTHER_LOSS`, and a module of the user's around one of them or of `IN_FORWARD` that does
+    not name `num_items_in_batch`."""
+    if isinstance(model, PreTrainedModel):
+        return _is_untouched(model) and _forward_of(model) in WITH_ANOTHER_LOSS
+    if hasattr(model, "accepts_loss_kwargs") or "num_items_in_batch" in inspect.signature(model.forward).parameters:
+        return False
+    return any(_forward_of(module) in IN_FORWARD | WITH_ANOTHER_LOSS for module in model.modules())
+
+
+def honours_item_count(model: nn.Module) -> bool:
+    """Whether the (unwrapped) `model` is known to divide its loss by `num_items_in_batch`."""
+    return _forward_of(core_model(model)) in BY_LOSS_FUNCTION
+
+
+def is_masked_language_model(model: nn.Module) -> bool:
+    """Whether the (unwrapped) `model`, or a model in it, looks like an encoder trained by masked language modelling."""
+    return any(_looks_masked(module) for module in model.modules() if hasattr(module, "config"))
+
+
+def _looks_masked(module: nn.Module) -> bool:
+    if getattr(module.config, "is_encoder_decoder", False):
+        return False
+    names = {base.__name__ for base in type(module).__mro__}
+    known = names & (WITH_ANOTHER_LOSS | set(MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()))
+    return bool(known) or any(name.endswith("ForMaskedLM") for name in names)
+
+
+def has_known_forward(model: nn.Module) -> bool:
+    """Whether `model` has the forward, as it came, of a class of transformers with plain masked cross entropy."""
+    return _forward_of(model) in IN_FORWARD | BY_LOSS_FUNCTION
+
+
+def comes_with_a_library(module: nn.Module) -> bool:
+    """Whether `module` computes what its class, which is no class of the user's, computes."""
+    libraries = ("transformers.", "torch.", "hf_recycle.")
+    return type(module).forward.__module__.startswith(libraries) and _class_forward_is_used(module)
+
+
+def _forward_of(module: nn.Module) -> str | None:
+    """The name of transformers' class whose forward `module` has."""
+    forward = type(module).forward
+    name = forward.__qualname__.removesuffix(".forward")
+    owner = next(cls for cls in type(module).__mro__ if "forward" in vars(cls))
+    ours = forward.__module__.startswith("transformers.models.") and owner.__name__ == name
+    return name if ours and owner.__module__ == forward.__module__ and _class_forward_is_used(module) else None
+
+
+def _class_forward_is_used(module: nn.Module) -> bool:
+    """Accelerate replaces the forward of an instance to convert dtypes, and we do to save time; nobody else may."""
+    own = vars(module).get("forward")
+    if isinstance(own, Forward):
+        return True
+    original = getattr(vars(module).get("_original_forward"), "__func__", None)
+    return own is None or (original is type(module).forward and own.__module__.startswith("accelerate."))
+
+
+def _is_untouched(model: nn.Module) -> bool:
+    """Whether nothing of the user's comes before or after the forward of `model`."""
+    hooks = [*model._forward_hooks.values(), *model._forward_pre_hooks.values()]
+    of_engines = all(getattr(hook, "__module__", "").startswith(("torch.", "accelerate.")) for hook in hooks)
+    return type(model).__call__ is nn.Module.__call__ and of_engines
+
+
+def _is_plain(criterion: nn.Module | None) -> bool:
+    return criterion is None or (
+        type(criterion) is nn.CrossEntropyLoss
+        and criterion.weight is None
+        and (criterion.ignore_index, criterion.reduction, criterion.label_smoothing) == (-100, "mean", 0.0)
+    )
