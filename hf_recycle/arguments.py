@@ -115,6 +115,13 @@ class RecyclingArguments(TrainingArguments):
             "'gate + up -> down' or 'fused:Wi -> Wo'."
         },
     )
+    ff_blocks: str | None = field(
+        default=None,
+        metadata={
+            "help": "Of a composite model, the part whose feed-forward blocks are meant, by a word of its name: "
+            "vision, language, encoder, decoder, ...; None: all parts."
+        },
+    )
     verify_checkpoint: bool = field(
         default=False,
         metadata={
@@ -155,5 +162,6 @@ class RecyclingArguments(TrainingArguments):
     def method_arguments(self) -> dict[str, Any]:
         """All settings of all methods, flat: what `recycling_config.json` records."""
         names = [method.prefix + item.name for method in METHODS for item in fields(method)]
-        names += ["masked_head", "recompute_activations", "onednn_linear", "deterministic_masking", "ff_pattern"]
+        names += ["masked_head", "recompute_activations", "onednn_linear", "deterministic_masking"]
+        names += ["ff_pattern", "ff_blocks"]
         return {name: getattr(self, name) for name in names}

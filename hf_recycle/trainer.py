@@ -149,9 +149,9 @@ class RecyclingTrainer(RunStartMixin, HubMixin, CheckpointMixin, MaskedLanguageM
         """
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         try:
-            return NeuronTable.of(model, self.neuron_methods.ff_pattern)
+            return NeuronTable.of(model, self.neuron_methods.ff_pattern, self.args.ff_blocks)
         except ValueError:
-            if self.neuron_methods.methods or self.args.ff_pattern:
+            if self.neuron_methods.methods or self.args.ff_pattern or self.args.ff_blocks:
                 raise
             return None
 

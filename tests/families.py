@@ -25,6 +25,8 @@ class Family:
         out: path of the out-projection within a block.
         fused: the one in-projection holds two halves.
         transposed: weights are (in, out), as in Conv1D.
+        interleaved: of a fused in-projection, rows 2i and 2i + 1 are neuron i, rather than i and i + d_ff.
+        experts: weights are parameters of all experts, of which a block's name ends in the number of one.
     """
 
     name: str
@@ -35,6 +37,8 @@ class Family:
     fused: bool = False
     transposed: bool = False
     seq2seq: bool = False
+    interleaved: bool = False
+    experts: bool = False
 
     @property
     def gated(self) -> bool:
@@ -54,16 +58,41 @@ class Family:
 
     def matrices(self, model: nn.Module, block: str) -> tuple[list[Tensor], list[Tensor | None], Tensor]:
         """In-projections `(d_ff, d_model)` each, their biases, and the out-projection `(d_model, d_ff)`: views."""
-        holder = model.get_submodule(block)
         weights, biases = [], []
         for path in self.ins:
-            linear = holder.get_submodule(path)
-            weight = linear.weight.data.T if self.transposed else linear.weight.data
-            bias = None if linear.bias is None else linear.bias.data
-            weights += weight.chunk(2) if self.fused else [weight]
-            biases += [None, None] if bias is None and self.fused else bias.chunk(2) if self.fused else [bias]
-        out = holder.get_submodule(self.out).weight.data
-        return weights, biases, out.T if self.transposed else out
+            weight, bias = self._tensors(model, block, path)
+            weights += self._halves(weight) if self.fused else [weight]
+            biases += [None, None] if bias is None and self.fused else self._halves(bias) if self.fused else [bias]
+        return weights, biases, self._tensors(model, block, self.out)[0]
+
+    def _halves(self, values: Tensor) -> tuple[Tensor, ...]:
+        return (values[::2], values[1::2]) if self.interleaved else values.chunk(2)
+
+    def holder(self, model: nn.Module, block: str) -> nn.Module:
+        """The smallest module that holds the projections."""
+        return model.get_submodule(block.rpartition(".")[0] if self.experts else block)
+
+    def parameters(self, model: nn.Module, block: str) -> list[nn.Parameter]:
+        """All that a neuron has a part in."""
+        holder = self.holder(model, block)
+        if self.experts:
+            names = [name for path in self.ins for name in (path, f"{path}_bias") if hasattr(holder, name)]
+            return [getattr(holder, name) for name in (*names, self.out)]
+        ins = [holder.get_submodule(path) for path in self.ins]
+        weights = [parameter for linear in ins for parameter in (linear.weight, linear.bias) if parameter is not None]
+        return [*weights, holder.get_submodule(self.out).weight]
+
+    def _tensors(self, model: nn.Module, block: str, path: str) -> tuple[Tensor, Tensor | None]:
+        """Weight (out, in) and bias of one projection."""
+        holder = self.holder(model, block)
+        if self.experts:
+            expert = int(block.rpartition(".")[2])
+            weight, bias = getattr(holder, path)[expert], getattr(holder, f"{path}_bias", None)
+            bias = None if bias is None else bias[expert]
+        else:
+            weight, bias = holder.get_submodule(path).weight, holder.get_submodule(path).bias
+        weight = weight.data.flatten(1)
+        return weight.T if self.transposed else weight, None if bias is None else bias.data
 
     def neuron_parts(self, model: nn.Module, block: str, i: int) -> Iterator[tuple[str, Tensor]]:
         """(role, view) of everything that belongs to neuron `i`, taken from the matrices by hand."""
@@ -93,7 +122,11 @@ def _builder(head: str, names: str, **fixed) -> Callable[..., transformers.PreTr
         config = {width: d_model, inner: d_ff, depth: layers, heads: 2, "vocab_size": VOCABULARY, **fixed}
         if head.startswith("T5") or head.startswith("MT5"):
             config["d_kv"] = d_model // 2
-        return cls(cls.config_class(**config)).eval()
+        if head.startswith("SqueezeBert"):
+            config["embedding_size"] = d_model
+        config = cls.config_class(**config)
+        config._experts_implementation = "eager"  # grouped matrix products need rows of whole 16 bytes
+        return cls(config).eval()
 
     return build
 
@@ -114,6 +147,18 @@ def _bert_like(name: str, head: str, prefix: str, **fixed) -> Family:
 def _llama_like(name: str, head: str, **fixed) -> Family:
     build = _builder(head, _HF, num_key_value_heads=1, **_POSITIONS, **fixed)
     return Family(name, build, _layers("model.layers.{}.mlp"), ("gate_proj", "up_proj"), "down_proj")
+
+
+_IN_RANGE = {"bos_token_id": 1, "eos_token_id": 2}
+
+
+def _experts(name: str, head: str, pattern: str, **layout: bool) -> Family:
+    """Three experts in every layer."""
+    build = _builder(
+        head, _HF, num_key_value_heads=1, num_local_experts=3, num_experts_per_tok=2, **_POSITIONS, **_IN_RANGE
+    )
+    names = tuple(pattern.format(i, expert) for i in range(LAYERS) for expert in range(3))
+    return Family(name, build, names, ("gate_up_proj",), "down_proj", fused=True, experts=True, **layout)
 
 
 def _t5_like(name: str, head: str, gated: bool) -> Family:
@@ -184,11 +229,71 @@ FAMILIES: tuple[Family, ...] = (
         "c_proj",
         transposed=True,
     ),
+    Family(
+        "squeezebert",
+        _builder(
+            "SqueezeBertForMaskedLM",
+            _HF,
+            intermediate_groups=1,
+            output_groups=1,
+            q_groups=1,
+            k_groups=1,
+            v_groups=1,
+            **_POSITIONS,
+        ),
+        _layers("transformer.encoder.layers.{}"),
+        ("intermediate.conv1d",),
+        "output.conv1d",
+    ),
     _llama_like("llama", "LlamaForCausalLM", mlp_bias=True),
     _llama_like("mistral", "MistralForCausalLM"),
     _llama_like("qwen2", "Qwen2ForCausalLM"),
     _llama_like("qwen3", "Qwen3ForCausalLM", head_dim=8),
     _llama_like("gemma", "GemmaForCausalLM", head_dim=8),
+    Family(
+        "phi3",
+        _builder("Phi3ForCausalLM", _HF, num_key_value_heads=1, **_POSITIONS, **_IN_RANGE),
+        _layers("model.layers.{}.mlp"),
+        ("gate_up_proj",),
+        "down_proj",
+        fused=True,
+    ),
+    Family(
+        "opt",
+        _builder(
+            "OPTForCausalLM",
+            "hidden_size ffn_dim num_hidden_layers num_attention_heads",
+            word_embed_proj_dim=D_MODEL,
+            **_POSITIONS,
+        ),
+        _layers("model.decoder.layers.{}"),
+        ("fc1",),
+        "fc2",
+    ),
+    _experts("mixtral", "MixtralForCausalLM", "model.layers.{}.mlp.experts.{}"),
+    _experts("gpt_oss", "GptOssForCausalLM", "model.layers.{}.mlp.experts.{}", transposed=True, interleaved=True),
+    Family(
+        "switch",
+        _builder(
+            "SwitchTransformersForConditionalGeneration",
+            "d_model d_ff num_layers num_heads",
+            num_decoder_layers=LAYERS,
+            num_experts=2,
+            num_sparse_encoder_layers=1,
+            num_sparse_decoder_layers=1,
+            decoder_start_token_id=0,
+            d_kv=8,
+        ),
+        (
+            "encoder.block.0.layer.1.mlp",
+            *(f"encoder.block.1.layer.1.mlp.experts.expert_{i}" for i in range(2)),
+            "decoder.block.0.layer.2.mlp",
+            *(f"decoder.block.1.layer.2.mlp.experts.expert_{i}" for i in range(2)),
+        ),
+        ("wi",),
+        "wo",
+        seq2seq=True,
+    ),
 )
 
 BY_NAME: dict[str, Family] = {family.name: family for family in FAMILIES}

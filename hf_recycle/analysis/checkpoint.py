@@ -1,6 +1,6 @@
 """The feed-forward blocks of a checkpoint whose weights stay on disk."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -10,14 +10,21 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
 
 from hf_recycle.analysis.source import Source
 from hf_recycle.analysis.weight_files import PickledFile, SafetensorsFile, WeightFile
 from hf_recycle.errors import UserError
 from hf_recycle.hub.checks.configuration import configuration_problem
-from hf_recycle.neurons.blocks import FeedForward, NeuronSlice
-from hf_recycle.neurons.find import find_feed_forwards
+from hf_recycle.neurons.blocks import FeedForward, NeuronSlice, full_shape
+from hf_recycle.neurons.find import Survey, survey
 from hf_recycle.neurons.storage.tiles import Tile, tiles_of_rectangle
 
 _BYTES_AT_ONCE = 1 << 19  # of float32 weights in memory at a time, unless a single row is longer
@@ -30,11 +37,12 @@ class Checkpoint:
     Attributes:
         source: where the files come from. Only `config.json`, the index and the shards that hold feed-forward weights
             are fetched.
-        pattern: see `find_feed_forwards`.
+        pattern, ff_blocks: see `find_feed_forwards`.
     """
 
     source: Source
     pattern: str | None = None
+    ff_blocks: str | None = None
     _files: dict[str, WeightFile] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property
@@ -71,16 +79,21 @@ class Checkpoint:
                 f"{self.source.name}: transformers can't build its architecture {architecture!r} ({error})"
             ) from error
 
-    @cached_property
+    @property
     def blocks(self) -> list[FeedForward]:
         """The blocks, in the model's own order.
 
         Raises:
             UserError: none is found; the message lists what could be one.
         """
+        return self.survey.blocks
+
+    @cached_property
+    def survey(self) -> Survey:
+        """The blocks with what looks like one and is left out; see `blocks`. Needs the configuration alone."""
         model = self.model
         try:
-            return find_feed_forwards(model, self.pattern)
+            return survey(model, self.pattern, self.ff_blocks)
         except ValueError as error:
             raise UserError(f"{self.source.name}: {error}") from error
 
@@ -88,35 +101,54 @@ class Checkpoint:
         """The weights of a slice, half a megabyte at a time: float32 (float64 if stored so), each entry once.
 
         Raises:
-            UserError: the checkpoint lacks the tensor, or it has another shape than the model, or it can't be read.
+            UserError: the checkpoint lacks a tensor, or it has another shape than the model, or it can't be read.
         """
-        key, file = self._find(piece)
-        parameter = piece.parameter
-        first, last = (piece.offset, piece.offset + piece.length) if piece.dim == 0 else (0, parameter.shape[0])
-        columns = parameter.shape[1] if parameter.dim() == 2 else 1
+        rows, columns = piece.matrix_shape
+        first, last = 0, rows
+        if piece.dim == 0:
+            first, last = piece.offset, min(rows, piece.offset + piece.length * piece.stride)
         step = max(1, _BYTES_AT_ONCE // (4 * columns))
-        for start in range(first, last, step):
-            rows = file.rows(key, start, min(start + step, last))
-            yield from tiles_of_rectangle(piece, rows, start, 0)
+        for part in self._parts(piece):
+            end = min(last, part.row + part.rows)
+            for start in range(max(first, part.row), end, step):
+                stop, shift = min(start + step, end), part.at - part.row
+                values = part.file.rows(part.key, start + shift, stop + shift, columns)
+                yield from tiles_of_rectangle(piece, values, piece.first_row + start, 0)
 
-    def _find(self, piece: NeuronSlice) -> tuple[str, WeightFile]:
+    def _parts(self, piece: NeuronSlice) -> list["_Part"]:
+        """The tensors that the matrix of a slice is stored in, one below the other."""
         names = self._names[id(piece.parameter)]
         found = [(self._keys[name], name) for name in names if name in self._keys]
         if not found:
             raise UserError(f"{self.source.name}: its weights lack {names[0]}, which its config.json asks for")
-        (key, converter), name = found[0]
-        if converter is not None:
+        stored, name = found[0]
+        shape, rows = tuple(full_shape(piece.parameter)), piece.matrix_shape[0]
+        if stored.is_whole:
+            [[key]] = stored.keys
+            return [_Part(key, self._open(key, shape), 0, rows, piece.first_row)]
+        keys = [
+            column[piece.expert or 0]
+            for column in stored.keys
+            if len(column) == (1 if piece.expert is None else shape[0])
+        ]
+        if not stored.is_stacked or len(keys) != len(stored.keys) or rows % len(keys):
             raise UserError(
-                f"{self.source.name}: {name} is put together from several tensors when transformers loads it; load the "
-                "model and save it with save_pretrained(..., save_original_format=False) first"
+                f"{self.source.name}: {name} is put together from several tensors when transformers loads it, in a way "
+                "that is not known here; load the model and save it with save_pretrained(..., save_original_format="
+                "False) first"
             )
+        height = rows // len(keys)
+        below = (height, *shape[(1 if piece.expert is None else 2) :])
+        return [_Part(key, self._open(key, below), n * height, height, 0) for n, key in enumerate(keys)]
+
+    def _open(self, key: str, expected: tuple[int, ...]) -> WeightFile:
         file = self._file(self._weight_map[0][key] if self._weight_map[0] else self._weight_map[1])
         if key not in file.entries:
             raise UserError(f"{file.path} lacks {key}, which the index places there; copy or download it again")
-        shape, expected = file.shape(key), tuple(piece.parameter.shape)
+        shape = file.shape(key)
         if shape != expected:
             raise UserError(f"{file.path}: {key} has shape {shape}, and config.json asks for {expected}")
-        return key, file
+        return file
 
     @cached_property
     def _weight_map(self) -> tuple[dict[str, str] | None, str]:
@@ -131,8 +163,8 @@ class Checkpoint:
         return names
 
     @cached_property
-    def _keys(self) -> dict[str, tuple[str, str | None]]:
-        """For each parameter of the model, the tensor it is stored in and, if it must be computed, by what pattern."""
+    def _keys(self) -> dict[str, "Stored"]:
+        """For each parameter of the model, the tensors that it is stored in."""
         in_files, single = self._weight_map
         stored = in_files if in_files is not None else self._file(single).entries
         return stored_names(self.model, stored)
@@ -150,19 +182,63 @@ def open_weights(path: Path) -> WeightFile:
     return SafetensorsFile(path) if path.suffix == ".safetensors" else PickledFile(path)
 
 
-def stored_names(model: nn.Module, stored: Iterator[str]) -> dict[str, tuple[str, str | None]]:
-    """`{parameter of the model: (name in the checkpoint, pattern of the conversion it needs or None)}`.
+@dataclass(frozen=True)
+class _Part:
+    """Rows `row` to `row + rows` of a matrix: those of the tensor `key` from `at` on."""
 
-    The renamings are those that `from_pretrained` applies: old names, a base model's prefix, reorganised layers.
+    key: str
+    file: WeightFile
+    row: int
+    rows: int
+    at: int
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How a parameter is stored.
+
+    Attributes:
+        keys: names of tensors; for each part that the parameter is put together from, those of all experts.
+        converter: how transformers puts them together; None: the parameter is the one tensor.
+    """
+
+    keys: list[list[str]]
+    converter: WeightConverter | None = None
+
+    @property
+    def is_whole(self) -> bool:
+        return self.converter is None
+
+    @property
+    def is_stacked(self) -> bool:
+        """Whether the parts lie one below the other in the matrix: in that of each expert, if there are experts."""
+        steps = [(type(step), getattr(step, "dim", None)) for step in self.converter.operations]
+        merge = (MergeModulelist, 0)
+        return steps in ([merge], [merge, (Concatenate, 1)], [(Concatenate, 0)])
+
+
+def stored_names(model: nn.Module, stored: Iterable[str]) -> dict[str, Stored]:
+    """How each parameter of a model is stored, by its name.
+
+    The renamings and conversions are those that `from_pretrained` applies: old names, a base model's prefix,
+    reorganised layers, experts gathered into one parameter.
     """
     conversions = get_model_conversion_mapping(model)
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     parameters: dict[str, Tensor] = dict(model.state_dict(keep_vars=True))
-    names = {}
+    names: dict[str, Stored] = {}
     for key in sorted(stored, key=dot_natural_key):
         name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, parameters)
         if name not in parameters and key in parameters:
             name, pattern = key, None
-        names[name] = (key, pattern)
+        if pattern is None:
+            names[name] = Stored([[key]])
+            continue
+        converter = by_pattern[pattern]
+        patterns = converter.source_patterns
+        known = names.setdefault(name, Stored([[] for _ in patterns], converter))
+        if known.converter is converter:
+            known.keys[patterns.index(pattern)].append(key)
     return names

@@ -47,19 +47,24 @@ class ModelAnalysis:
         }
 
 
-def analyze(source: Source, pattern: str | None = None, thresholds: Thresholds | None = None) -> ModelAnalysis:
+def analyze(
+    source: Source,
+    pattern: str | None = None,
+    thresholds: Thresholds | None = None,
+    ff_blocks: str | None = None,
+) -> ModelAnalysis:
     """Measures every feed-forward neuron of a checkpoint; its weights pass through memory half a megabyte at a time.
 
     Args:
         source: the checkpoint.
-        pattern: see `find_feed_forwards`.
+        pattern, ff_blocks: see `find_feed_forwards`.
         thresholds: what counts as dead and as duplicate.
 
     Raises:
         UserError: it can't be read, is damaged or quantised, holds NaN, or has no feed-forward block that is known.
         RecyclingFileError: its recycling files are damaged.
     """
-    checkpoint = Checkpoint(source, pattern)
+    checkpoint = Checkpoint(source, pattern, ff_blocks)
     blocks = [block_statistics(block, checkpoint.tiles, thresholds or Thresholds()) for block in checkpoint.blocks]
     return ModelAnalysis(
         label=source.label,

@@ -1,8 +1,9 @@
 """Taking feed-forward neurons out of a model, so that a smaller plain transformers model remains.
 
-transformers knows one width for all layers. It becomes the largest number of neurons that a layer keeps, rounded up;
-the other layers are filled up with neurons of zeros. A neuron whose out-column is zero outputs nothing, whatever its
-in-row, its bias and the activation are: it is *pruned*, and leaving it out changes nothing.
+A configuration knows one width for all layers, or for those of each part of a model. It becomes the largest number of
+neurons that one of these layers keeps, rounded up; the others are filled up with neurons of zeros. A neuron whose
+out-column is zero outputs nothing, whatever its in-row, its bias and the activation are: it is *pruned*, and leaving it
+out changes nothing.
 """
 
 from collections.abc import Sequence
@@ -13,7 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_recycle.analysis.pruning import least_important, neuron_scores, pruned
-from hf_recycle.analysis.width import with_neurons
+from hf_recycle.analysis.random_inputs import outputs, random_inputs
+from hf_recycle.analysis.width import width_fields, with_neurons
 from hf_recycle.errors import UserError
 from hf_recycle.neurons.blocks import FeedForward
 from hf_recycle.neurons.find import find_feed_forwards
@@ -25,17 +27,21 @@ class Shrunk:
 
     Attributes:
         model: the smaller model.
-        d_ff: neurons of each of its blocks, and `d_ff_before` of the original.
+        widths: for each block, its neurons before and now.
         kept: for each block, the indices of the neurons it kept, int64, ascending.
         difference: largest difference between its outputs and those of the original with the same neurons masked, on
-            random tokens, in units of the largest output.
+            random inputs, in units of the largest output.
     """
 
     model: PreTrainedModel
-    d_ff_before: int
-    d_ff: int
+    widths: dict[str, tuple[int, int]]
     kept: dict[str, Tensor]
     difference: float
+
+    @property
+    def d_ff(self) -> int:
+        """Neurons of a block now: of the widest one."""
+        return max(now for _, now in self.widths.values())
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,7 @@ class ShrinkSettings:
         criterion: selection criterion; the neurons of lowest score go.
         multiple_of: the new width is a multiple of it, unless that is more than the old width.
         seed: of the criteria that draw.
-        pattern: see `find_feed_forwards`.
+        pattern, ff_blocks: see `find_feed_forwards`.
     """
 
     fraction: float | None = None
@@ -55,6 +61,7 @@ class ShrinkSettings:
     multiple_of: int = 8
     seed: int = 0
     pattern: str | None = None
+    ff_blocks: str | None = None
 
 
 # Rounding in another order of summation; float32 and wider give far less.
@@ -69,25 +76,40 @@ def shrink(model: PreTrainedModel, settings: ShrinkSettings) -> Shrunk:
             outputs differ.
     """
     try:
-        blocks = find_feed_forwards(model, settings.pattern)
+        blocks = find_feed_forwards(model, settings.pattern, settings.ff_blocks)
     except ValueError as error:
         raise UserError(str(error)) from error
     removed = removed_neurons(blocks, settings)
     kept = [_others(block, index) for block, index in zip(blocks, removed, strict=True)]
-    most = max(len(index) for index in kept)
-    before = blocks[0].num_neurons
-    d_ff = min(-(-most // settings.multiple_of) * settings.multiple_of, max(block.num_neurons for block in blocks))
-    new = with_neurons(model, blocks, kept, d_ff, settings.pattern)
+    new_widths = {
+        field: _width([kept[n] for n in field.blocks], blocks[field.blocks[0]].num_neurons, settings.multiple_of)
+        for field in width_fields(model, blocks)
+    }
     inputs = random_inputs(model, batch=2, length=16)
-    with pruned(blocks, removed):
-        difference = _difference(_logits(model, inputs), _logits(new, inputs))
+    new = with_neurons(model, blocks, kept, new_widths)
+    try:
+        with pruned(blocks, removed):
+            difference = _difference(outputs(model, inputs), outputs(new, inputs))
+    except RuntimeError as error:
+        raise UserError(
+            f"the smaller {type(model).__name__} does not compute ({str(error).splitlines()[0]}): pass another "
+            f"multiple_of than {settings.multiple_of}"
+        ) from error
     if not difference <= _TOLERANCES.get(model.dtype, 1e-3):
         raise UserError(
             f"the smaller model's outputs differ from those of the masked one by {difference:.2g}: its feed-forward "
             "blocks do more than W_out f(W_in x), and can't be shrunk"
         )
+    widths = {
+        blocks[n].name: (blocks[n].num_neurons, width) for field, width in new_widths.items() for n in field.blocks
+    }
     names = [block.name for block in blocks]
-    return Shrunk(new, before, d_ff, dict(zip(names, kept, strict=True)), difference)
+    return Shrunk(new, {name: widths[name] for name in names}, dict(zip(names, kept, strict=True)), difference)
+
+
+def _width(kept: Sequence[Tensor], before: int, multiple_of: int) -> int:
+    most = max(map(len, kept))
+    return min(-(-most // multiple_of) * multiple_of, before)
 
 
 def removed_neurons(blocks: Sequence[FeedForward], settings: ShrinkSettings) -> list[Tensor]:
@@ -147,28 +169,10 @@ def check_pruned_are_zero(blocks: Sequence[FeedForward], masks: dict[str, Tensor
             )
 
 
-def random_inputs(model: PreTrainedModel, batch: int, length: int) -> dict[str, Tensor]:
-    """Random tokens, the same every time, as long as the model's positions allow."""
-    config = model.config.get_text_config()
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions is not None:
-        # The RoBERTa family counts positions from its padding id.
-        length = max(1, min(length, positions - (config.pad_token_id or 0) - 1))
-    tokens = torch.randint(config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(0))
-    tokens = tokens.to(model.device)
-    extra = {"decoder_input_ids": tokens} if model.config.is_encoder_decoder else {}
-    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), **extra}
-
-
 def _others(block: FeedForward, index: Tensor) -> Tensor:
     rest = torch.ones(block.num_neurons, dtype=torch.bool)
     rest[index] = False
     return rest.nonzero().flatten()
-
-
-@torch.inference_mode()
-def _logits(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
-    return model(**inputs)[0].float()
 
 
 def _difference(first: Tensor, second: Tensor) -> float:

@@ -8,7 +8,15 @@ import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModel,
+    AutoProcessor,
+    FeatureExtractionMixin,
+    ImageProcessingMixin,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
 
 from hf_recycle.analysis.checkpoint import Checkpoint
 from hf_recycle.analysis.shrink import check_pruned_are_zero
@@ -19,18 +27,32 @@ from hf_recycle.hub.explain import explained
 from hf_recycle.hub.fetch import check_small_files
 from hf_recycle.neurons.find import find_feed_forwards
 
+Processor = PreTrainedTokenizerBase | ProcessorMixin | ImageProcessingMixin | FeatureExtractionMixin
 
-def load_model(source: Source, pattern: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """The model of the checkpoint's architecture in its own dtype, in evaluation mode, and its tokenizer if it has one.
+_PROCESSOR_FILES = (
+    "tokenizer_config.json",
+    "tokenizer.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "vocab.txt",
+    "vocab.json",
+    "spiece.model",
+)
+
+
+def load_model(
+    source: Source, pattern: str | None = None, ff_blocks: str | None = None
+) -> tuple[PreTrainedModel, Processor | None]:
+    """The model of the checkpoint's architecture in its own dtype, in evaluation mode, and its tokenizer or processor.
 
     Raises:
         UserError: it can't be loaded, or neurons that its recycling state calls pruned are not zero.
     """
-    checkpoint = Checkpoint(source, pattern)
+    checkpoint = Checkpoint(source, pattern, ff_blocks)
+    cls = _class_of(checkpoint)
     blocks = checkpoint.blocks  # refuses what has none, before anything large is read
     for piece in blocks[0].slices:
         next(iter(checkpoint.tiles(piece)))  # and what is damaged or incomplete
-    cls = getattr(transformers, (checkpoint.config.architectures or [""])[0], AutoModel)
     where, revision = (source.folder, None) if source.folder else (source.name, source.revision)
     options = {} if revision is None else {"revision": revision}
     if source.subfolder:
@@ -44,18 +66,18 @@ def load_model(source: Source, pattern: str | None = None) -> tuple[PreTrainedMo
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = (str(error).strip().split("\n", 1)[0] or type(error).__name__).rstrip(". ")
         raise UserError(f"{source.name} could not be loaded: {reason}") from error
-    check_pruned_are_zero(find_feed_forwards(model, pattern), _pruned_masks(source))
-    return model, _tokenizer(where, options.get("revision"), source.subfolder)
+    check_pruned_are_zero(find_feed_forwards(model, pattern, ff_blocks), _pruned_masks(source))
+    return model, _processor(source, where, options.get("revision"))
 
 
-def save_whole(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
+def save_whole(folder: Path, model: PreTrainedModel, processor: Processor | None) -> None:
     """Saves into `folder`, which appears whole or not at all."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         model.save_pretrained(temporary)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
+        if processor is not None:
+            processor.save_pretrained(temporary)
         temporary.chmod(0o755)  # mkdtemp makes it private
         if folder.is_dir():
             folder.rmdir()  # an empty one, or this fails
@@ -77,8 +99,25 @@ def _pruned_masks(source: Source) -> dict[str, Tensor]:
         raise UserError(f"{path} is damaged ({error}); copy or download it again") from error
 
 
-def _tokenizer(where: Path | str, revision: str | None, subfolder: str) -> PreTrainedTokenizerBase | None:
+def _class_of(checkpoint: Checkpoint) -> type:
+    """The class of the model, so that its head stays."""
+    architecture = (checkpoint.config.architectures or [None])[0]
+    cls = AutoModel if architecture is None else getattr(transformers, architecture, None)
+    if cls is None:
+        raise UserError(
+            f"{checkpoint.source.name} is a {architecture}, which is no class of transformers: its head would be lost; "
+            "load it in Python and pass it to hf_recycle.analysis.shrink.shrink"
+        )
+    return cls
+
+
+def _processor(source: Source, where: Path | str, revision: str | None) -> Processor | None:
+    # Without files, transformers makes up an empty tokenizer.
+    if not any(map(source.file, _PROCESSOR_FILES)):
+        return None
     try:
-        return AutoTokenizer.from_pretrained(where, revision=revision or "main", subfolder=subfolder.rstrip("/"))
-    except (OSError, ValueError, KeyError):
+        return AutoProcessor.from_pretrained(
+            where, revision=revision or "main", subfolder=source.subfolder.rstrip("/"), trust_remote_code=False
+        )
+    except Exception:  # which error says that there is none depends on what is missing
         return None

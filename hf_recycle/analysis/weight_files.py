@@ -45,8 +45,8 @@ class SafetensorsFile:
     def shape(self, name: str) -> tuple[int, ...]:
         return self.entries[name].shape
 
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows `start` to `stop` of a tensor, float32 (float64 if it is that); of a vector, entries `(n, 1)`.
+    def rows(self, name: str, start: int, stop: int, columns: int) -> Tensor:
+        """Rows `start` to `stop` of a tensor as a matrix of so many columns, float32 (float64 if it is that).
 
         Raises:
             UserError: the tensor's dtype is no floating-point one that weights are trained in.
@@ -57,7 +57,7 @@ class SafetensorsFile:
                 f"{self.path}: {name} is stored as {entry.dtype}, not as {', '.join(_DTYPES)}: quantised weights have "
                 "no magnitudes to measure; use the checkpoint they were made from"
             )
-        dtype, columns = _DTYPES[entry.dtype], math.prod(entry.shape[1:])
+        dtype = _DTYPES[entry.dtype]
         line = columns * dtype.itemsize
         data = bytearray((stop - start) * line)
         with self.path.open("rb", buffering=0) as file:
@@ -88,8 +88,8 @@ class PickledFile:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self.entries[name].shape)
 
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        values = self.entries[name][start:stop].detach().reshape(stop - start, -1)
+    def rows(self, name: str, start: int, stop: int, columns: int) -> Tensor:
+        values = self.entries[name].detach().reshape(-1, columns)[start:stop]
         return values.to(torch.promote_types(values.dtype, torch.float32))
 
 

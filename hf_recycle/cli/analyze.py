@@ -20,11 +20,14 @@ feed-forward ones. If it holds recycling files, what they record is shown too.
   hf-recycle analyze runs/decay runs/no-decay --output figures   two models side by side, with figures
   hf-recycle analyze user/repo --revisions all --output figures  how magnitudes and counts moved over its commits
   hf-recycle analyze runs/demo --prune-curve --eval_file my.txt  loss against the share of neurons pruned
+  hf-recycle analyze user/repo --blocks                          which blocks it has; reads its configuration alone
 
   --output DIR             draw figures (PNG) into this folder
   --json                   print JSON, and nothing else, to stdout
   --ff_pattern PATTERN     linear layers of the feed-forward blocks, for a model of unknown layout: 'fc1 -> fc2',
                            'gate + up -> down' or 'fused:Wi -> Wo'
+  --ff_blocks WORD         of a composite model, the part that is meant: vision, language, encoder, decoder, ...
+  --blocks                 list the feed-forward blocks, and what looks like one and is left out; measure nothing
   --dead FLOAT             a neuron is dead if its magnitude is below this share of its layer's median (default: 0.01)
   --duplicate FLOAT        cosine from which a neuron duplicates an earlier one (default: 0.99)
   --revision NAME          branch, tag or commit of a repository
@@ -53,6 +56,8 @@ def _options() -> Options:
     parser.add_argument("--output", type=Path)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--ff_pattern")
+    parser.add_argument("--ff_blocks")
+    parser.add_argument("--blocks", action="store_true")
     parser.add_argument("--dead", type=float, default=0.01)
     parser.add_argument("--duplicate", type=float, default=0.99)
     parser.add_argument("--revision")
@@ -75,6 +80,7 @@ def _analyze(words: Sequence[str]) -> None:
     from hf_recycle.file_checks import RecyclingFileError
 
     command = _prune_curves if options.prune_curve else _revisions if options.revisions else _magnitudes
+    command = _blocks if options.blocks else command
     try:
         command(options)
     except RecyclingFileError as error:
@@ -90,6 +96,10 @@ def _check(options: argparse.Namespace) -> None:
         raise UserError(f"output={str(options.output)!r} is a file; name a folder")
     if options.revisions and (len(options.models) > 1 or options.prune_curve or options.revision):
         raise UserError(f"revisions={options.revisions!r} takes one repository, without prune_curve and revision")
+    if options.blocks and (options.prune_curve or options.revisions or options.output):
+        raise UserError("blocks lists the feed-forward blocks of a model and measures nothing; pass it alone")
+    if options.ff_blocks and (options.prune_curve or options.revisions):
+        raise UserError(f"ff_blocks={options.ff_blocks!r} does not go with prune_curve or revisions")
     curve_only = ("eval_file", "criteria", "shares")
     if options.prune_curve and options.eval_file is None:
         raise UserError("prune_curve needs a text to measure the loss on; pass eval_file")
@@ -101,12 +111,21 @@ def _magnitudes(options: argparse.Namespace) -> None:
     from hf_recycle.analysis.model import analyze
     from hf_recycle.analysis.tables import analysis_text
 
-    analyses = [analyze(source, options.ff_pattern, _thresholds(options)) for source in _sources(options)]
+    thresholds = _thresholds(options)
+    analyses = [analyze(source, options.ff_pattern, thresholds, options.ff_blocks) for source in _sources(options)]
     _print(options, {"models": [analysis.to_json() for analysis in analyses]}, lambda: analysis_text(analyses))
     if options.output is not None:
         from hf_recycle.analysis.figures import draw_analyses
 
         _say_where(draw_analyses(analyses, options.output))
+
+
+def _blocks(options: argparse.Namespace) -> None:
+    from hf_recycle.analysis.block_list import block_list, block_list_text
+    from hf_recycle.analysis.checkpoint import Checkpoint
+
+    lists = [block_list(Checkpoint(source, options.ff_pattern, options.ff_blocks)) for source in _sources(options)]
+    _print(options, {"models": lists}, lambda: "\n\n".join(map(block_list_text, lists)))
 
 
 def _revisions(options: argparse.Namespace) -> None:

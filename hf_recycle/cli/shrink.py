@@ -1,6 +1,7 @@
 """`hf-recycle shrink`: a smaller model without the pruned or the least important feed-forward neurons."""
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,9 +12,10 @@ from hf_recycle.suggest import nearest
 HELP = """\
 usage: hf-recycle shrink MODEL --output DIR (--pruned-only | --fraction FLOAT) [--argument VALUE ...]
 
-Take feed-forward neurons out of a model and save the smaller model that remains, with its tokenizer, as a plain
-transformers model. All layers get the width of the one that keeps most neurons, rounded up; the others are filled up
-with zeros. The result is checked against the original with the same neurons masked, and both are timed.
+Take feed-forward neurons out of a model and save the smaller model that remains, with its tokenizer or processor, as a
+plain transformers model. All layers of which the configuration knows one width get that of the one that keeps most
+neurons, rounded up; the others are filled up with zeros. The result is checked against the original with the same
+neurons masked, and both are timed.
 
   hf-recycle shrink runs/pruned --pruned-only --output small        what pruning has set to zero, for good
   hf-recycle shrink user/repo --fraction 0.3 --output small         the 30% least important neurons of every layer
@@ -25,6 +27,7 @@ with zeros. The result is checked against the original with the same neurons mas
   --multiple_of INT   round the width up to a multiple of it (default: 8)
   --seed INT          seed of the criterion random (default: 0)
   --revision NAME     branch, tag or commit of a repository (or write MODEL as hf://user/repo@revision)
+  --ff_blocks WORD    of a composite model, the part that is meant: vision, language, encoder, decoder, ...
   --ff_pattern TEXT   linear layers of the feed-forward blocks, for a model of unknown layout: 'fc1 -> fc2'
 """
 
@@ -45,6 +48,7 @@ def _shrink(words: Sequence[str]) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--revision")
     parser.add_argument("--ff_pattern")
+    parser.add_argument("--ff_blocks")
     options = parser.read(words)
     _check(options)
 
@@ -59,12 +63,14 @@ def _shrink(words: Sequence[str]) -> None:
         )
     no_progress_bars()
     source = Source(options.model, options.revision)
-    model, tokenizer = load_model(source, options.ff_pattern)
+    model, processor = load_model(source, options.ff_pattern, options.ff_blocks)
     settings = ShrinkSettings(
-        options.fraction, options.criterion, options.multiple_of, options.seed, options.ff_pattern
+        options.fraction, options.criterion, options.multiple_of, options.seed, options.ff_pattern, options.ff_blocks
     )
     shrunk = shrink(model, settings)
-    save_whole(options.output, shrunk.model, tokenizer)
+    save_whole(options.output, shrunk.model, processor)
+    if processor is None:
+        print(f"note: {options.model} has no tokenizer or processor that could be saved too", file=sys.stderr)
     _report(options, model, shrunk)
 
 
@@ -84,17 +90,18 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace, model, shrunk) -> None:
-    from hf_recycle.analysis.shrink import random_inputs
+    from hf_recycle.analysis.random_inputs import random_inputs
     from hf_recycle.analysis.timing import forward, speedup
 
-    sizes = [len(index) for index in shrunk.kept.values()]
-    kept = f"{min(sizes):,} to {max(sizes):,}" if min(sizes) < max(sizes) else f"{sizes[0]:,}"
     before, after = model.num_parameters(), shrunk.model.num_parameters()
     inputs = random_inputs(model, batch=8, length=128)
-    shape = " x ".join(map(str, inputs["input_ids"].shape))
+    shape = " x ".join(map(str, next(iter(inputs.values())).shape))
     measured = speedup(forward(model, inputs), forward(shrunk.model, inputs))
-    print(f"{options.output}: {type(model).__name__}, {shrunk.d_ff_before:,} -> {shrunk.d_ff:,} neurons in every layer")
-    print(f"  neurons kept       {kept} of {shrunk.d_ff_before:,} in each of {len(sizes)} feed-forward blocks")
+    print(f"{options.output}: {type(model).__name__}, {len(shrunk.widths)} feed-forward blocks")
+    for was, now in dict.fromkeys(shrunk.widths.values()):
+        sizes = [len(shrunk.kept[name]) for name, width in shrunk.widths.items() if width == (was, now)]
+        kept = f"{min(sizes):,} to {max(sizes):,}" if min(sizes) < max(sizes) else f"{sizes[0]:,}"
+        print(f"  neurons            {was:,} -> {now:,} in each of {len(sizes)} blocks, {kept} of them kept")
     print(f"  parameters         {before:,} -> {after:,} ({100 * (after - before) / before:+.1f}%)")
     print(f"  outputs            differ from the masked model's by at most {shrunk.difference:.1e} of the largest")
     print(f"  forward ({shape})  {measured}; medians of 11 pairs")

@@ -1,5 +1,6 @@
 """A feed-forward block and the slices of parameters that make up its neurons."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,11 +19,13 @@ class NeuronSlice:
 
     Attributes:
         role: "in", or "gate" and "up"; the same with ".bias"; "out".
-        module: the linear layer.
-        attribute: "weight" or "bias".
-        dim: the dimension of the parameter along which neurons are counted.
+        module: the linear layer, or the module that holds the weights of all experts.
+        attribute: the parameter's name there; one that ends in "bias" is a bias.
+        dim: the dimension of the matrix along which neurons are counted.
         offset: where neuron 0 lies on that dimension (`d_ff` for the second half of a fused gated matrix).
         length: `d_ff`.
+        stride: how far a neuron lies from the one before (2 in a fused matrix whose halves are interleaved).
+        expert: where a parameter holds one matrix for each expert, one behind the other: the number of the expert.
     """
 
     role: str
@@ -31,6 +34,8 @@ class NeuronSlice:
     dim: int
     offset: int
     length: int
+    stride: int = 1
+    expert: int | None = None
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -38,12 +43,24 @@ class NeuronSlice:
 
     @property
     def is_bias(self) -> bool:
-        return self.attribute == "bias"
+        return self.attribute.endswith("bias")
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """Rows and columns of the matrix that the slice is cut from: of an expert its own, of a 1 × 1 convolution
+        (output, input) channels, of a bias a column."""
+        rows, *columns = full_shape(self.parameter)[0 if self.expert is None else 1 :]
+        return rows, math.prod(columns)
+
+    @property
+    def first_row(self) -> int:
+        """Where that matrix begins in the parameter, counted in rows of it."""
+        return 0 if self.expert is None else self.expert * self.matrix_shape[0]
 
     @property
     def width(self) -> int:
         """Weights of a neuron in this slice; 1 for a bias."""
-        return 1 if self.is_bias else full_shape(self.parameter)[1 - self.dim]
+        return self.matrix_shape[1 - self.dim]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -63,7 +80,8 @@ class FeedForward:
     """One feed-forward block.
 
     Attributes:
-        name: dotted path, in the unwrapped model, of the smallest module that holds both projections.
+        name: dotted path, in the unwrapped model, of the smallest module that holds both projections; for an expert
+            whose weights lie in parameters of all experts, that module's path and the expert's number.
         num_neurons: `d_ff`.
         gated: whether a neuron has a gate row and an up row.
         slices: what a neuron is made of, in-projection first, out-projection last.
@@ -73,6 +91,11 @@ class FeedForward:
     num_neurons: int
     gated: bool
     slices: tuple[NeuronSlice, ...]
+
+    @property
+    def holder(self) -> str:
+        """Dotted path of the smallest module that holds both projections."""
+        return self.name if self.slices[-1].expert is None else self.name.rpartition(".")[0]
 
     @cached_property
     def in_slices(self) -> tuple[NeuronSlice, ...]:

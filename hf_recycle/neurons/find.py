@@ -1,118 +1,186 @@
-"""Finds the feed-forward blocks of a model."""
+"""Finds the feed-forward blocks of a model, and what looks like one and is none that is known."""
 
-import itertools
-import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
-from hf_recycle.neurons.blocks import FeedForward, NeuronSlice, full_shape
+from hf_recycle.neurons.blocks import FeedForward, NeuronSlice
+from hf_recycle.neurons.by_shape import candidates, match_by_shape
+from hf_recycle.neurons.experts import experts_of, find_experts
 from hf_recycle.neurons.families import FAMILIES, Layout, known_layouts, parse_layout
+from hf_recycle.neurons.layers import Layers, common_parent
+from hf_recycle.neurons.left_out import LeftOut, left_out, summary, token_mixers
+from hf_recycle.neurons.linear import in_features, is_linear, out_dim, out_features
+from hf_recycle.neurons.towers import of_tower
 
-_ATTENTION = re.compile("attn|attention", re.IGNORECASE)
+
+@dataclass(frozen=True)
+class Survey:
+    """What was found in a model.
+
+    Attributes:
+        blocks: the feed-forward blocks, in the model's own order.
+        left_out: modules that look like one, and whose layout is unknown.
+    """
+
+    blocks: list[FeedForward]
+    left_out: list[LeftOut]
 
 
-def find_feed_forwards(model: nn.Module, pattern: str | None = None) -> list[FeedForward]:
-    """The feed-forward blocks of `model`, in the model's own order; a block shared by several layers appears once.
+def find_feed_forwards(model: nn.Module, pattern: str | None = None, ff_blocks: str | None = None) -> list[FeedForward]:
+    """The feed-forward blocks of `model`, in the model's own order; a block shared by several layers appears once, each
+    expert of a mixture is a block.
 
     Args:
         model: the unwrapped model.
         pattern: a layout that overrides the search, such as `"fc1 -> fc2"`, `"gate + up -> down"` or
             `"fused:Wi -> Wo"`, with the paths of the linear layers relative to a module that holds them.
+        ff_blocks: of a composite model, the part whose blocks are wanted, such as `"vision"` or `"decoder"`: a word of
+            the path of its module. All parts by default.
 
     Raises:
         ValueError: if no block is found; the message lists the pairs of linear layers that could be one.
     """
+    return survey(model, pattern, ff_blocks).blocks
+
+
+def survey(model: nn.Module, pattern: str | None = None, ff_blocks: str | None = None) -> Survey:
+    """The blocks of a model with what was left out; see `find_feed_forwards`."""
+    layers = Layers(model)
     if pattern is not None:
-        blocks = _match(model, (parse_layout(pattern),))
+        found = Survey(_match_pattern(model, layers, pattern), [])
+    else:
+        blocks = _search(model, layers)
+        found = Survey(blocks, left_out(layers, blocks))
         if not blocks:
-            raise ValueError(f"ff_pattern={pattern!r} matches nothing in {_describe(model)}. {_candidates(model)}")
-        return blocks
-    model_types = {getattr(getattr(m, "config", None), "model_type", None) for m in model.modules()}
-    own = tuple(layout for model_type in model_types if model_type in FAMILIES for layout in FAMILIES[model_type])
-    blocks = _match(model, own) or _match(model, known_layouts()) or _match_by_shape(model)
+            raise ValueError(f"No feed-forward block was found in {_describe(model)}. {_why_none(layers, found)}")
+    if ff_blocks is None:
+        return found
+    return Survey(of_tower(found.blocks, ff_blocks), of_tower(found.left_out, ff_blocks, required=False))
+
+
+def _match_pattern(model: nn.Module, layers: Layers, pattern: str) -> list[FeedForward]:
+    layout = parse_layout(pattern)
+    blocks = _distinct(
+        block
+        for path, module in layers.modules.items()
+        for block in (_build(layers, path, layout) or experts_of(path, module, layout))
+    )
     if not blocks:
-        raise ValueError(f"No feed-forward block was found in {_describe(model)}. {_candidates(model)}")
+        spans = any(_linears(layers, path, layout) for path in layers.modules)
+        why = ": these layers do not lie within one layer of the model" if spans else ""
+        raise ValueError(
+            f"ff_pattern={pattern!r} matches nothing in {_describe(model)}{why}. {_hint(layers, left_out(layers, []))}"
+        )
     return blocks
 
 
-def _match(model: nn.Module, layouts: tuple[Layout, ...]) -> list[FeedForward]:
-    blocks, seen = [], set()
-    for path, holder in model.named_modules():
+def _search(model: nn.Module, layers: Layers) -> list[FeedForward]:
+    """By the layouts of the model's own families, then in its layers by all known ones, then, in each layer that has no
+    block yet, by shape."""
+    model_types = {getattr(getattr(module, "config", None), "model_type", None) for module in model.modules()}
+    own = [layout for name, layouts in FAMILIES.items() if name in model_types for layout in layouts]
+    blocks = _distinct(
+        (
+            *_by_layout(layers, own, anywhere=True),
+            *_by_layout(layers, known_layouts(), anywhere=not layers),
+            *(block for path, module in layers.modules.items() for block in find_experts(path, module)),
+        )
+    )
+    found = {layers.layer_of(block.holder) for block in blocks}
+    for layout, path in match_by_shape(layers, found):
+        blocks += _build(layers, path, layout)
+    order = {path: position for position, path in enumerate(layers.modules)}
+    return sorted(_distinct(blocks), key=lambda block: (order[block.holder], block.slices[-1].expert or 0))
+
+
+def _by_layout(layers: Layers, layouts: Iterable[Layout], *, anywhere: bool) -> Iterator[FeedForward]:
+    # A gated block has the layers of a plain one too.
+    layouts = sorted(layouts, key=lambda layout: not layout.gated)
+    for path, module in layers.modules.items():
         for layout in layouts:
-            block = _build(model, path, holder, layout)
-            if block is not None and id(block.out_slice.parameter) not in seen:
-                seen.add(id(block.out_slice.parameter))
-                blocks.append(block)
-    return blocks
+            if layout.out.partition(".")[0] not in module._modules:
+                continue  # most are settled here
+            for block in _build(layers, path, layout, whole=True):
+                if anywhere or layers.layer_of(block.name):
+                    yield block
 
 
-def _build(model: nn.Module, path: str, holder: nn.Module, layout: Layout) -> FeedForward | None:
-    """The block that `layout` describes under `holder`, or None if its layers are missing or do not fit together."""
-    linears = [_submodule(holder, relative) for relative in (*layout.ins, layout.out)]
-    if not all(_is_linear(linear) for linear in linears):
-        return None
+def _distinct(blocks: Iterable[FeedForward]) -> list[FeedForward]:
+    found: dict[tuple, FeedForward] = {}
+    for block in blocks:
+        out = block.slices[-1]
+        found.setdefault((id(out.parameter), out.expert), block)
+    return list(found.values())
+
+
+def _build(layers: Layers, path: str, layout: Layout, *, whole: bool = False) -> list[FeedForward]:
+    """The block that `layout` describes under the module at `path`; none if its layers are missing, do not fit together
+    or lie in several layers of the model.
+
+    Args:
+        whole: none either if another layer beside the in-projection has its shape, such as a gate.
+    """
+    linears = _linears(layers, path, layout)
+    if linears is None:
+        return []
+    paths = [f"{path}.{relative}" if path else relative for relative in (*layout.ins, layout.out)]
+    if not layers.within_one(paths) or (whole and _has_another(layers, path, layout, linears)):
+        return []
     *ins, out = linears
-    d_ff, d_model = _in_features(out), _out_features(out)
-    rows = (2 if layout.fused else 1) * d_ff
-    if any(_in_features(linear) != d_model or _out_features(linear) != rows for linear in ins):
-        return None
+    d_ff = in_features(out)
     roles = ("gate", "up") if layout.gated else ("in",)
     parts = [(ins[0], i * d_ff) for i in range(2)] if layout.fused else [(linear, 0) for linear in ins]
     slices = []
     for role, (linear, offset) in zip(roles, parts, strict=True):
-        slices.append(NeuronSlice(role, linear, "weight", _out_dim(linear), offset, d_ff))
+        slices.append(NeuronSlice(role, linear, "weight", out_dim(linear), offset, d_ff))
         if linear.bias is not None:
             slices.append(NeuronSlice(f"{role}.bias", linear, "bias", 0, offset, d_ff))
-    slices.append(NeuronSlice("out", out, "weight", 1 - _out_dim(out), 0, d_ff))
-    prefix = f"{path}." if path else ""
-    name = _common_parent([prefix + relative for relative in (*layout.ins, layout.out)])
-    return FeedForward(name, d_ff, layout.gated, tuple(slices))
+    slices.append(NeuronSlice("out", out, "weight", 1 - out_dim(out), 0, d_ff))
+    return [FeedForward(common_parent(paths), d_ff, layout.gated, tuple(slices))]
 
 
-def _match_by_shape(model: nn.Module) -> list[FeedForward]:
-    """Blocks of an unknown architecture: the smallest modules in which just one narrowing layer f -> d (f > d) is
-    mirrored by widening layers d -> f before it, and by one or two of them.
-
-    The order keeps out adapters, which narrow first; attention, whose heads may be wider than the model, is kept out by
-    its name."""
-    blocks, taken = [], set()
-    deepest_first = sorted(model.named_modules(), key=lambda item: -len(item[0].split(".")) if item[0] else 0)
-    for path, holder in deepest_first:
-        linears = [
-            (name, module)
-            for name, module in holder.named_modules()
-            if name and _is_linear(module) and not _ATTENTION.search(f"{path}.{name}")
-        ]
-        mirrored = {
-            out: wide
-            for position, (out, narrow) in enumerate(linears)
-            if _out_features(narrow) < _in_features(narrow)
-            and (wide := [name for name, module in linears[:position] if _mirrors(module, narrow)])
-        }
-        if len(mirrored) != 1:
-            continue
-        out, wide = mirrored.popitem()
-        block = _build(model, path, holder, Layout(tuple(wide), out)) if len(wide) <= 2 else None
-        if block is not None and id(block.out_slice.parameter) not in taken:
-            taken.add(id(block.out_slice.parameter))
-            blocks.append(block)
-    order = {name: position for position, (name, _) in enumerate(model.named_modules())}
-    return sorted(blocks, key=lambda block: order[block.name])
+def _linears(layers: Layers, path: str, layout: Layout) -> list[nn.Module] | None:
+    """The linear layers that `layout` names, its out-projection last; None if one is missing or shapes do not fit."""
+    linears = [_submodule(layers.modules[path], relative) for relative in (*layout.ins, layout.out)]
+    if not all(map(is_linear, linears)):
+        return None
+    *ins, out = linears
+    shape = out_features(out), in_features(out) * (2 if layout.fused else 1)
+    return linears if all((in_features(linear), out_features(linear)) == shape for linear in ins) else None
 
 
-def _candidates(model: nn.Module) -> str:
-    """What a user could name as a block: pairs of linear layers under one parent whose shapes mirror each other."""
-    linears = [(name, module) for name, module in model.named_modules() if _is_linear(module)]
-    pairs = [
-        f"{first} -> {second} ({_in_features(a)} -> {_out_features(a)} -> {_out_features(b)})"
-        for (first, a), (second, b) in itertools.pairwise(linears)
-        if _mirrors(a, b)
-    ]
-    if not pairs:
-        return "It holds no pair of linear layers d -> f, f -> d that could be one."
-    shown = "; ".join(pairs[:6]) + ("; ..." if len(pairs) > 6 else "")
-    return f"Name its layers with ff_pattern='in -> out'; pairs of linear layers that could be a block: {shown}."
+def _has_another(layers: Layers, path: str, layout: Layout, linears: list[nn.Module]) -> bool:
+    first, out = linears[0], linears[-1]
+    if in_features(out) == out_features(out):
+        return False  # anything square has that shape
+    parent = layers.modules[path].get_submodule(layout.ins[0].rpartition(".")[0])
+    return any(
+        is_linear(other)
+        and not any(other is linear for linear in linears)
+        and (in_features(other), out_features(other)) == (in_features(first), out_features(first))
+        for other in parent.children()
+    )
+
+
+def _why_none(layers: Layers, found: Survey) -> str:
+    hint = _hint(layers, found.left_out)
+    mixers = token_mixers(layers)
+    if mixers and not found.left_out and not candidates(layers):
+        return f"Its layers hold none: they are made of {', '.join(mixers)}, which mix tokens."
+    return hint
+
+
+def _hint(layers: Layers, others: list[LeftOut]) -> str:
+    """What a user could name as a block, or why there is nothing."""
+    pairs = candidates(layers)
+    if pairs:
+        shown = "; ".join(pairs[:6]) + ("; ..." if len(pairs) > 6 else "")
+        return f"Name its layers with ff_pattern='in -> out'; pairs of linear layers that could be a block: {shown}."
+    if others:
+        return f"What looks like one can't be used: {summary(others)}."
+    return "It holds no pair of linear layers d -> f, f -> d that could be one."
 
 
 def _describe(model: nn.Module) -> str:
@@ -120,37 +188,7 @@ def _describe(model: nn.Module) -> str:
     return type(model).__name__ + (f" (model_type {model_type!r})" if model_type else "")
 
 
-def _submodule(holder: nn.Module, relative: str) -> nn.Module | None:
-    try:
-        return holder.get_submodule(relative)
-    except AttributeError:
-        return None
-
-
-def _is_linear(module: nn.Module | None) -> bool:
-    if not isinstance(module, nn.Linear | Conv1D):
-        return False
-    # A quantised layer's integer weights are no place to write a fresh neuron to, and a baseline without feed-forward
-    # neurons has layers without weights.
-    return module.weight.is_floating_point() and all(full_shape(module.weight))
-
-
-def _mirrors(first: nn.Module, second: nn.Module) -> bool:
-    return _in_features(first) == _out_features(second) and _out_features(first) == _in_features(second)
-
-
-def _out_dim(linear: nn.Module) -> int:
-    return 1 if isinstance(linear, Conv1D) else 0
-
-
-def _out_features(linear: nn.Module) -> int:
-    return full_shape(linear.weight)[_out_dim(linear)]
-
-
-def _in_features(linear: nn.Module) -> int:
-    return full_shape(linear.weight)[1 - _out_dim(linear)]
-
-
-def _common_parent(paths: list[str]) -> str:
-    columns = zip(*(path.split(".") for path in paths), strict=False)
-    return ".".join(column[0] for column in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
+def _submodule(holder: nn.Module | None, relative: str) -> nn.Module | None:
+    for name in relative.split("."):
+        holder = holder._modules.get(name) if holder is not None else None
+    return holder

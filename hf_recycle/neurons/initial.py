@@ -1,17 +1,19 @@
 """The distribution a block was initialised from, whatever the architecture.
 
 A bare layer handed to `_init_weights` is a silent trap: T5, GPT-2 and ModernBERT choose the standard deviation in the
-module *around* the layer. So a fresh instance of the block's own class is initialised by the model's own initialiser,
-once, while a recorder notes which elementwise random operations fill each parameter. Replaying them on `n` lines then
-draws `n` fresh neurons, at a cost of `n` lines. An initialiser that is not elementwise (orthogonal, or a truncated
-normal by rejection) can't be replayed: there, a fresh instance is built at every draw and its first lines are taken.
+module *around* the layer, Switch Transformers in the one around all experts. So a fresh instance of the block's module
+is initialised by the model's own initialiser, and then the modules around it, once, while a recorder notes which
+elementwise random operations fill each parameter. Replaying them on `n` lines then draws `n` fresh neurons, at a cost
+of `n` lines. An initialiser that is not elementwise (orthogonal, or a truncated normal by rejection) can't be replayed:
+there, a fresh instance is built at every draw and its first lines are taken.
 """
 
 import contextlib
-import copy
+import types
 import weakref
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
@@ -49,32 +51,96 @@ class _Operation:
             self.function(values, *self.arguments)
 
 
+class FreshModules:
+    """Fresh instances of a model's modules, one at a time, and what their initialisation does.
+
+    Args:
+        model: the unwrapped model; only read, and not kept.
+    """
+
+    def __init__(self, model: nn.Module):
+        # Weak: whoever keeps a distribution must not keep the whole model alive.
+        self._model = weakref.ref(model)
+        self._recorded: dict[str, dict[tuple[str, str], list[_Operation] | None]] = {}
+
+    @property
+    def model(self) -> nn.Module:
+        """The model, as long as it lives."""
+        return self._model()
+
+    @cached_property
+    def _hollow(self) -> nn.Module:
+        return _hollow_copy(self.model, {})
+
+    def recipes(self, path: str) -> dict[tuple[str, str], list[_Operation] | None]:
+        """How each parameter of the module at `path` is filled, by (path of its module within, its name).
+
+        A list of operations, empty if nothing fills it; None if they can't be replayed. The experts of one module share
+        the answer.
+        """
+        if path not in self._recorded:
+            recorder = _Recorder()
+            # On the CPU, not on the meta device: there some initialisers (torch's trunc_normal_) do nothing.
+            with self.instance(path, recorder) as fresh:
+                self._recorded[path] = {
+                    (within, name): recorder.recipe(parameter)
+                    for within, module in fresh.named_modules(remove_duplicate=False)
+                    for name, parameter in module.named_parameters(recurse=False)
+                }
+        return self._recorded[path]
+
+    @contextlib.contextmanager
+    def instance(self, path: str, recorder: "_Recorder | None" = None, seed: int = 0):
+        """What building the module at `path` anew gives: each layer's own constructor first, then the model's
+        initialiser, children before parents. The global random state is left as it was."""
+        fresh = self._hollow.get_submodule(path).to_empty(device="cpu")
+        try:
+            with torch.random.fork_rng(devices=[]), torch.no_grad(), recorder or contextlib.nullcontext():
+                torch.manual_seed(seed)
+                for submodule in fresh.modules():
+                    if isinstance(submodule, Conv1D):
+                        nn.init.normal_(submodule.weight, std=0.02)
+                        nn.init.zeros_(submodule.bias)
+                    elif callable(getattr(submodule, "reset_parameters", None)):
+                        submodule.reset_parameters()
+                self._initialise(path, fresh)
+            yield fresh
+        finally:
+            fresh.to_empty(device="meta")
+
+    def _initialise(self, path: str, fresh: nn.Module) -> None:
+        around = _upwards(path)
+        owners = [
+            module if isinstance(module, PreTrainedModel) else None
+            for module in map(self._hollow.get_submodule, around)
+        ]
+        for position, place in enumerate(around):
+            # In a composite model each part has its own initialiser.
+            owner = next(filter(None, owners[position:]), None)
+            if owner is None:
+                return
+            if position:
+                owner._init_weights(self._hollow.get_submodule(place))
+            else:
+                fresh.apply(owner._init_weights)
+
+
 class InitialDistribution:
     """Draws fresh weights for the neurons of one block.
 
     Args:
-        model: the unwrapped model the block belongs to; only read, and not kept.
+        modules: those of the model that the block belongs to.
         block: the block.
     """
 
-    def __init__(self, model: nn.Module, block: FeedForward):
-        owner = _owner(model, block.name)
-        holder = model.get_submodule(block.name)
+    def __init__(self, modules: FreshModules, block: FeedForward):
+        holder = modules.model.get_submodule(block.holder)
         paths = {id(module): path for path, module in holder.named_modules()}
-        hollow = _hollow_copy(holder)
-        recorder = _Recorder()
-        # On the CPU, not on the meta device: there some initialisers (torch's trunc_normal_) do nothing.
-        fresh = _fresh_instance(hollow, owner, recorder)
-        self._block = block
-        self._widths = {p.role: () if p.is_bias else (p.width,) for p in block.slices}
-        self._recipes = {
-            piece.role: recorder.recipe(getattr(fresh.get_submodule(paths[id(piece.module)]), piece.attribute))
-            for piece in block.slices
-        }
-        if None in self._recipes.values():
-            self._hollow, self._paths = hollow, paths
-            # Weak: whoever keeps this distribution must not keep the whole model alive.
-            self._owner = weakref.ref(owner) if owner is not None else lambda: None
+        self._block, self._modules = block, modules
+        self._widths = {piece.role: () if piece.is_bias else (piece.width,) for piece in block.slices}
+        self._places = {piece.role: (paths[id(piece.module)], piece.attribute) for piece in block.slices}
+        recipes = modules.recipes(block.holder)
+        self._recipes = {role: recipes[place] for role, place in self._places.items()}
 
     def sample(self, n: int, generator: torch.Generator, roles: Collection[str] | None = None) -> dict[str, Tensor]:
         """Fresh weights of `n` neurons, float32 on the CPU: `{role: (n, width)}`, biases `(n,)`.
@@ -105,13 +171,13 @@ class InitialDistribution:
         parts: dict[str, list[Tensor]] = {role: [] for role in roles}
         for start in range(0, max(n, 1), self._block.num_neurons):
             seed = int(torch.randint(2**62, (), generator=generator))
-            fresh = _fresh_instance(self._hollow, self._owner(), seed=seed)
-            for piece in self._block.slices:
-                parameter = getattr(fresh.get_submodule(self._paths[id(piece.module)]), piece.attribute)
-                if piece.role in parts:
-                    [tile] = whole(piece, parameter)
-                    lines = tile.values[: n - start].clone()
-                    parts[piece.role].append(lines.squeeze(1) if piece.is_bias else lines)
+            with self._modules.instance(self._block.holder, seed=seed) as fresh:
+                for piece in self._block.slices:
+                    path, name = self._places[piece.role]
+                    if piece.role in parts:
+                        [tile] = whole(piece, getattr(fresh.get_submodule(path), name))
+                        lines = tile.values[: n - start].clone()
+                        parts[piece.role].append(lines.squeeze(1) if piece.is_bias else lines)
         return {role: torch.cat(lines) for role, lines in parts.items()}
 
 
@@ -151,41 +217,39 @@ def _storage_key(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def _owner(model: nn.Module, name: str) -> PreTrainedModel | None:
-    """The innermost `PreTrainedModel` around a block: in a composite model each part has its own initialiser."""
-    parts = name.split(".") if name else []
-    paths = [".".join(parts[:depth]) for depth in range(len(parts), -1, -1)]
-    return next((m for m in map(model.get_submodule, paths) if isinstance(m, PreTrainedModel)), None)
+def _upwards(path: str) -> list[str]:
+    """The path and those of the modules around it, the innermost first."""
+    names = path.split(".") if path else []
+    return [".".join(names[:depth]) for depth in range(len(names), -1, -1)]
 
 
-def _hollow_copy(module: nn.Module) -> nn.Module:
-    """A copy of `module` without its weights: every tensor on the meta device."""
-    memo: dict[int, object] = {}
-    for parameter in module.parameters():
-        memo[id(parameter)] = nn.Parameter(torch.empty(full_shape(parameter), device="meta"))
-    for buffer in module.buffers():
-        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
-    fresh = copy.deepcopy(module, memo)
-    for submodule in fresh.modules():
-        # The flag says "loaded or initialised already", and makes the initialiser skip the module.
-        submodule.__dict__.pop("_is_hf_initialized", None)
+def _hollow_copy(module: nn.Module, memo: dict[int, object]) -> nn.Module:
+    """A copy of `module` without its weights: every tensor on the meta device. What modules keep beside tensors is
+    shared, but for hooks and functions, which may hold the model."""
+    if id(module) in memo:
+        return memo[id(module)]
+    fresh = memo[id(module)] = module.__class__.__new__(module.__class__)
+    fresh.__dict__.update(
+        {
+            name: {} if name.endswith("_hooks") else value
+            for name, value in vars(module).items()
+            # The flag says "loaded or initialised already", and makes the initialiser skip the module.
+            if name != "_is_hf_initialized" and not isinstance(value, types.FunctionType | types.MethodType | partial)
+        }
+    )
+    for kind in ("_parameters", "_buffers"):
+        tensors = vars(module)[kind].items()
+        fresh.__dict__[kind] = {name: None if value is None else _hollow(value, memo) for name, value in tensors}
+    children = module._modules.items()
+    fresh.__dict__["_modules"] = {
+        name: None if child is None else _hollow_copy(child, memo) for name, child in children
+    }
     return fresh
 
 
-def _fresh_instance(
-    hollow: nn.Module, owner: PreTrainedModel | None, recorder: "_Recorder | None" = None, seed: int = 0
-) -> nn.Module:
-    """What building the module anew gives: each layer's own constructor first, then the model's initialiser, children
-    before parents; the global random state is left as it was."""
-    fresh = copy.deepcopy(hollow).to_empty(device="cpu")
-    with torch.random.fork_rng(devices=[]), torch.no_grad(), recorder or contextlib.nullcontext():
-        torch.manual_seed(seed)
-        for submodule in fresh.modules():
-            if isinstance(submodule, Conv1D):
-                nn.init.normal_(submodule.weight, std=0.02)
-                nn.init.zeros_(submodule.bias)
-            elif callable(getattr(submodule, "reset_parameters", None)):
-                submodule.reset_parameters()
-        if owner is not None:
-            fresh.apply(owner._init_weights)
-    return fresh
+def _hollow(tensor: Tensor, memo: dict[int, object]) -> Tensor:
+    if id(tensor) not in memo:
+        empty = torch.empty(full_shape(tensor), dtype=tensor.dtype, device="meta")
+        is_parameter = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(empty.float()) if is_parameter and tensor.is_floating_point() else empty
+    return memo[id(tensor)]

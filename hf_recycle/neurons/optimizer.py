@@ -79,14 +79,18 @@ def check_state(optimizer, blocks: list[FeedForward], mode: str) -> None:
     layout = _layout_of(optimizer)
     for piece in (piece for block in blocks for piece in block.slices):
         for key, value in piece.storage.optimizer_state(optimizer, piece).items():
-            _check_entry(optimizer, layout, key, value)
+            _check_entry(optimizer, layout, piece, key, value)
 
 
-def _check_entry(optimizer, layout: dict[str, str], key: str, value: list[Tile] | Tensor | None) -> None:
+def _check_entry(
+    optimizer, layout: dict[str, str], piece: NeuronSlice, key: str, value: list[Tile] | Tensor | None
+) -> None:
     if key not in layout and (isinstance(value, list) or (isinstance(value, Tensor) and value.numel() > 1)):
         raise ValueError(_refusal(optimizer, f"its state {key!r} is unknown"))
     if layout.get(key) in (FIRST, SECOND) and isinstance(value, Tensor):
         raise ValueError(_refusal(optimizer, f"its state {key!r} is not laid out like the weights"))
+    if layout.get(key) in (_ROWS, _COLUMNS) and piece.expert is None and piece.parameter.dim() > 2:
+        raise ValueError(_refusal(optimizer, "it factors the state of a convolution by its kernel, not by channels"))
 
 
 def check_optimizer(optimizer, field: str, value: float) -> None:
@@ -129,7 +133,7 @@ def reset_state(optimizer, block: FeedForward, index: Tensor, mode: str) -> None
     layout = _layout_of(optimizer)
     for piece in block.slices:
         for key, value in piece.storage.optimizer_state(optimizer, piece).items():
-            _check_entry(optimizer, layout, key, value)
+            _check_entry(optimizer, layout, piece, key, value)
             kind = layout.get(key)
             tiles = _tiles(piece, kind, value)
             if tiles is None:
@@ -146,7 +150,8 @@ def _tiles(piece: NeuronSlice, kind: str | None, value: list[Tile] | Tensor | No
     if kind in (_ROWS, _COLUMNS):
         if (piece.dim == 0) != (kind == _ROWS) or value is None:
             return None  # averaged over neurons: it belongs to no single one
-        return [Tile(value.view(-1, 1).narrow(0, piece.offset, piece.length), 0, 0)]
+        lines = (value if piece.expert is None else value[piece.expert]).view(-1)
+        return [Tile(lines[piece.offset :: piece.stride][: piece.length].unsqueeze(1), 0, 0)]
     return value if isinstance(value, list) and kind in (FIRST, SECOND) else None
 
 

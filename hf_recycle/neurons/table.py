@@ -8,12 +8,16 @@ from functools import cached_property
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from hf_recycle.neurons.blocks import FeedForward, magnitudes_of
-from hf_recycle.neurons.find import find_feed_forwards
-from hf_recycle.neurons.initial import InitialDistribution
+from hf_recycle.neurons.find import survey
+from hf_recycle.neurons.initial import FreshModules, InitialDistribution
+from hf_recycle.neurons.left_out import summary
 from hf_recycle.neurons.magnitudes import on_cpu
 from hf_recycle.neurons.transition import Transition
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -60,14 +64,13 @@ class BlockState:
 class BlockView:
     """A block as `hf_recycle.methods.reinit.Block` describes it: to look at, not to write to."""
 
-    def __init__(self, model: nn.Module, block: FeedForward):
+    def __init__(self, model: nn.Module, block: FeedForward, fresh: FreshModules | None = None):
         self.block = block
-        # Weak: the table of a model must not keep the model alive.
-        self._model = weakref.ref(model)
+        self._fresh = FreshModules(model) if fresh is None else fresh
 
     @cached_property
     def distribution(self) -> InitialDistribution:
-        return InitialDistribution(self._model(), self.block)
+        return InitialDistribution(self._fresh, self.block)
 
     def learn_distribution(self) -> None:
         """Learns the initial distribution now; a model that is sharded already has forgotten it."""
@@ -113,6 +116,7 @@ class NeuronTable:
         views: what a reinitialization may see of each block.
         pattern: the layout that the blocks were found by, see `find_feed_forwards`; None: by the family's or their
             shapes.
+        ff_blocks: the part of a composite model that they were looked for in, see `find_feed_forwards`; None: all.
         states: one for each block.
         phases: selection phases that happened so far.
         overtrain_samples, overtrain_tokens: samples and tokens of the second pass over the data that overtraining
@@ -123,6 +127,7 @@ class NeuronTable:
     blocks: list[FeedForward]
     views: list[BlockView]
     pattern: str | None = None
+    ff_blocks: str | None = None
     states: list[BlockState] = field(default_factory=list)
     phases: int = 0
     overtrain_samples: int = 0
@@ -136,16 +141,25 @@ class NeuronTable:
             self.reset()
 
     @classmethod
-    def of(cls, model: nn.Module, pattern: str | None = None) -> "NeuronTable":
-        """The table of an unwrapped model, made at the first call, and anew for another pattern.
+    def of(cls, model: nn.Module, pattern: str | None = None, ff_blocks: str | None = None) -> "NeuronTable":
+        """The table of an unwrapped model, made at the first call, and anew for another pattern or part of it. What
+        looks like a block and is none of a known layout is said then.
 
         Raises:
             ValueError: if the model has no feed-forward block.
         """
         table = _tables.get(model)
-        if table is None or pattern not in (None, table.pattern):
-            blocks = find_feed_forwards(model, pattern)
-            table = _tables[model] = cls(blocks, [BlockView(model, block) for block in blocks], pattern)
+        if table is None or pattern not in (None, table.pattern) or ff_blocks not in (None, table.ff_blocks):
+            found = survey(model, pattern, ff_blocks)
+            if found.left_out:
+                logger.warning(
+                    f"{len(found.left_out)} modules of {type(model).__name__} look like feed-forward blocks and are "
+                    f"left out, because their layout is unknown: {summary(found.left_out)}. No method touches them; "
+                    f"{len(found.blocks)} blocks were found."
+                )
+            fresh = FreshModules(model)
+            views = [BlockView(model, block, fresh) for block in found.blocks]
+            table = _tables[model] = cls(found.blocks, views, pattern, ff_blocks)
         return table
 
     def reset(self) -> None:

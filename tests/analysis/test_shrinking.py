@@ -1,12 +1,16 @@
 import pytest
 import torch
-from transformers import AutoConfig
+import transformers
+from transformers import AutoConfig, PreTrainedModel
 
 from hf_recycle import find_feed_forwards
+from hf_recycle.analysis.random_inputs import outputs, random_inputs
 from hf_recycle.analysis.shrink import ShrinkSettings, check_pruned_are_zero, removed_neurons, shrink
+from hf_recycle.analysis.shrink_files import load_model
+from hf_recycle.analysis.source import Source
 from hf_recycle.errors import UserError
 
-WIDTHS = ("intermediate_size", "d_ff", "n_inner", "hidden_dim")
+WIDTHS = ("intermediate_size", "d_ff", "n_inner", "hidden_dim", "ffn_dim")
 
 
 def mask_by_hand(family, model, block, index):
@@ -89,3 +93,110 @@ def test_neurons_called_pruned_must_be_zero(family_named):
         check_pruned_are_zero([first, second], masks)
     mask_by_hand(family, model, second, torch.tensor([5]))
     check_pruned_are_zero([first, second], masks)
+
+
+def fields_apart() -> dict[str, PreTrainedModel]:
+    """Models whose configuration sets the widths of two parts, or takes something else than tokens."""
+    layers = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 16}
+    tower = {**layers, "intermediate_size": 44}
+    image = {"image_size": 8, "patch_size": 4}
+    bart = {
+        f"{side}_{name}": n for side in ("encoder", "decoder") for name, n in (("layers", 1), ("attention_heads", 2))
+    }
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    return {
+        "encoder-decoder": transformers.BartForConditionalGeneration(
+            transformers.BartConfig(
+                vocab_size=67,
+                d_model=16,
+                encoder_ffn_dim=44,
+                decoder_ffn_dim=60,
+                decoder_start_token_id=2,
+                **bart,
+                **ids,
+            )
+        ),
+        "shared and routed experts": transformers.Qwen2MoeForCausalLM(
+            transformers.Qwen2MoeConfig(
+                **tower,
+                **ids,
+                vocab_size=67,
+                num_key_value_heads=1,
+                num_experts=3,
+                num_experts_per_tok=2,
+                moe_intermediate_size=28,
+                shared_expert_intermediate_size=60,
+            )
+        ),
+        "two towers": transformers.CLIPModel(
+            transformers.CLIPConfig(
+                text_config={**tower, **ids, "vocab_size": 67},
+                vision_config={**layers, **image, "intermediate_size": 60},
+                projection_dim=8,
+            )
+        ),
+        "vision": transformers.ViTForImageClassification(transformers.ViTConfig(**tower, **image)),
+        "audio": transformers.Wav2Vec2Model(
+            transformers.Wav2Vec2Config(
+                **tower,
+                conv_dim=(16, 16),
+                conv_kernel=(4, 4),
+                conv_stride=(4, 4),
+                num_feat_extract_layers=2,
+                num_conv_pos_embeddings=8,
+                num_conv_pos_embedding_groups=2,
+            )
+        ),
+        "no padding token": transformers.CodeGenForCausalLM(
+            transformers.CodeGenConfig(
+                vocab_size=67, n_embd=16, n_inner=44, n_layer=1, n_head=4, n_positions=32, rotary_dim=4, **ids
+            )
+        ),
+    }
+
+
+@pytest.mark.parametrize(
+    "kind", ["encoder-decoder", "shared and routed experts", "two towers", "vision", "audio", "no padding token"]
+)
+def test_every_part_gets_a_width_of_its_own(kind, perturb, tmp_path):
+    """`shrink` itself compares the outputs with those of the masked model; here, that the file gives the same model."""
+    model = perturb(fields_apart()[kind]).eval()
+    blocks = find_feed_forwards(model)
+    shrunk = shrink(model, ShrinkSettings(fraction=0.5, multiple_of=4))
+    shrunk.model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path).eval()
+    expected = {block.name: -(-(block.num_neurons // 2) // 4) * 4 for block in blocks}
+    assert {block.name: block.num_neurons for block in find_feed_forwards(loaded)} == expected
+    assert {name: now for name, (_, now) in shrunk.widths.items()} == expected
+    assert shrunk.difference < 1e-4
+    inputs = random_inputs(loaded, batch=2, length=8)
+    assert torch.equal(outputs(loaded, inputs), outputs(shrunk.model, inputs))
+
+
+def test_fewer_neurons_than_model_dimensions_though_found_by_shape(perturb):
+    config = transformers.CTRLConfig(vocab_size=67, n_embd=16, n_layer=2, n_head=2, dff=40, n_positions=32)
+    model = perturb(transformers.CTRLLMHeadModel(config)).eval()
+    assert shrink(model, ShrinkSettings(fraction=0.8)).d_ff == 8
+
+
+class WithoutField(transformers.BertForMaskedLM):
+    """A subclass of a user, whose blocks' width is written in the code."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        for layer in self.bert.encoder.layer:
+            layer.intermediate.dense = torch.nn.Linear(16, 42)
+            layer.output.dense = torch.nn.Linear(42, 16)
+
+
+def test_a_width_that_no_field_sets(family_named):
+    model = WithoutField(family_named("bert").build().config)
+    with pytest.raises(UserError, match=r"no field of the configuration of WithoutField sets the width of bert\.enc"):
+        shrink(model, ShrinkSettings(fraction=0.5))
+
+
+def test_a_class_of_the_users_is_refused_rather_than_saved_without_its_head(family_named, tmp_path):
+    config = family_named("bert").build().config
+    WithoutField(config).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="is a WithoutField, which is no class of transformers: its head would be lost"):
+        load_model(Source(str(tmp_path)))

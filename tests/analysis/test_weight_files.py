@@ -38,12 +38,15 @@ def test_rows_are_those_of_the_tensors_that_were_saved(folder, shapes, dtype, da
     for file in (SafetensorsFile(folder / "model.safetensors"), PickledFile(folder / "pytorch_model.bin")):
         assert set(file.entries) == set(tensors)
         for name, tensor in tensors.items():
-            start = data.draw(st.integers(0, len(tensor) - 1))
-            stop = data.draw(st.integers(start + 1, len(tensor)))
-            rows = file.rows(name, start, stop)
+            # As matrices: those of experts lie one behind the other.
+            columns = data.draw(st.sampled_from([tensor[0].numel(), tensor.shape[-1]]))
+            matrix = tensor.reshape(-1, columns)
+            start = data.draw(st.integers(0, len(matrix) - 1))
+            stop = data.draw(st.integers(start + 1, len(matrix)))
+            rows = file.rows(name, start, stop, columns)
             assert file.shape(name) == tuple(tensor.shape)
             assert rows.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-            assert torch.equal(rows, tensor[start:stop].reshape(stop - start, -1).to(rows.dtype))
+            assert torch.equal(rows, matrix[start:stop].to(rows.dtype))
 
 
 @pytest.mark.parametrize("kept", [0, 5, 8, 40, -1])
@@ -90,7 +93,7 @@ def test_rubbish_is_refused(path):
 def test_quantised_tensors_are_refused_by_name(tmp_path):
     save_file({"w": torch.zeros(2, 2, dtype=torch.int8)}, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match="w is stored as I8"):
-        SafetensorsFile(tmp_path / "model.safetensors").rows("w", 0, 1)
+        SafetensorsFile(tmp_path / "model.safetensors").rows("w", 0, 1, 2)
 
 
 class Bomb:

@@ -67,10 +67,26 @@ def test_prune_curve(folder, tmp_path, capsys):
     assert "100%" in capsys.readouterr().out
 
 
+def test_blocks_from_a_configuration_alone(tmp_path, capsys, family_named):
+    family_named("mixtral").build().config.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": ["MixtralForCausalLM"]}))
+    assert main(["analyze", str(tmp_path), "--blocks"]) == 0
+    out = capsys.readouterr().out
+    assert "MixtralForCausalLM, 252 neurons in 6 feed-forward blocks" in out
+    assert out.split("\n")[2].split() == ["model.layers.*.mlp.experts.*", "6", "42", "gated"]
+    assert main(["analyze", str(tmp_path), "--blocks", "--json"]) == 0
+    [found] = json.loads(capsys.readouterr().out)["models"]
+    assert found["blocks"][4] == {"name": "model.layers.1.mlp.experts.1", "neurons": 42, "gated": True}
+    assert found["left_out"] == []
+    assert main(["analyze", str(tmp_path), "--blocks", "--ff_blocks", "vision"]) == 2
+    assert "ff_blocks='vision' names no part of the model" in capsys.readouterr().err
+
+
 def test_shrink_saves_a_plain_model(folder, tmp_path, capsys):
     assert main(["shrink", str(folder), "--fraction", "0.5", "--output", str(tmp_path / "small")]) == 0
     out = capsys.readouterr().out
-    assert "40 -> 24 neurons in every layer" in out
+    assert "40 -> 24 in each of 2 blocks, 20 of them kept" in out
     assert "x as fast" in out
     small = AutoModelForMaskedLM.from_pretrained(tmp_path / "small")
     assert [block.num_neurons for block in find_feed_forwards(small)] == [24, 24]

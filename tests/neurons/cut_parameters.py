@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from hf_recycle.neurons.blocks import NeuronSlice
 from hf_recycle.neurons.storage.base import Storage
-from hf_recycle.neurons.storage.tiles import Tile, columns_of, runs, tiles_of_range, tiles_of_rectangle
+from hf_recycle.neurons.storage.tiles import Tile, runs, tiles_of_range, tiles_of_rectangle
 
 
 @dataclass(frozen=True)
@@ -25,34 +25,56 @@ class Part:
     tiles: Callable[[NeuronSlice, Tensor], Iterator[Tile]]
 
 
-def slice_of(shape: tuple[int, ...], dim: int, offset: int, length: int, dtype=torch.float64) -> NeuronSlice:
-    """A slice of a new random parameter: a matrix, or a bias."""
+def rows_and_columns(piece: NeuronSlice) -> tuple[int, int]:
+    """Of the parameter as one matrix: the matrices of experts one behind the other, a bias as a column."""
+    shape = piece.parameter.shape
+    columns = 1 if piece.attribute == "bias" else shape[-1]
+    return shape.numel() // columns, columns
+
+
+def slice_of(
+    shape: tuple[int, ...],
+    dim: int,
+    offset: int,
+    length: int,
+    dtype=torch.float64,
+    stride: int = 1,
+    expert: int | None = None,
+) -> NeuronSlice:
+    """A slice of a new random parameter: a matrix, or a bias; or one for each expert."""
     holder = nn.Module()
     values = torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float64) + 0.1
-    attribute = "weight" if len(shape) == 2 else "bias"
+    attribute = "weight" if len(shape) == (2 if expert is None else 3) else "bias"
     holder.register_parameter(attribute, nn.Parameter(values.to(dtype)))
-    return NeuronSlice("in", holder, attribute, dim, offset, length)
+    return NeuronSlice("in", holder, attribute, dim, offset, length, stride, expert)
+
+
+def places(piece: NeuronSlice) -> Iterator[tuple[int, int, tuple[int, ...]]]:
+    """(neuron, feature, index of the entry in the parameter), one by one."""
+    before = () if piece.expert is None else (piece.expert,)
+    for neuron in range(piece.length):
+        line = piece.offset + neuron * piece.stride
+        for feature in range(piece.width):
+            after = (line,) if piece.attribute == "bias" else (line, feature) if piece.dim == 0 else (feature, line)
+            yield neuron, feature, before + after
 
 
 def lines_by_hand(piece: NeuronSlice, parameter: Tensor) -> Tensor:
     """`(d_ff, width)`, entry by entry."""
     lines = torch.empty(piece.length, piece.width, dtype=parameter.dtype)
-    for neuron in range(piece.length):
-        for feature in range(piece.width):
-            place = (piece.offset + neuron, feature) if piece.dim == 0 else (feature, piece.offset + neuron)
-            lines[neuron, feature] = parameter[place[: parameter.dim()]]
+    for neuron, feature, place in places(piece):
+        lines[neuron, feature] = parameter[place]
     return lines
 
 
-def range_part(shape, begin: int, end: int) -> Part:
+def range_part(columns: int, begin: int, end: int) -> Part:
     """As ZeRO cuts: a range of the flattened parameter."""
-    columns = columns_of(torch.Size(shape))
     return Part(torch.arange(begin, end), lambda piece, memory: tiles_of_range(piece, memory, begin, columns))
 
 
-def grid_part(shape, rows: Tensor, columns: Tensor) -> Part:
+def grid_part(width: int, rows: Tensor, columns: Tensor) -> Part:
     """As DTensor cuts: some rows × some columns, which need not follow each other."""
-    entries = (rows[:, None] * columns_of(torch.Size(shape)) + columns).flatten()
+    entries = (rows[:, None] * width + columns).flatten()
 
     def tiles(piece: NeuronSlice, memory: Tensor) -> Iterator[Tile]:
         local = memory.view(len(rows), len(columns))
@@ -65,25 +87,31 @@ def grid_part(shape, rows: Tensor, columns: Tensor) -> Part:
 
 @st.composite
 def slices(draw, dtype=torch.float64) -> NeuronSlice:
-    """Of a matrix or a bias, alone in its parameter or with others before or behind it."""
+    """Of a matrix or a bias, alone in its parameter or with others before, behind or between its lines; or of one
+    expert's."""
     length, width = draw(st.integers(1, 7)), draw(st.integers(1, 6))
-    offset, behind = draw(st.sampled_from([(0, 0), (length, 0), (0, length), (2, 1)]))
+    stride = draw(st.sampled_from([1, 1, 2]))
+    offset, behind = draw(
+        st.sampled_from([(0, 0), (length, 0), (0, length), (2, 1)] if stride == 1 else [(0, 0), (1, 0)])
+    )
+    lines = offset + length * stride + behind
+    expert = draw(st.sampled_from([None, 0, 1, 2]))
+    experts = () if expert is None else (3,)
     if draw(st.booleans()):
         dim = draw(st.sampled_from([0, 1]))
-        shape = (offset + length + behind, width)
-        return slice_of(shape if dim == 0 else shape[::-1], dim, offset, length, dtype)
-    return slice_of((offset + length + behind,), 0, offset, length, dtype)
+        shape = (lines, width) if dim == 0 else (width, lines)
+        return slice_of(experts + shape, dim, offset, length, dtype, stride, expert)
+    return slice_of((*experts, lines), 0, offset, length, dtype, stride, expert)
 
 
 @st.composite
 def partitions(draw, piece: NeuronSlice) -> list[Part]:
     """Among processes of which some may have nothing."""
-    shape = tuple(piece.parameter.shape)
-    rows, columns = shape[0], columns_of(piece.parameter.shape)
+    rows, columns = rows_and_columns(piece)
     how = draw(st.sampled_from(["ranges", "bands", "grid"]))
     if how == "ranges":
         cuts = sorted(draw(st.lists(st.integers(0, rows * columns), max_size=4)))
-        return [range_part(shape, *bounds) for bounds in zip([0, *cuts], [*cuts, rows * columns], strict=True)]
+        return [range_part(columns, *bounds) for bounds in zip([0, *cuts], [*cuts, rows * columns], strict=True)]
     row_owners, column_owners = draw(st.integers(1, 4)), draw(st.integers(1, 3))
 
     def owners(count: int, size: int) -> Tensor:
@@ -92,7 +120,7 @@ def partitions(draw, piece: NeuronSlice) -> list[Part]:
 
     row_owner, column_owner = owners(row_owners, rows), owners(column_owners, columns)
     return [
-        grid_part(shape, (row_owner == i).nonzero().flatten(), (column_owner == j).nonzero().flatten())
+        grid_part(columns, (row_owner == i).nonzero().flatten(), (column_owner == j).nonzero().flatten())
         for i in range(row_owners)
         for j in range(column_owners)
     ]

@@ -7,6 +7,8 @@ from torch import nn
 
 from hf_recycle import find_feed_forwards
 from hf_recycle.neurons.families import FAMILIES, Layout, parse_layout
+from hf_recycle.neurons.find import survey
+from hf_recycle.neurons.table import NeuronTable
 
 
 def test_names_order_and_size(family):
@@ -21,16 +23,16 @@ def test_slices_are_the_projections(family):
     the bias of the out-projection belong to no neuron."""
     model = family.build()
     for block in find_feed_forwards(model):
-        holder = model.get_submodule(block.name)
-        ins = [holder.get_submodule(path) for path in family.ins]
-        expected = [p for linear in ins for p in (linear.weight, linear.bias) if p is not None]
-        expected.append(holder.get_submodule(family.out).weight)
+        expected = family.parameters(model, block.name)
         assert {id(p) for p in block.parameters()} == {id(p) for p in expected}
 
 
 def test_name_is_the_smallest_common_module(family):
     model = family.build()
     for block in find_feed_forwards(model):
+        assert model.get_submodule(block.holder) is family.holder(model, block.name)
+        if family.experts:
+            continue
         holder = model.get_submodule(block.name)
         layers = [holder.get_submodule(path) for path in (*family.ins, family.out)]
         for child in holder.children():
@@ -42,11 +44,6 @@ def test_d_ff_equal_to_d_model_is_no_trap(family):
     """Shapes cannot tell the projections from attention then; names must."""
     blocks = find_feed_forwards(family.build(d_model=16, d_ff=16))
     assert tuple(block.name for block in blocks) == family.block_names
-
-
-def test_every_registered_family_has_a_test_or_shares_a_layout(family):
-    model_type = family.build().config.model_type
-    assert model_type in FAMILIES
 
 
 def test_a_bare_base_model_and_a_wrapped_one():
@@ -142,15 +139,15 @@ def test_torch_transformer_encoder_by_shape():
 
 
 def test_models_of_transformers_outside_the_registry():
-    shape = {"vocab_size": 40, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "pad_token_id": 0}
-    opt = transformers.OPTForCausalLM(transformers.OPTConfig(**shape, ffn_dim=20, word_embed_proj_dim=8))
-    neox = transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**shape, intermediate_size=20))
+    ctrl = transformers.CTRLLMHeadModel(transformers.CTRLConfig(vocab_size=40, n_embd=8, n_layer=2, n_head=2, dff=20))
+    xlnet = transformers.XLNetLMHeadModel(
+        transformers.XLNetConfig(vocab_size=40, d_model=8, n_layer=2, n_head=2, d_inner=20)
+    )
     for model, names, first in (
-        (opt, "model.decoder.layers.{}", "fc1"),
-        (neox, "gpt_neox.layers.{}.mlp", "dense_h_to_4h"),
+        (ctrl, "transformer.h.{}.ffn", "0"),
+        (xlnet, "transformer.layer.{}.ff", "layer_1"),
     ):
-        assert "opt" not in FAMILIES
-        assert "gpt_neox" not in FAMILIES
+        assert model.config.model_type not in FAMILIES
         blocks = find_feed_forwards(model)
         assert [(b.name, b.num_neurons) for b in blocks] == [(names.format(i), 20) for i in range(2)]
         assert blocks[0]["in"].parameter is model.get_submodule(f"{names.format(0)}.{first}").weight
@@ -218,3 +215,142 @@ def test_integer_weights_are_no_neurons(plain_net):
         block.first.weight = nn.Parameter(torch.ones(20, 6, dtype=torch.int8), requires_grad=False)
     with pytest.raises(ValueError, match="No feed-forward block"):
         find_feed_forwards(model)
+
+
+# ---- Layers, embeddings, heads ----
+
+
+class _Layer(nn.Module):
+    """d -> f -> d with f < d, the names of no family, and norms of d entries."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.first, self.second = nn.LayerNorm(8), nn.Linear(8, 5), nn.Linear(5, 8)
+
+
+def test_residual_dimensions_are_no_neurons():
+    """With d_ff below d_model, shapes alone take one layer's second and the next one's first for a block."""
+    with pytest.raises(ValueError, match="No feed-forward block"):
+        find_feed_forwards(nn.Sequential(_Layer(), _Layer()))
+    shapes = {"a": (8, 5), "b": (5, 8), "c": (8, 5), "d": (5, 8)}
+    twice = nn.ModuleDict({"norm": nn.LayerNorm(8), **{name: nn.Linear(*shape) for name, shape in shapes.items()}})
+    with pytest.raises(ValueError, match="No feed-forward block") as error:
+        find_feed_forwards(nn.ModuleList([twice]))
+    assert "could be a block: 0.a -> 0.b (8 -> 5 -> 8); 0.c -> 0.d (8 -> 5 -> 8)." in str(error.value)
+    assert [block.num_neurons for block in find_feed_forwards(nn.ModuleList([twice]), "a -> b")] == [5]
+
+
+def test_grouped_layers_are_refused_and_named():
+    """Not the projection of the embeddings and the head, whose shapes mirror each other."""
+    config = transformers.ConvBertConfig(
+        vocab_size=40,
+        hidden_size=8,
+        embedding_size=4,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        head_ratio=2,
+        conv_kernel_size=3,
+        num_groups=2,
+    )
+    model = transformers.ConvBertForMaskedLM(config)
+    with pytest.raises(ValueError, match=r"2 × convbert\.encoder\.layer\.\*\.intermediate \(GroupedLinearLayer\)"):
+        find_feed_forwards(model)
+    pattern = "convbert.embeddings_project -> generator_predictions.dense"
+    with pytest.raises(ValueError, match=r"matches nothing in .*do not lie within one layer"):
+        find_feed_forwards(model, pattern)
+
+
+def test_a_pattern_that_spans_layers_is_refused(family_named):
+    model = family_named("llama").build()
+    with pytest.raises(ValueError, match="do not lie within one layer"):
+        find_feed_forwards(model, "layers.0.self_attn.o_proj -> layers.1.self_attn.q_proj")
+
+
+def test_a_fused_in_projection_is_a_hint_and_attention_is_none():
+    layer = nn.ModuleDict({"self_attn": _WideAttention(), "wide": nn.Linear(8, 40), "narrow": nn.Linear(20, 8)})
+    with pytest.raises(ValueError, match="No feed-forward block") as error:
+        find_feed_forwards(nn.ModuleList([layer]))
+    assert "fused:0.wide -> 0.narrow (8 -> 40 -> 8)" in str(error.value)
+    assert "attn" not in str(error.value)
+    (block,) = find_feed_forwards(nn.ModuleList([layer]), "fused:wide -> narrow")
+    assert (block.name, block.num_neurons, block.gated) == ("0", 20, True)
+
+
+def test_layers_of_token_mixers_have_none():
+    config = transformers.MambaConfig(vocab_size=40, hidden_size=8, num_hidden_layers=2, state_size=4)
+    with pytest.raises(ValueError, match="Its layers hold none: they are made of MambaMixer, which mix tokens"):
+        find_feed_forwards(transformers.MambaForCausalLM(config))
+
+
+# ---- Parts of a model ----
+
+
+def clip() -> nn.Module:
+    shape = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.CLIPConfig(
+        text_config={**shape, "vocab_size": 40, "intermediate_size": 20},
+        vision_config={**shape, "intermediate_size": 24, "image_size": 8, "patch_size": 4},
+    )
+    with torch.device("meta"):
+        return transformers.CLIPModel(config)
+
+
+def test_all_parts_or_the_one_that_is_asked_for(family_named):
+    model = clip()
+    assert [block.num_neurons for block in find_feed_forwards(model)] == [20, 24]
+    assert [block.num_neurons for block in find_feed_forwards(model, ff_blocks="vision")] == [24]
+    assert [block.num_neurons for block in find_feed_forwards(model, ff_blocks="text_model")] == [20]
+    with pytest.raises(
+        ValueError, match="ff_blocks='audio' names no part of the model: name one of text_model, vision"
+    ):
+        find_feed_forwards(model, ff_blocks="audio")
+    t5 = find_feed_forwards(family_named("t5-relu").build(), ff_blocks="decoder")
+    assert [block.name.partition(".")[0] for block in t5] == ["decoder"] * 2
+    with pytest.raises(
+        ValueError, match=r"ff_blocks='audio' names no part of the model: it has one part, leave it out"
+    ):
+        find_feed_forwards(family_named("bert").build(), ff_blocks="audio")
+
+
+def test_experts_of_unlike_layers_and_the_shared_one():
+    config = transformers.Qwen2MoeConfig(
+        vocab_size=40,
+        hidden_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        intermediate_size=20,
+        moe_intermediate_size=12,
+        shared_expert_intermediate_size=16,
+        num_experts=2,
+        mlp_only_layers=[0],
+    )
+    with torch.device("meta"):
+        blocks = find_feed_forwards(transformers.Qwen2MoeForCausalLM(config))
+    assert [(block.name.removeprefix("model.layers."), block.num_neurons) for block in blocks] == [
+        ("0.mlp", 20),
+        ("1.mlp.experts.0", 12),
+        ("1.mlp.experts.1", 12),
+        ("1.mlp.shared_expert", 16),
+    ]
+
+
+def test_what_is_left_out_is_said_once_with_the_table(caplog):
+    class UnknownMLP(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv1d(8, 20, 3)
+
+    def known() -> nn.Module:
+        return nn.Sequential(nn.Linear(8, 20), nn.ReLU(), nn.Linear(20, 8))
+
+    model = nn.ModuleList([nn.ModuleDict({"a": known(), "b": UnknownMLP()}) for _ in range(2)])
+    found = survey(model)
+    assert [block.name for block in found.blocks] == ["0.a", "1.a"]
+    assert [(other.name, other.made_of) for other in found.left_out] == [("0.b", "Conv1d"), ("1.b", "Conv1d")]
+    for _ in range(2):
+        NeuronTable.of(model)
+    [message] = [record.getMessage() for record in caplog.records]
+    assert "2 modules of ModuleList look like feed-forward blocks and are left out" in message
+    assert "2 × *.b (Conv1d)" in message

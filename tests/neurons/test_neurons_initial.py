@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from hf_recycle import find_feed_forwards
-from hf_recycle.neurons.initial import InitialDistribution
+from hf_recycle.neurons.initial import FreshModules, InitialDistribution
 
 D_MODEL, D_FF = 32, 256
 DRAWN = 400
@@ -18,7 +18,7 @@ DRAWN = 400
 
 def sample(model, position=0, n=DRAWN, seed=1, **kwargs):
     block = find_feed_forwards(model)[position]
-    return InitialDistribution(model, block).sample(n, torch.Generator().manual_seed(seed), **kwargs)
+    return InitialDistribution(FreshModules(model), block).sample(n, torch.Generator().manual_seed(seed), **kwargs)
 
 
 def kolmogorov_smirnov(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -191,7 +191,7 @@ def test_an_initialiser_that_is_not_elementwise_is_run_afresh():
 
 def test_two_draws_of_one_distribution_differ():
     model = OrthogonalModel(OrthogonalConfig())
-    distribution = InitialDistribution(model, find_feed_forwards(model)[0])
+    distribution = InitialDistribution(FreshModules(model), find_feed_forwards(model)[0])
     generator = torch.Generator().manual_seed(0)
     first, second = (distribution.sample(3, generator)["in"] for _ in range(2))
     assert not torch.equal(first, second)

@@ -2,8 +2,10 @@
 
 import copy
 import itertools
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -34,12 +36,20 @@ def slice_of(values: Tensor, dim: int = 0, offset: int = 0, length: int | None =
     return NeuronSlice("in", holder, attribute, dim, offset, values.shape[dim] if length is None else length)
 
 
+def slice_of_expert(values: Tensor, expert: int, dim: int = 0, offset: int = 0, stride: int = 1) -> NeuronSlice:
+    holder = nn.Module()
+    attribute = "weight" if values.dim() == 3 else "bias"
+    holder.register_parameter(attribute, nn.Parameter(values.clone()))
+    length = (values.shape[1 + dim] - offset + stride - 1) // stride
+    return NeuronSlice("in", holder, attribute, dim, offset, length, stride, expert)
+
+
 def distributed(piece: NeuronSlice, mesh: DeviceMesh, placements) -> NeuronSlice:
     """The same slice of a DTensor."""
     holder = nn.Module()
     sharded = distribute_tensor(piece.parameter.detach().clone(), mesh, placements, src_data_rank=None)
     holder.register_parameter(piece.attribute, nn.Parameter(sharded))
-    return NeuronSlice(piece.role, holder, piece.attribute, piece.dim, piece.offset, piece.length)
+    return replace(piece, module=holder)
 
 
 # ---- One process, a real group ----
@@ -151,9 +161,10 @@ def as_rank(rank: int, shape: tuple[int, ...]) -> Iterator[DeviceMesh]:
 
 def check_tiles(piece: NeuronSlice, covered: Tensor) -> None:
     """Every tile of a parameter whose entries are their own numbers holds what it says it does."""
-    rows, columns = piece.parameter.shape if piece.parameter.dim() == 2 else (len(piece.parameter), 1)
-    numbers = torch.arange(float(rows * columns)).view(rows, columns)
-    lines = numbers.transpose(0, piece.dim)[piece.offset : piece.offset + piece.length]
+    numbers = torch.arange(float(piece.parameter.numel())).view(piece.parameter.shape)
+    numbers = numbers if piece.expert is None else numbers[piece.expert]
+    numbers = numbers.unsqueeze(1) if piece.attribute == "bias" else numbers
+    lines = numbers.transpose(0, piece.dim)[piece.offset :: piece.stride][: piece.length]
     tiles = piece.storage.tiles(piece)
     for tile in tiles:
         assert torch.equal(tile.values, lines[tile.neurons, tile.features])
@@ -191,6 +202,28 @@ def test_local_tiles_of_every_process(shape, placements, size, dim):
         [n for n, placement in zip(shape, placements, strict=True) if isinstance(placement, Replicate)]
     ).numel()
     assert torch.equal(covered, torch.full_like(covered, copies))
+
+
+@pytest.mark.parametrize(
+    ("shape", "placements"), [*PLACEMENTS, ((3,), (Shard(2),)), ((2, 2), (Shard(1), Shard(2)))], ids=str
+)
+@pytest.mark.parametrize(("dim", "stride"), [(0, 1), (1, 2)])
+def test_local_tiles_of_an_expert(shape, placements, dim, stride):
+    """A process may hold some experts whole, or some rows or columns of each."""
+    size = torch.Size((3, 4, 6))
+    for values in (torch.arange(72.0).view(size), torch.arange(12.0).view(3, 4)):
+        if values.dim() == 2 and (dim or any(p.is_shard(2) for p in placements)):
+            continue
+        pieces = [
+            slice_of_expert(values, expert, dim, offset, stride) for expert in range(3) for offset in range(stride)
+        ]
+        covered = [torch.zeros(piece.length, piece.width) for piece in pieces]
+        for rank in range(torch.Size(shape).numel()):
+            with as_rank(rank, shape) as mesh:
+                for piece, times in zip(pieces, covered, strict=True):
+                    check_tiles(distributed(piece, mesh, placements), times)
+        copies = [n for n, placement in zip(shape, placements, strict=True) if isinstance(placement, Replicate)]
+        assert all(torch.equal(times, torch.full_like(times, math.prod(copies))) for times in covered)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 9])

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
 from hf_recycle.neurons.storage.base import Storage
-from hf_recycle.neurons.storage.tiles import Tile, columns_of, runs, tiles_of_rectangle
+from hf_recycle.neurons.storage.tiles import Tile, runs, tiles_of_rectangle
 
 if TYPE_CHECKING:
     from hf_recycle.neurons.blocks import NeuronSlice
@@ -48,9 +48,11 @@ class DTensorStorage(Storage):
 
 def _local_tiles(piece: "NeuronSlice", tensor: DTensor) -> list[Tile]:
     local = tensor.to_local().detach()
-    local = local.view(local.shape[0], columns_of(tensor.shape)) if local.dim() == 1 else local
-    shape = (tensor.shape[0], columns_of(tensor.shape))
-    row_numbers, column_numbers = (_owned(tensor, dim, size) for dim, size in enumerate(shape))
+    # Rows are counted through the matrices of all experts; a bias is a column.
+    split = tensor.dim() if piece.is_bias else 1 if piece.expert is None else 2
+    row_numbers, column_numbers = _flat(tensor, range(split)), _flat(tensor, range(split, tensor.dim()))
+    if local.shape != (len(row_numbers), len(column_numbers)):
+        local = local.view(len(row_numbers), len(column_numbers))
     return [
         tile
         for row_begin, row, height in runs(row_numbers)
@@ -59,6 +61,15 @@ def _local_tiles(piece: "NeuronSlice", tensor: DTensor) -> list[Tile]:
             piece, local[row_begin : row_begin + height, column_begin : column_begin + width], row, column
         )
     ]
+
+
+def _flat(tensor: DTensor, dims: range) -> Tensor:
+    """Which indices this process holds of some dimensions flattened into one, int64 `(n,)` on the CPU."""
+    numbers = torch.zeros(1, dtype=torch.int64)
+    for dim in dims:
+        size = tensor.shape[dim]
+        numbers = (numbers.unsqueeze(1) * size + _owned(tensor, dim, size)).flatten()
+    return numbers
 
 
 def _owned(tensor: DTensor, dim: int, size: int) -> Tensor:

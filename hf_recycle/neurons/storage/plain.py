@@ -72,5 +72,13 @@ def whole(piece: "NeuronSlice", tensor: torch.Tensor) -> list[Tile]:
 def _part(piece: "NeuronSlice", tensor: torch.Tensor) -> torch.Tensor:
     """What belongs to the slice, of a tensor laid out like its parameter; a view."""
     tensor = tensor.detach()
-    is_all = tensor.shape[piece.dim] == piece.length
-    return tensor if is_all else tensor.narrow(piece.dim, piece.offset, piece.length)
+    if piece.expert is not None:
+        tensor = tensor[piece.expert]
+    elif tensor.dim() > 2:
+        tensor = tensor.flatten(1)
+    if tensor.shape[piece.dim] == piece.length:
+        return tensor
+    if piece.stride == 1:
+        return tensor.narrow(piece.dim, piece.offset, piece.length)
+    lines = slice(piece.offset, piece.offset + piece.stride * piece.length, piece.stride)
+    return tensor[:, lines] if piece.dim else tensor[lines]

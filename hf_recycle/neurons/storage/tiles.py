@@ -122,15 +122,24 @@ def tiles_of_rectangle(piece: "NeuronSlice", values: Tensor, row: int, column: i
     """The tile that a rectangle of a slice's parameter holds, if any.
 
     Args:
-        values: `(rows, columns)` of the parameter (a bias: `(rows, 1)`), a view.
+        values: `(rows, columns)` of the parameter (a bias: `(rows, 1)`; the matrices of several experts: one behind the
+            other), a view.
         row, column: where it begins in the parameter.
     """
+    if piece.expert is not None:
+        first_row = piece.first_row
+        begin, end = max(row, first_row), min(row + values.shape[0], first_row + piece.matrix_shape[0])
+        if begin >= end:
+            return
+        values, row = values[begin - row : end - row], begin - first_row
     if piece.dim == 1:
         values, row, column = values.T, column, row
-    # A fused matrix holds two slices one behind the other.
-    first, last = max(row, piece.offset), min(row + values.shape[0], piece.offset + piece.length)
+    # A fused matrix holds two slices, one behind the other or interleaved.
+    first = max(0, -((piece.offset - row) // piece.stride))
+    last = min(piece.length, -((piece.offset - row - values.shape[0]) // piece.stride))
     if first < last and values.shape[1]:
-        yield Tile(values[first - row : last - row], first - piece.offset, column, last - first == piece.length)
+        start, stop = (piece.offset + neuron * piece.stride - row for neuron in (first, last - 1))
+        yield Tile(values[start : stop + 1 : piece.stride], first, column, last - first == piece.length)
 
 
 def tiles_of_range(piece: "NeuronSlice", flat: Tensor, start: int, columns: int) -> Iterator[Tile]:
@@ -159,8 +168,3 @@ def runs(numbers: Tensor) -> Iterator[tuple[int, int, int]]:
     bounds = [0, *breaks.tolist(), len(numbers)]
     for begin, end in itertools.pairwise(bounds):
         yield begin, int(numbers[begin]), end - begin
-
-
-def columns_of(shape: torch.Size) -> int:
-    """Length of a parameter's rows; a bias is a column of rows of one."""
-    return shape[1] if len(shape) == 2 else 1

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hf_recycle.neurons.storage.base import Fragments, Storage
 from hf_recycle.neurons.storage.plain import whole
-from hf_recycle.neurons.storage.tiles import Tile, columns_of, tiles_of_range
+from hf_recycle.neurons.storage.tiles import Tile, tiles_of_range
 
 if TYPE_CHECKING:
     from hf_recycle.neurons.blocks import NeuronSlice
@@ -139,7 +139,7 @@ def _mapped(piece: "NeuronSlice", key: str | None) -> list[Tile]:
     if key is not None and key not in mapping.optim_fragment:
         return []
     fragment = mapping.get_hp_fragment(key).detach()
-    return list(tiles_of_range(piece, fragment, mapping.lp_fragment_address.start, columns_of(parameter.shape)))
+    return list(tiles_of_range(piece, fragment, mapping.lp_fragment_address.start, piece.matrix_shape[1]))
 
 
 def _position(parameter) -> tuple[int, int, int]:
@@ -161,7 +161,7 @@ def _partitioned(piece: "NeuronSlice", partition: Tensor) -> list[Tile]:
     partition = partition.detach()
     start = dist.get_rank() * partition.numel()
     held = max(0, min(partition.numel(), parameter.ds_numel - start))
-    return list(tiles_of_range(piece, partition[:held], start, columns_of(parameter.ds_shape)))
+    return list(tiles_of_range(piece, partition[:held], start, piece.matrix_shape[1]))
 
 
 def _refresh(parameter) -> None:

@@ -1,0 +1,52 @@
+"""Every architecture of transformers: what is found, what is said, and that the page tells it."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import transformers
+
+DOCS = Path(__file__).parents[2] / "docs"
+_SPEC = importlib.util.spec_from_file_location("models_table", DOCS / "models_table.py")
+models_table = importlib.util.module_from_spec(_SPEC)
+sys.modules["models_table"] = models_table
+_SPEC.loader.exec_module(models_table)
+
+# A word of the result for some of each kind, from reading their sources.
+SAMPLE = {
+    "bert": ("full", ("bert.encoder.layer.*",)),
+    "clip": ("full", ("text_model.encoder.layers.*.mlp", "vision_model.encoder.layers.*.mlp")),
+    "olmoe": ("full", ("model.layers.*.mlp.experts.*",)),
+    "granitemoehybrid": ("full", ("model.layers.*.block_sparse_moe.experts.*", "model.layers.*.shared_mlp")),
+    "jetmoe": ("full", ("model.layers.*.mlp.*",)),
+    "phi3": ("full", ("model.layers.*.mlp",)),
+    "perceiver": ("full", ("perceiver.encoder.cross_attention.mlp", "perceiver.encoder.self_attends.*.mlp")),
+    "squeezebert": ("refused", ()),
+    "mamba": ("refused", ()),
+    "resnet": ("refused", ()),
+}
+
+
+@pytest.mark.parametrize("model_type", SAMPLE)
+def test_some_of_each_kind(model_type):
+    [row] = models_table.sweep([model_type])
+    result, blocks = SAMPLE[model_type]
+    assert (row.result, set(blocks) - set(row.blocks)) == (result, set())
+    assert bool(row.reason) == (result != "full")
+
+
+@pytest.mark.slow
+def test_the_page_tells_of_every_architecture():
+    """And no architecture that was built is there without blocks, a list of what is left out, or a reason."""
+    rows = list(models_table.sweep())
+    for row in rows:
+        assert (row.result == "full") == bool(row.blocks and not row.reason), row
+        assert (row.result == "partial") == bool(row.blocks and row.reason), row
+    text = (DOCS / "models.md").read_text(encoding="utf-8")
+    if f"transformers {transformers.__version__}:" not in text:
+        pytest.skip("the page is of another version of transformers")
+    # What can't be built depends on which other packages are installed.
+    built = [row for row in rows if row.result != models_table.NOT_BUILT]
+    missing = [row.model_type for row in built if models_table.line(row) not in text]
+    assert not missing, "run python docs/models_table.py docs/models.md"
