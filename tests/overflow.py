@@ -1,6 +1,6 @@
 """Steps that a loss scaler skips: infinite gradients, and a scaler for the CPU."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from accelerate.utils import AutocastKwargs
@@ -33,12 +33,13 @@ def use_scaler(trainer, *, autocast: bool = True) -> None:
     trainer.accelerator.autocast_handler = AutocastKwargs(enabled=autocast)
 
 
-def poison(trainer) -> None:
-    """Makes some gradients infinite at the poisoned steps."""
+def poison(trainer, steps: Collection[int] = POISONED) -> None:
+    """Makes some gradients infinite at the poisoned steps. A run that it is compared with needs the hook too, because
+    what looks at a model's activations switches some savings off, which changes last digits."""
 
     # Through an activation: hooks on parameters do not fire under FSDP2.
     def hook(module, inputs, output):
-        if output.requires_grad and trainer.state.global_step + 1 in POISONED:
+        if output.requires_grad and trainer.state.global_step + 1 in steps:
             output.register_hook(lambda gradient: gradient * torch.inf)
 
     trainer.model.get_input_embeddings().register_forward_hook(hook)

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     BertConfig,
@@ -98,26 +99,27 @@ class Run:
         self.linear = {name: layer for name, layer in self.model.named_modules() if isinstance(layer, nn.Linear)}
         self.entering: dict[str, torch.Tensor] = {}
         self.leaving: dict[str, torch.Tensor] = {}
-        for name, layer in self.linear.items():
-            layer.register_forward_hook(self._keep(name))
+        self._names = {layer: name for name, layer in self.linear.items()}
         ids = torch.randint(1, step.vocabulary, (step.batch, step.sequence))
         positions = torch.randperm(step.tokens)[: step.masked_tokens]
         head = find_masked_head(self.model)
+        # For all modules at once: hooks of the model's own would be a user's, who gets whole activations.
+        watching = register_module_forward_hook(self._keep)
         with head.at(positions) if masked_head else nullcontext():
             with FlopCounterMode(display=False) as forward:
                 self.logits = self.model(input_ids=ids).logits
             with FlopCounterMode(display=False) as backward:
                 self.logits.sum().backward()
+        watching.remove()
         self.by_module = {name: sum(operations.values()) for name, operations in forward.get_flop_counts().items()}
         # The angles of rotary position embeddings are a product too, with a factor of width one.
         angles = sum(count for name, count in self.by_module.items() if name.endswith("rotary_emb"))
         self.forward, self.backward = forward.get_total_flops() - angles, backward.get_total_flops()
 
-    def _keep(self, name):
-        def hook(module, args, output):
+    def _keep(self, module, args, output):
+        if module in self._names:
+            name = self._names[module]
             self.entering[name], self.leaving[name] = args[0].detach(), output.detach()
-
-        return hook
 
     def named(self, endings: tuple[str, ...]) -> list[str]:
         """The linear layers whose names end so; a digit stands for any layer's number."""

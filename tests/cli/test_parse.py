@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 
@@ -91,9 +92,9 @@ def test_mappings_as_json():
 
 
 def test_output_dir_is_named_after_the_recipes(recipe):
-    assert parse_run(["scale/laptop", "plain"]).training.output_dir == "runs/laptop-plain"
-    assert parse_run([recipe("seed: 3\n", "mine.yaml")]).training.output_dir == "runs/mine"
-    assert parse_run(["demo", "--output_dir", "here"]).training.output_dir == "here"
+    assert parse_run(["scale/laptop", "plain"]).training.output_dir == str(Path("runs/laptop-plain").resolve())
+    assert parse_run([recipe("seed: 3\n", "mine.yaml")]).training.output_dir == str(Path("runs/mine").resolve())
+    assert parse_run(["demo", "--output_dir", "here"]).training.output_dir == str(Path("here").resolve())
 
 
 def test_unknown_recipe_key_names_the_file_and_the_nearest(recipe):

@@ -114,7 +114,7 @@ def run(
         trainer.add_callback(_Drift(trainer))
     if how == "infinite":
         _make_infinite(trainer)
-    watched = precision.prepare(trainer, skip=how == "skip")
+    watched = precision.prepare(trainer, how)
     with mock.patch.object(onednn, "multiply", side_effect=onednn.multiply) as multiply:
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     assert trainer.accelerator.num_processes == processes

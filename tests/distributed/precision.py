@@ -1,7 +1,7 @@
 """What runs in half precision need beside the others, and a look at their masters."""
 
 import torch
-from overflow import poison, use_scaler
+from overflow import ARGUMENTS, POISONED, poison, use_scaler
 from transformers import TrainerCallback
 
 from hf_recycle import phase
@@ -14,7 +14,7 @@ def bf16_settings(method: str) -> dict:
     return {"learning_rate": 1e-3, "recycle_seed": 1} | ({"midpoint_weight": 1000.0} if method == "midpoint" else {})
 
 
-def prepare(trainer, *, skip: bool) -> "Watched":
+def prepare(trainer, how: str) -> "Watched":
     """To be called before `train`."""
     if trainer.args.fp16 and not trainer.is_deepspeed_enabled:
         use_scaler(trainer)
@@ -23,8 +23,8 @@ def prepare(trainer, *, skip: bool) -> "Watched":
 
         # DeepSpeed asks for fast fp16 instructions; torch computes without them.
         type(get_accelerator()).is_fp16_supported = lambda self: True
-    if skip:
-        poison(trainer)
+    if how in ARGUMENTS:
+        poison(trainer, POISONED if how == "skip" else ())
     watched = Watched(trainer)
     trainer.add_callback(watched)
     return watched

@@ -41,12 +41,12 @@ def run(arguments):
             model=tiny_bert(dropout=0.0),
             args=arguments(**settings),
             train_dataset=masked_sentences(masked),
-            callbacks=[before],
             optimizer_cls_and_kwargs=None if optimizer is None else (optimizer, {"lr": 1e-2}),
         )
-        recycling = next(cb for cb in trainer.callback_handler.callbacks if "Recycling" in type(cb).__name__)
-        trainer.add_callback(trainer.pop_callback(recycling))
-        trainer.add_callback(after)
+        # Right before and after the methods act.
+        trainer.remove_callback(trainer.neuron_methods)
+        for callback in (before, trainer.neuron_methods, after):
+            trainer.add_callback(callback)
         trainer.train()
         return trainer, before.copies, after.copies
 

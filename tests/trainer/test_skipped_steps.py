@@ -45,8 +45,7 @@ def run(arguments):
             train_dataset=samples(masked_sentences, BATCH, how),
         )
         use_scaler(trainer, autocast=autocast)
-        if how == "skip":
-            poison(trainer)
+        poison(trainer, POISONED if how == "skip" else ())
         checkpoint = Path(trainer.args.output_dir).with_name(how) / f"checkpoint-{resume}"
         trainer.train(resume_from_checkpoint=None if resume is None else str(checkpoint))
         return trainer
