@@ -82,6 +82,7 @@ class RecyclingTrainer(RunStartMixin, HubMixin, CheckpointMixin, MaskedLanguageM
         super().__init__(model, args, *positional, **kwargs)
         check_engine(self)
         self._use_methods()
+        self.neuron_methods.release()  # callbacks of the user's may train elsewhere before they do here
         self.add_callback(self.neuron_methods)
         if args.onednn_linear and not is_available():
             raise ValueError(
