@@ -59,7 +59,10 @@ def check_list(folder: Path) -> list[str]:
     if step_of_name(folder) not in (None, step):
         fail(folder, f"it holds the checkpoint of step {step}", "give it the name of its step")
     for name, entry in listed.items():
-        _check(folder / name, entry)
+        try:
+            _check(folder / name, entry)
+        except OSError as error:  # of a disk that fails, or without the right to read
+            fail(folder / name, f"it can't be read ({error.strerror or error})", _REMEDY)
     return [name for name, entry in listed.items() if "sha256" not in entry]
 
 

@@ -18,7 +18,7 @@ def check_state_is_there(trainer: Trainer, folder: Path) -> None:
     stock Trainer wrote, which resumes without, it says so.
 
     Raises:
-        UserError: on every process.
+        UserError: names what is missing.
     """
     missing = _missing_state(trainer, folder)
     random_states = list(folder.glob("rng_state*.pth"))

@@ -15,10 +15,10 @@ import torch
 from transformers import PreTrainedConfig, Trainer, __version__
 from transformers.core_model_loading import WeightTransform
 from transformers.trainer import SCHEDULER_NAME
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import CONFIG_NAME, logging
 
 from hf_recycle.adapter_weights import check_adapter
+from hf_recycle.agreement import on_every_process
 from hf_recycle.checkpoint_state import check_state_is_there
 from hf_recycle.errors import UserError
 from hf_recycle.optimizer_checks import check_when_loaded
@@ -47,13 +47,14 @@ class EngineCheckpointMixin(Trainer):
     _conversions: list[WeightTransform] | None = None
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True
-        if isinstance(resume_from_checkpoint, str | os.PathLike):
-            check_resumable(self, Path(resume_from_checkpoint))
-            if Path(resume_from_checkpoint).is_dir():
-                check_state_is_there(self, Path(resume_from_checkpoint))
+        if isinstance(resume_from_checkpoint, str):
+            on_every_process(lambda: self._check_can_resume(Path(resume_from_checkpoint)))
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _check_can_resume(self, folder: Path) -> None:
+        if folder.is_dir():  # else the Trainer says so
+            check_resumable(self, folder)
+            check_state_is_there(self, folder)
 
     # ---- Writing ----
 
@@ -151,10 +152,8 @@ def check_resumable(trainer: Trainer, folder: Path) -> None:
     """Refuses a checkpoint that the trainer's engine can't go on from, by what lies in its folder.
 
     Raises:
-        UserError: on every process, with the reason and the way out.
+        UserError: with the reason and the way out.
     """
-    if not folder.is_dir():
-        return  # the Trainer says so
     partitions = zero_partitions(folder)
     anew = f"start a new run from its weights (model_name_or_path={str(folder)!r})"
     if not trainer.is_deepspeed_enabled:

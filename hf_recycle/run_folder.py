@@ -79,8 +79,8 @@ def rotate(run: Path, limit: int | None, newest: int, best: str | None) -> None:
 
 
 def keep_only(run: Path, checkpoint: Path) -> None:
-    """Deletes all checkpoints of a run but one, which may lie elsewhere."""
-    for other in _checkpoints(run).values():
+    """Deletes all checkpoints of a run but one, which may lie elsewhere; none if that one is gone."""
+    for other in _checkpoints(run).values() if checkpoint.exists() else ():
         if not other.samefile(checkpoint):
             remove(other)
 

@@ -82,15 +82,13 @@ class RecyclingTrainer(RunStartMixin, HubMixin, CheckpointMixin, MaskedLanguageM
         super().__init__(model, args, *positional, **kwargs)
         check_engine(self)
         self._use_methods()
+        self.neuron_methods.release()  # callbacks of the user's may train elsewhere before they do here
         self.add_callback(self.neuron_methods)
-        deterministic = args.deterministic_masking
-        if deterministic is None:
-            deterministic = not self.steps_aside
         if args.onednn_linear and not is_available():
             raise ValueError(
                 "onednn_linear=True, but this PyTorch is without oneDNN or it is switched off: leave it out."
             )
-        self.set_up_masked_language_modeling(deterministic_masking=deterministic)
+        self.set_up_masked_language_modeling()
         self._savings: list[Callable[[], AbstractContextManager]] = []
 
     def _use_methods(self) -> None:
@@ -230,7 +228,6 @@ class RecyclingTrainer(RunStartMixin, HubMixin, CheckpointMixin, MaskedLanguageM
         Raises:
             UserError: if the checkpoint can't be had from the Hub, or is not to be trusted.
         """
-        check_training_numbers(self.args)
         try:
             checkpoint = local_checkpoint(resume_from_checkpoint, self.args)
             return super().train(checkpoint, trial, ignore_keys_for_eval)
@@ -241,7 +238,10 @@ class RecyclingTrainer(RunStartMixin, HubMixin, CheckpointMixin, MaskedLanguageM
 
     def _hp_search_setup(self, trial) -> None:
         super()._hp_search_setup(trial)
-        self._use_methods()  # by the arguments as they are now, of a trial or changed since, and callbacks added since
+        # By the arguments as they are now, of a trial or changed since, and callbacks added since.
+        check_training_numbers(self.args)
+        self._use_methods()
+        self.settle_data()
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         self.meter.count(inputs)

@@ -31,6 +31,7 @@ class Midpoint(Method):
         self._losses: list[Tensor] = []
         self._checked_for_effect = False
         self._left_out: set[int] = set()
+        self._said: set[int] = set()
         check_optimizer(run.optimizer, "midpoint_weight", settings.weight)
         pieces = [piece for block in run.table.blocks for piece in block.slices]
         half = [piece.dtype for piece in pieces if piece.dtype.itemsize < 4 and not piece.storage.separate_masters]
@@ -59,12 +60,13 @@ class Midpoint(Method):
         self._losses = [losses.sum() for _, losses, _ in parts]
 
     def _frozen(self, step: int) -> set[int]:
-        """Indices of the blocks that are not trained now; a change is said."""
+        """Indices of the blocks that are not trained now; each is said once, however often it is frozen."""
         frozen = {index for index, block in enumerate(self.table.blocks) if block.is_frozen}
-        if frozen != self._left_out:
-            self._left_out = frozen
-            names = ", ".join(self.table.blocks[index].name for index in sorted(frozen)) or "none"
-            logger.warning(f"Step {step}: blocks that the midpoint loss leaves out because they are frozen: {names}.")
+        if new := sorted(frozen - self._said):
+            names = ", ".join(self.table.blocks[index].name for index in new)
+            logger.warning(f"Step {step}: the midpoint loss leaves out {names}, whose weights are frozen.")
+        self._said |= frozen
+        self._left_out = frozen
         return frozen
 
     def _slopes(self, positions: list[int], norms: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Slopes]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, get_args, get_origin, get_type_hints
 
-from transformers.hf_argparser import HfArgumentParser, string_to_bool
+from transformers.hf_argparser import HfArgumentParser
 
 from hf_recycle.arguments import RecyclingArguments
 from hf_recycle.cli.launcher import LAUNCH_OPTIONS
@@ -176,8 +176,3 @@ def _is_number(word: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def is_boolean(action: argparse.Action) -> bool:
-    """Whether an argument is a switch, given as --name or --name false."""
-    return action.type is string_to_bool

@@ -78,7 +78,8 @@ class NumberedDataset(_Wrapper, Dataset):
     def __getitems__(self, indices: Sequence[Any]) -> list[Numbered]:
         epoch, numbers = self._epoch.get(), [_number(index) for index in indices]
         if self._draws:
-            with OwnRandomState(seed_of("dataset", self._seed, epoch, *numbers), generators_of(self.dataset)):
+            seed = seed_of("dataset", self._seed, epoch, *numbers)
+            with OwnRandomState(seed, generators_of(self.dataset), once=True):
                 examples = _load(self.dataset, indices)
         else:
             examples = _load(self.dataset, indices)

@@ -17,12 +17,16 @@ _GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.Ra
 
 class OwnRandomState:
     """A context in which Python's, numpy's and torch's (CPU) global generators, and those in `generators`, begin at
-    `seed`; when it is entered again, they go on where they were when it was left. Outside, nothing has changed."""
+    `seed`; when it is entered again, they go on where they were when it was left. Outside, nothing has changed.
 
-    def __init__(self, seed: int, generators: Iterable[Any] = ()) -> None:
+    Args:
+        once: it is not entered again, which saves a third of its time.
+    """
+
+    def __init__(self, seed: int, generators: Iterable[Any] = (), *, once: bool = False) -> None:
         # The default generator, not torch.manual_seed, which seeds the accelerators as well, where dropout draws.
         self._sources = [random, np.random, torch.default_generator, *generators]
-        self._seed = seed
+        self._seed, self._once = seed, once
         self._inside: list[Any] | None = None
         self._outside: list[Any] = []
 
@@ -35,7 +39,7 @@ class OwnRandomState:
             _restore(self._sources, self._inside)
 
     def __exit__(self, *_) -> None:
-        self._inside = self._states()
+        self._inside = None if self._once else self._states()
         _restore(self._sources, self._outside)
 
     def _states(self) -> list[Any]:

@@ -78,7 +78,8 @@ def _collate(collator: Callable[[list[Any]], Any], keys: np.ndarray, examples: l
             make = getattr(inner, "create_rng", None)  # stock: made on first use, by which it would be too late
             if make is not None:
                 make()
-    with OwnRandomState(seed_of("collator", keys.tobytes()), generators_of(collator)), _draws(collator, keys, examples):
+    own = OwnRandomState(seed_of("collator", keys.tobytes()), generators_of(collator), once=True)
+    with own, _draws(collator, keys, examples):
         return collator(examples)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,8 +11,11 @@ from typing import Any
 
 import datasets
 import torch
+from transformers.utils import logging
 
-from hf_recycle.errors import UserError
+from hf_recycle.errors import UserError, first_line
+
+logger = logging.get_logger(__name__)
 
 STREAM_STATE_FILE = "stream_state.pt"
 
@@ -76,10 +80,22 @@ class StreamState:
             yield number, example
 
     def save(self, folder: str, batches: int) -> None:
-        """Writes the state after so many batches of the epoch, if it is known."""
+        """Writes the state after so many batches of the epoch, if it is known and can be read again."""
         state = dict(self._states).get(batches * self._every)
-        if state is not None:
-            torch.save({"examples": batches * self._every, "state": state}, Path(folder, STREAM_STATE_FILE))
+        if state is None:
+            return
+        content = io.BytesIO()
+        try:
+            torch.save({"examples": batches * self._every, "state": state}, content)
+            torch.load(io.BytesIO(content.getvalue()), weights_only=True)
+        except Exception as error:  # a class of the user's may raise anything
+            logger.warning_once(
+                f"The state_dict of {type(self._stream).__name__} holds more than numbers, strings, tensors and "
+                f"containers of them, so it is not saved ({first_line(error)}): a resumed run reads the stream again "
+                "up to where it was."
+            )
+            return
+        Path(folder, STREAM_STATE_FILE).write_bytes(content.getvalue())
 
     def load(self, folder: str, batches: int) -> None:
         """Lets the next epoch begin after so many batches, if that is what the folder's state says.

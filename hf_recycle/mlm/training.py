@@ -43,9 +43,7 @@ class MaskedLanguageModelingMixin(ReproducibleDataMixin):
     Expects `self.steps_aside`.
     """
 
-    steps_aside: bool
-
-    def set_up_masked_language_modeling(self, *, deterministic_masking: bool) -> None:
+    def set_up_masked_language_modeling(self) -> None:
         """To be called once, at the end of `__init__`."""
         self._compiled = self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
         self._head_model: nn.Module | None = None
@@ -54,7 +52,7 @@ class MaskedLanguageModelingMixin(ReproducibleDataMixin):
         self._said_inflated = False
         self._stock_accepts_loss_kwargs = self._settled_accepts_loss_kwargs = self.model_accepts_loss_kwargs
         self.settle_loss()
-        self.set_up_data(deterministic=deterministic_masking)
+        self.set_up_data()
 
     def can_sum_sparsely(self) -> bool:
         """Whether `sparse_tied_gradient` holds: every loss goes through the head, and one process on a CPU sums."""

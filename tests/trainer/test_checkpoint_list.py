@@ -77,6 +77,15 @@ def test_every_damage_of_every_file_is_a_sentence_that_names_it(damage, checkpoi
     assert check_list(checkpoint) == []
 
 
+def test_a_file_that_the_disk_does_not_give_is_a_sentence(checkpoint, monkeypatch):
+    def fails(path):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(checkpoint_list, "sha256_of", fails)
+    with pytest.raises(UserError, match=r"can't be read \(Input/output error\)"):
+        check_list(checkpoint)
+
+
 def test_what_training_goes_on_from_is_listed_and_what_may_be_edited_is_not(checkpoint):
     names = set(listed(checkpoint))
     assert names >= {

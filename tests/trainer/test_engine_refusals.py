@@ -4,7 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from hf_recycle.engine_checkpoints import check_resumable
+from hf_recycle import agreement
+from hf_recycle.engine_checkpoints import EngineCheckpointMixin, check_resumable
 from hf_recycle.engines import check_deepspeed
 from hf_recycle.errors import UserError
 
@@ -104,3 +105,17 @@ def test_checkpoints_out_of_reach(names, trainer, message, checkpoint):
 )
 def test_checkpoints_within_reach(names, trainer, checkpoint):
     check_resumable(trainer, checkpoint(*names))
+
+
+def test_what_another_process_can_not_go_on_from_is_refused_here_too(checkpoint, monkeypatch):
+    """Or this one would wait for it without end: machines may have checkpoints of their own."""
+
+    def gather(everyone, mine):
+        everyone[:] = [mine, UserError("the other has no optimizer.pt")]
+
+    monkeypatch.setattr(agreement, "_are_several", lambda: True)
+    monkeypatch.setattr(agreement.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(agreement.dist, "all_gather_object", gather)
+    here = SimpleNamespace(_check_can_resume=lambda folder: None)
+    with pytest.raises(UserError, match="the other has no optimizer"):
+        EngineCheckpointMixin.train(here, str(checkpoint()))

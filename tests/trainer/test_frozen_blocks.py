@@ -82,6 +82,22 @@ def test_gradual_unfreezing(arguments, method):
         assert logged == [1] * 4 + [0] * 4
 
 
+def test_what_the_midpoint_loss_leaves_out_is_said_once(arguments, said):
+    """Also where a block is frozen in every other step."""
+
+    class Alternating(Unfreezing):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            self.layer(model).requires_grad_(state.global_step % 2 == 0)
+
+    RecyclingTrainer(
+        model=tiny_bert(0.0),
+        args=arguments(max_steps=8, midpoint_weight=1.0),
+        train_dataset=masked_sentences(),
+        callbacks=[Alternating()],
+    ).train()
+    assert len({text for text in said() if NAMES[0] in text and "midpoint" in text}) == 1
+
+
 def test_neurons_of_a_block_that_is_frozen_do_not_fade_in_meanwhile(arguments):
     class Freeze(Unfreezing):
         def on_train_begin(self, args, state, control, model=None, **kwargs):

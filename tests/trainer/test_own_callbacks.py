@@ -82,13 +82,25 @@ def test_a_callback_works_by_itself_again_on_a_stock_trainer(arguments):
     assert sum(int(counts.sum()) for counts in NeuronTable.of(stock.model).counts.values()) > 0
 
 
+def test_a_callback_may_train_elsewhere_before_it_does_here(arguments, tmp_path):
+    callback = RecyclingCallback(steps=2, fraction=0.25)
+    ours = trainer_with(arguments, [callback])
+    plain = TrainingArguments(str(tmp_path / "stock"), max_steps=4, use_cpu=True, report_to="none", save_strategy="no")
+    Trainer(tiny_bert(0.0), plain, train_dataset=masked_sentences(), callbacks=[callback]).train()
+    assert any(int(counts.sum()) for counts in callback.table.counts.values())
+    ours.train()
+    assert callback.method is ours.recycling
+    assert happened(ours)
+
+
 class Odd(nn.Module):
     """Layers that no rule would take for a feed-forward block."""
 
     def __init__(self):
         super().__init__()
         self.bert = tiny_bert(0.0)
-        self.first, self.second = nn.Linear(16, 24), nn.Linear(24, 16)
+        # In a part of their own: beside the layers of the model they would be taken for embeddings and a head.
+        self.part = nn.ModuleDict({"first": nn.Linear(16, 24), "second": nn.Linear(24, 16)})
 
     def forward(self, input_ids=None, attention_mask=None, labels=None):
         return self.bert(input_ids=input_ids, attention_mask=attention_mask, labels=labels)

@@ -3,7 +3,8 @@
 import pytest
 from tiny_runs import masked_sentences, tiny_bert
 
-from hf_recycle import RecyclingTrainer
+from hf_recycle import RecyclingTrainer, find_feed_forwards
+from hf_recycle.callbacks.saved_weights import check_weights_are_saved
 
 # Of peft itself, which the tests' rule on transformers' deprecations is not for.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
@@ -16,9 +17,9 @@ METHODS = {
 }
 
 
-def adapted(**config):
+def adapted(adapter="default", **config):
     peft = pytest.importorskip("peft", reason="peft is not installed (make test installs it)")
-    return peft.get_peft_model(tiny_bert(0.0), peft.LoraConfig(target_modules=["query", "value"], **config))
+    return peft.get_peft_model(tiny_bert(0.0), peft.LoraConfig(target_modules=["query", "value"], **config), adapter)
 
 
 def is_feed_forward(name):
@@ -43,9 +44,20 @@ def test_frozen_weights_under_an_adapter_are_not_recycled(arguments):
         trainer_of(adapted(), arguments, **METHODS["recycling"]).train()
 
 
-def test_weights_that_the_adapter_saves_are_recycled(arguments):
-    model = adapted(modules_to_save=["intermediate.dense", "output.dense"])
-    pattern = "intermediate.dense.modules_to_save.default -> output.dense.modules_to_save.default"
+@pytest.mark.parametrize("name", ["default", "mine"])
+def test_weights_that_the_adapter_saves_are_recycled(name, arguments):
+    model = adapted(name, modules_to_save=["intermediate.dense", "output.dense"])
+    pattern = f"intermediate.dense.modules_to_save.{name} -> output.dense.modules_to_save.{name}"
     trainer = trainer_of(model, arguments, **METHODS["recycling"], recycle_fraction=0.25, ff_pattern=pattern)
     trainer.train()
     assert sum(int(counts.sum()) for counts in trainer.neuron_table().counts.values()) == 2 * 8
+
+
+def test_what_is_sharded_is_looked_at_too():
+    """Parameters without an address, as those of FSDP2 are."""
+    pattern = "intermediate.dense.modules_to_save.default -> output.dense.modules_to_save.default"
+    saved = adapted(modules_to_save=["intermediate.dense", "output.dense"]).to("meta")
+    check_weights_are_saved(saved, find_feed_forwards(saved, pattern))
+    lacking = adapted().requires_grad_(True).to("meta")
+    with pytest.raises(ValueError, match="would hold its adapter without them"):
+        check_weights_are_saved(lacking, find_feed_forwards(lacking))

@@ -115,6 +115,15 @@ def test_a_kill_at_any_moment_leaves_whole_checkpoints(act, moment, tmp_path, mo
         assert (last / "state").read_text() == "new"
 
 
+def test_nothing_is_deleted_for_a_best_checkpoint_that_is_gone(tmp_path):
+    for step in (4, 8):
+        write(checkpoint_folder(tmp_path, step))
+    keep_only(tmp_path, checkpoint_folder(tmp_path, 2))
+    assert steps(tmp_path) == [4, 8]
+    keep_only(tmp_path, checkpoint_folder(tmp_path, 4))
+    assert steps(tmp_path) == [4]
+
+
 def test_what_the_system_does_not_let_go_of_stays_whole(tmp_path, monkeypatch):
     checkpoint = write(checkpoint_folder(tmp_path, 4))
 

@@ -5,8 +5,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from tiny_runs import assert_same_weights, masked_sentences, tiny_bert
-from transformers import integrations
+from tiny_runs import assert_same_weights, losses, masked_sentences, sentences, tiny_bert
+from transformers import DataCollatorForLanguageModeling, integrations
 from transformers.trainer_utils import HPSearchBackend
 
 from hf_recycle import RecyclingHistory, RecyclingTrainer
@@ -40,6 +40,34 @@ def test_a_value_that_is_not_allowed_is_refused_also_later(arguments):
     trainer.args.recycle_fraction = 2
     with pytest.raises(ValueError, match=r"recycle_fraction=2 is not allowed: it must be a number in \(0, 1\]"):
         trainer.train()
+
+
+def test_a_number_that_a_search_has_come_to_is_checked_too(arguments, monkeypatch):
+    monkeypatch.setattr(integrations, "hp_params", lambda trial: trial.params)
+    trainer = trainer_with(arguments(max_steps=6))
+    trainer.hp_search_backend, trainer.hp_space = HPSearchBackend.OPTUNA, lambda trial: dict(trial.params)
+    with pytest.raises(ValueError, match="learning_rate=inf is not allowed"):
+        trainer.train(trial=SimpleNamespace(params={"learning_rate": float("inf")}, number=0))
+
+
+@pytest.mark.parametrize("end", [{"masked_head": False}, {"recycle_steps": 2}, {"deterministic_masking": True}])
+def test_batches_are_those_of_the_arguments_when_training_begins(end, arguments, tokenizer):
+    """The stock Trainer's or reproducible ones, whatever the arguments were at construction."""
+
+    def run(args, changes):
+        collator = DataCollatorForLanguageModeling(tokenizer)
+        trainer = RecyclingTrainer(model=tiny_bert(0.0), args=args, train_dataset=sentences(), data_collator=collator)
+        for name, value in changes.items():
+            setattr(trainer.args, name, value)
+        trainer.train()
+        return trainer
+
+    begin = {} if end == {"masked_head": False} else {"masked_head": False}
+    settings = {"max_steps": 4, "recycle_fraction": 0.25}
+    changed = run(arguments(**settings | begin), end)
+    expected = run(arguments(**settings | begin | end), {})
+    assert losses(changed) == losses(expected)
+    assert_same_weights(changed, expected)
 
 
 def test_trials_of_a_hyperparameter_search_have_the_methods_of_their_own_arguments(arguments, monkeypatch):

@@ -1,5 +1,6 @@
 """Streams: epochs that begin and end, every example once, and resuming without reading again."""
 
+import random
 import threading
 from pathlib import Path
 
@@ -146,6 +147,20 @@ def test_a_stream_that_has_a_state_is_not_read_again(kind, train):
         assert_same_weights(whole, resumed)
         assert losses(whole) == losses(resumed)
         assert read <= getattr(stream, "counter", stream).read <= read + 8  # a loader reads ahead
+
+
+def test_a_state_that_can_not_be_read_again_is_not_saved(train, said):
+    class Random(Counted):
+        def state_dict(self):
+            return {"place": self.place, "random": random.Random(0)}
+
+    whole = train("whole", data=Random(sentences(40)), max_steps=4, save_strategy="steps", save_steps=2, **PLAIN)
+    checkpoint = Path(whole.args.output_dir, "checkpoint-2")
+    assert not (checkpoint / "stream_state.pt").exists()
+    assert any("state_dict of Random" in text and "reads the stream again" in text for text in said())
+    stream = Random(sentences(40))
+    resumed = train("resumed", data=stream, resume=str(checkpoint), max_steps=4, **PLAIN)
+    assert_same_weights(whole, resumed)
 
 
 def test_shuffle_buffers_have_no_exact_state():
