@@ -82,7 +82,6 @@ class RecyclingTrainer(RunStartMixin, HubMixin, CheckpointMixin, MaskedLanguageM
         super().__init__(model, args, *positional, **kwargs)
         check_engine(self)
         self._use_methods()
-        self.add_callback(self.neuron_methods)
         deterministic = args.deterministic_masking
         if deterministic is None:
             deterministic = not self.steps_aside
@@ -122,6 +121,9 @@ class RecyclingTrainer(RunStartMixin, HubMixin, CheckpointMixin, MaskedLanguageM
             method.check_blocks(table.blocks)
         if any(isinstance(method, Overtraining) for method in methods):
             check_can_overtrain(self)
+        # Among the callbacks only while there is something to run.
+        if bool(methods) != (self.neuron_methods in self.callback_handler.callbacks):
+            (self.add_callback if methods else self.remove_callback)(self.neuron_methods)
 
     @property
     def steps_aside(self) -> bool:

@@ -91,6 +91,23 @@ def test_the_collator_can_be_replaced(arguments):
     assert trainer.data_collator is constant
 
 
+def test_the_callbacks_are_the_stock_trainers_while_no_method_is_on(arguments):
+    """Also where methods are switched on and off again between trainings."""
+
+    def names(trainer):
+        return [type(callback).__name__ for callback in trainer.callback_handler.callbacks]
+
+    data = masked_sentences(8)
+    stock = names(Trainer(tiny_bert(), arguments(), train_dataset=data))
+    trainer = RecyclingTrainer(tiny_bert(), arguments(max_steps=1), train_dataset=data)
+    assert names(trainer) == stock
+    for steps, expected in ((1, [*stock, "NeuronMethods"]), (None, stock)):
+        trainer.args.magnitude_steps = steps
+        trainer.train()
+        assert names(trainer) == expected
+    assert names(RecyclingTrainer(tiny_bert(), arguments(magnitude_steps=1))) == [*stock, "NeuronMethods"]
+
+
 METHODS = {
     "off": {"masked_head": False},
     "recycling": {"recycle_steps": 2, "recycle_immunity": 2, "recycle_smooth_steps": 2},
