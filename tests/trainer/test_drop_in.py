@@ -77,6 +77,15 @@ def test_batches_hold_tensors_only_and_the_collator_is_the_users(arguments, toke
     assert trainer.data_collator is collator
 
 
+def test_the_loaders_datasets_are_views_of_the_users_where_masks_are_functions_of_the_example(arguments):
+    data = masked_sentences(8)
+    for settings, own in (({"masked_head": False}, True), ({"deterministic_masking": False}, True), ({}, False)):
+        trainer = RecyclingTrainer(tiny_bert(), arguments(**settings), train_dataset=data, eval_dataset=data)
+        for loader in (trainer.get_train_dataloader(), trainer.get_eval_dataloader()):
+            assert (loader.dataset is data) == own
+            assert len(loader.dataset) == len(data)
+
+
 def test_the_collator_can_be_replaced(arguments):
     def constant(examples):
         return {"input_ids": torch.full((len(examples), 5), 7), "labels": torch.full((len(examples), 5), 8)}
