@@ -100,6 +100,8 @@ def _reading(folder: str | None, what: str | None = None) -> Iterator[None]:
         found = unreadable_file(Path(folder)) if folder is not None else None
         if found is None and (folder is None or what is None):
             raise
+        if not Path(folder).is_dir():
+            raise UserError(str(error)) from error  # as the Trainer says it
         path, problem = found or (folder, f"{what} in it can't be loaded into this run ({first_line(error)})")
         raise UserError(f"{path}: {problem}; restore it, or use another checkpoint") from error
 

@@ -83,7 +83,6 @@ class RecyclingTrainer(RunStartMixin, HubMixin, CheckpointMixin, MaskedLanguageM
         check_engine(self)
         self._use_methods()
         self.neuron_methods.release()  # callbacks of the user's may train elsewhere before they do here
-        self.add_callback(self.neuron_methods)
         if args.onednn_linear and not is_available():
             raise ValueError(
                 "onednn_linear=True, but this PyTorch is without oneDNN or it is switched off: leave it out."
@@ -120,6 +119,9 @@ class RecyclingTrainer(RunStartMixin, HubMixin, CheckpointMixin, MaskedLanguageM
             method.check_blocks(table.blocks)
         if any(isinstance(method, Overtraining) for method in methods):
             check_can_overtrain(self)
+        # Among the callbacks only while there is something to run.
+        if bool(methods) != (self.neuron_methods in self.callback_handler.callbacks):
+            (self.add_callback if methods else self.remove_callback)(self.neuron_methods)
 
     @property
     def steps_aside(self) -> bool:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import BertForMaskedLM
 
 from hf_recycle import checkpoint_list
 from hf_recycle.checkpoint_list import LIST_FILE, check_list, write_list
@@ -130,6 +131,18 @@ def test_resuming_begins_with_the_check(checkpoint, train):
     for resume in (True, str(checkpoint)):
         with pytest.raises(RecyclingFileError, match=r"scheduler\.pt: the file is missing"):
             train(resume=resume, **SETTINGS)
+
+
+def test_weights_cut_into_shards_on_purpose_resume_once_the_list_is_deleted(checkpoint, run, train):
+    (checkpoint / "model.safetensors").unlink()
+    BertForMaskedLM.from_pretrained(run / "checkpoint-2").save_pretrained(checkpoint, max_shard_size="4KB")
+    assert len(list(checkpoint.glob("model-*.safetensors"))) > 1
+    with pytest.raises(RecyclingFileError, match=rf"model\.safetensors: the file is missing; .* delete {LIST_FILE}"):
+        train(resume=str(checkpoint), **SETTINGS)
+    (checkpoint / LIST_FILE).unlink()
+    resumed = train(resume=str(checkpoint), **SETTINGS).model.state_dict()
+    for name, expected in BertForMaskedLM.from_pretrained(run / "checkpoint-4").state_dict().items():
+        assert torch.equal(resumed[name], expected), name
 
 
 @pytest.mark.parametrize(

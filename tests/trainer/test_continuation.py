@@ -6,7 +6,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from tiny_runs import assert_same_weights, losses, sentences, tiny_bert
+from tiny_runs import assert_same_weights, losses, masked_sentences, sentences, tiny_bert
 from transformers import DataCollatorForLanguageModeling, Trainer
 from transformers.utils import logging
 
@@ -110,6 +110,15 @@ def without(checkpoint: Path, folder: Path, *names: str) -> Path:
     for name in (LIST_FILE, *names):
         (folder / checkpoint.name / name).unlink()
     return folder / checkpoint.name
+
+
+def test_a_checkpoint_that_is_not_there_is_said_as_by_the_stock_trainer(arguments):
+    said = []
+    for cls in (Trainer, RecyclingTrainer):
+        with pytest.raises(ValueError, match=r"^Can't find a valid checkpoint at nowhere$") as error:
+            cls(tiny_bert(), arguments(max_steps=1), train_dataset=masked_sentences(8)).train("nowhere")
+        said.append(error.value)
+    assert isinstance(said[1], UserError)
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])

@@ -77,6 +77,15 @@ def test_batches_hold_tensors_only_and_the_collator_is_the_users(arguments, toke
     assert trainer.data_collator is collator
 
 
+def test_the_loaders_datasets_are_views_of_the_users_where_masks_are_functions_of_the_example(arguments):
+    data = masked_sentences(8)
+    for settings, own in (({"masked_head": False}, True), ({"deterministic_masking": False}, True), ({}, False)):
+        trainer = RecyclingTrainer(tiny_bert(), arguments(**settings), train_dataset=data, eval_dataset=data)
+        for loader in (trainer.get_train_dataloader(), trainer.get_eval_dataloader()):
+            assert (loader.dataset is data) == own
+            assert len(loader.dataset) == len(data)
+
+
 def test_the_collator_can_be_replaced(arguments):
     def constant(examples):
         return {"input_ids": torch.full((len(examples), 5), 7), "labels": torch.full((len(examples), 5), 8)}
@@ -89,6 +98,23 @@ def test_the_collator_can_be_replaced(arguments):
         assert (next(iter(loader))["labels"] == 8).all()
     trainer.train()
     assert trainer.data_collator is constant
+
+
+def test_the_callbacks_are_the_stock_trainers_while_no_method_is_on(arguments):
+    """Also where methods are switched on and off again between trainings."""
+
+    def names(trainer):
+        return [type(callback).__name__ for callback in trainer.callback_handler.callbacks]
+
+    data = masked_sentences(8)
+    stock = names(Trainer(tiny_bert(), arguments(), train_dataset=data))
+    trainer = RecyclingTrainer(tiny_bert(), arguments(max_steps=1), train_dataset=data)
+    assert names(trainer) == stock
+    for steps, expected in ((1, [*stock, "NeuronMethods"]), (None, stock)):
+        trainer.args.magnitude_steps = steps
+        trainer.train()
+        assert names(trainer) == expected
+    assert names(RecyclingTrainer(tiny_bert(), arguments(magnitude_steps=1))) == [*stock, "NeuronMethods"]
 
 
 METHODS = {
