@@ -26,15 +26,24 @@ class ReproducibleDataMixin(Trainer):
 
     The collator stays the user's own object and does what it would do at that moment; so do the datasets and the
     samplers. Only their random numbers are others: see `make_reproducible`. Evaluations get the same masks always.
+
+    Expects `self.steps_aside`.
     """
 
-    def set_up_data(self, *, deterministic: bool) -> None:
-        """To be called once, at the end of `__init__`. Not deterministic: everything is the stock Trainer's."""
-        self._deterministic = deterministic
+    steps_aside: bool
+
+    def set_up_data(self) -> None:
+        """To be called once, at the end of `__init__`."""
         self._epoch, self._no_epoch = SharedNumber(), SharedNumber()
         self._stream_ends_unannounced = False
         self._stream_state: StreamState | None = None
         self._batches_to_skip = 0
+
+    @property
+    def _deterministic(self) -> bool:
+        """Whether batches are as said above, by the arguments as they are now; else they are the stock Trainer's."""
+        chosen = self.args.deterministic_masking
+        return not self.steps_aside if chosen is None else chosen
 
     # ---- Loaders ----
 
