@@ -15,7 +15,7 @@ from processes import run_in_processes
 LOSS_STEPS, DATA_STEPS, MIDDLE = 3, 12, 7
 EXAMPLES = 20  # five steps an epoch
 
-QUIET = {"use_cpu": True, "disable_tqdm": True, "logging_steps": 1, "learning_rate": 1e-2, "ddp_backend": "gloo"}
+QUIET = {"use_cpu": True, "disable_tqdm": True, "logging_steps": 1, "learning_rate": 1e-2}
 
 
 def loss_arguments(folder: Path, batch: int, accumulation: int):
