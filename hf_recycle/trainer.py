@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 from hf_recycle.arguments import RecyclingArguments
 from hf_recycle.callbacks import CALLBACKS, NeuronMethods
+from hf_recycle.callbacks.base import NeuronCallback
 from hf_recycle.callbacks.method import Method
 from hf_recycle.callbacks.overtraining import Overtraining
 from hf_recycle.callbacks.recycling import Recycling
@@ -74,31 +75,50 @@ class RecyclingTrainer(RunStartMixin, HubMixin, CheckpointMixin, MaskedLanguageM
                 f"{args.n_gpu} GPUs are visible to one process, which transformers would use through nn.DataParallel; "
                 f"run `accelerate launch --num_processes {args.n_gpu} <your script>`, or set CUDA_VISIBLE_DEVICES=0."
             )
-        self.neuron_methods = NeuronMethods(loss_of=self.loss_of, second_pass=self.second_pass)
+        self.neuron_methods = NeuronMethods(
+            loss_of=self.loss_of, attached=self.head_attached, second_pass=self.second_pass
+        )
         self.tied_aliases = {}
         self.meter = RunMeter()
         # What the caller knows of the run and the trainer can't, for its card: keys of `run_schema.RUN_SCHEMA`.
         self.run_context: dict[str, Any] = {}
         super().__init__(model, args, *positional, **kwargs)
         check_engine(self)
-        self._use_methods()
+        self._settle_arguments()
         self.neuron_methods.release()  # callbacks of the user's may train elsewhere before they do here
-        if args.onednn_linear and not is_available():
-            raise ValueError(
-                "onednn_linear=True, but this PyTorch is without oneDNN or it is switched off: leave it out."
-            )
         self.set_up_masked_language_modeling()
         self._savings: list[Callable[[], AbstractContextManager]] = []
 
-    def _use_methods(self) -> None:
+    def _settle_arguments(self) -> None:
         """Has the coordinator run what the arguments, as they are now, and the user's own callbacks ask for.
 
         Raises:
-            ValueError: for a value that is not allowed, a method that is asked for twice, or one that the model or the
-                engine can't have.
+            ValueError: for a value that is not allowed, a method that is asked for twice, or one that the model, the
+                engine or this PyTorch can't have.
         """
+        if self.args.onednn_linear and not is_available():
+            raise ValueError(
+                "onednn_linear=True, but this PyTorch is without oneDNN or it is switched off: leave it out."
+            )
+        check_training_numbers(self.args)
+        methods, fronts = self._asked_for()
+        where = [_said_once(name, [self.args, *fronts]) for name in ("ff_pattern", "ff_blocks")]
+        NeuronTable.forget_unless(self._unwrapped_model(), *where)
+        self.neuron_methods.ff_pattern, self.neuron_methods.ff_blocks = where
+        self.neuron_methods.use(methods, fronts)
+        table = self.neuron_table()  # a model without blocks is refused here
+        for method in methods:
+            method.check_blocks(table.blocks)
+        if any(isinstance(method, Overtraining) for method in methods):
+            check_can_overtrain(self)
+        # Among the callbacks only while there is something to run.
+        if bool(methods) != (self.neuron_methods in self.callback_handler.callbacks):
+            (self.add_callback if methods else self.remove_callback)(self.neuron_methods)
+
+    def _asked_for(self) -> tuple[list[Method], list[NeuronCallback]]:
+        """The methods that the arguments, as they are now, and the user's callbacks ask for, and these callbacks."""
         methods: list[Method] = []
-        fronts = []
+        fronts: list[NeuronCallback] = []
         for cls in CALLBACKS:
             settings = self.args.method_settings(cls.method_class.settings_class)
             own = [callback for callback in self.callback_handler.callbacks if isinstance(callback, cls)]
@@ -111,23 +131,14 @@ class RecyclingTrainer(RunStartMixin, HubMixin, CheckpointMixin, MaskedLanguageM
             asked = [cls.method_class(settings), *(front.method for front in own)]
             methods += [method for method in asked if method.given.enabled]
             fronts += own
-        patterns = [self.args.ff_pattern, *(front.ff_pattern for front in fronts)]
-        self.neuron_methods.ff_pattern = next(filter(None, patterns), None)
-        self.neuron_methods.use(methods, fronts)
-        table = self.neuron_table()  # a model without blocks is refused here
-        for method in methods:
-            method.check_blocks(table.blocks)
-        if any(isinstance(method, Overtraining) for method in methods):
-            check_can_overtrain(self)
-        # Among the callbacks only while there is something to run.
-        if bool(methods) != (self.neuron_methods in self.callback_handler.callbacks):
-            (self.add_callback if methods else self.remove_callback)(self.neuron_methods)
+        return methods, fronts
 
     @property
     def steps_aside(self) -> bool:
         """Whether every method and `masked_head` are off. Then training, evaluation, collator and batches are those of
         the stock Trainer."""
-        return not (self.args.masked_head or self.neuron_methods.methods)
+        methods = self.neuron_methods.methods if self.is_in_train else self._asked_for()[0]
+        return not (self.args.masked_head or methods)
 
     # ---- Neurons ----
 
@@ -147,17 +158,18 @@ class RecyclingTrainer(RunStartMixin, HubMixin, CheckpointMixin, MaskedLanguageM
         Raises:
             ValueError: if a method is on and the model has no feed-forward block.
         """
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        methods = self.neuron_methods
         try:
-            return NeuronTable.of(model, self.neuron_methods.ff_pattern, self.args.ff_blocks)
+            return NeuronTable.of(self._unwrapped_model(), methods.ff_pattern, methods.ff_blocks)
         except ValueError:
-            if self.neuron_methods.methods or self.args.ff_pattern or self.args.ff_blocks:
+            if methods.methods or methods.ff_pattern or methods.ff_blocks:
                 raise
             return None
 
     def recycling_arguments(self) -> dict[str, Any]:
         """The settings as they were given, flat."""
-        arguments = self.args.method_arguments()
+        where = {"ff_pattern": self.neuron_methods.ff_pattern, "ff_blocks": self.neuron_methods.ff_blocks}
+        arguments = self.args.method_arguments() | where
         for method in self.neuron_methods.methods:
             arguments |= flat(method.given)
         return arguments
@@ -193,7 +205,7 @@ class RecyclingTrainer(RunStartMixin, HubMixin, CheckpointMixin, MaskedLanguageM
             forwards |= onednn_forwards(self.model)
         if self.args.recompute_activations and not self.steps_aside and table is not None and can_recompute(self):
             forwards |= recomputing_forwards(table.blocks, forwards)
-        self._savings = [partial(replaced_forwards, forwards)]
+        self._savings = [partial(replaced_forwards, forwards), self.head_attached]
         if self.can_sum_sparsely():
             self._savings.append(partial(sparse_tied_gradient, self.model))
 
@@ -240,10 +252,7 @@ class RecyclingTrainer(RunStartMixin, HubMixin, CheckpointMixin, MaskedLanguageM
 
     def _hp_search_setup(self, trial) -> None:
         super()._hp_search_setup(trial)
-        # By the arguments as they are now, of a trial or changed since, and callbacks added since.
-        check_training_numbers(self.args)
-        self._use_methods()
-        self.settle_data()
+        self._settle_arguments()  # of a trial or changed since; callbacks may have been added too
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         self.meter.count(inputs)
@@ -280,3 +289,11 @@ class RecyclingTrainer(RunStartMixin, HubMixin, CheckpointMixin, MaskedLanguageM
             # kthvalue, because torch.quantile refuses more than 16 million values.
             scalars[name] = float(magnitudes.kthvalue(max(1, round(level * len(magnitudes)))).values)
         return scalars
+
+
+def _said_once(name: str, where: list[RecyclingArguments | NeuronCallback]) -> str | None:
+    """What the arguments and the user's callbacks say, one of them or all alike."""
+    said = {getattr(each, name) for each in where} - {None, ""}
+    if len(said) > 1:
+        raise ValueError(f"{name} is given as {' and as '.join(map(repr, sorted(said)))}: all methods need the same.")
+    return next(iter(said), None)

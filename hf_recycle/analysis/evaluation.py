@@ -91,13 +91,7 @@ class LanguageModel:
     def loss(self) -> float:
         """Mean cross entropy of the predicted tokens in nats."""
         head = find_masked_head(self.model) if self.task == "mlm" else None
-        try:
-            return (
-                sum(float(self._losses(batch, head).sum(dtype=torch.float64)) for batch in self.batches) / self.tokens
-            )
-        finally:
-            if head is not None:
-                head.remove()
+        return sum(float(self._losses(batch, head).sum(dtype=torch.float64)) for batch in self.batches) / self.tokens
 
     def _losses(self, batch: Batch, head) -> Tensor:
         inputs = {name: value for name, value in batch.items() if name != "labels"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -31,7 +32,8 @@ class NeuronMethods(TrainerCallback):
 
     Args:
         ff_pattern: layout of the feed-forward blocks of a model of unknown architecture, see `find_feed_forwards`.
-        loss_of, second_pass: see `Run`.
+        ff_blocks: of a composite model, the part whose blocks are meant, see `find_feed_forwards`.
+        loss_of, attached, second_pass: see `Run`.
 
     Attributes:
         methods: those that are on, in their order.
@@ -44,15 +46,17 @@ class NeuronMethods(TrainerCallback):
         self,
         *,
         ff_pattern: str | None = None,
+        ff_blocks: str | None = None,
         loss_of: LossOf | None = None,
+        attached: Callable[[], AbstractContextManager] = nullcontext,
         second_pass: Callable[[int], SecondPass] | None = None,
     ):
-        self.ff_pattern = ff_pattern
+        self.ff_pattern, self.ff_blocks = ff_pattern, ff_blocks
         self.methods: list[Method] = []
         self.recorder = HistoryRecorder()
         self.table: NeuronTable | None = None
         self.began_with: dict[str, Settings] = {}
-        self._loss_of, self._second_pass = loss_of, second_pass
+        self._loss_of, self._attached, self._second_pass = loss_of, attached, second_pass
         self._fronts: list[NeuronCallback] = []
         self._watch: StepWatch | None = None
         self._finite: Tensor | None = None
@@ -101,7 +105,7 @@ class NeuronMethods(TrainerCallback):
         if not self.methods:
             return
         model_alone = extract_model_from_parallel(model, keep_torch_compile=False)
-        self.table = NeuronTable.of(model_alone, self.ff_pattern)
+        self.table = NeuronTable.of(model_alone, self.ff_pattern, self.ff_blocks)
         for front in self._fronts:
             front.table = self.table
         if state.global_step == 0:
@@ -118,6 +122,7 @@ class NeuronMethods(TrainerCallback):
             watch=self._watch,
             train_dataloader=train_dataloader,
             loss_of=self._loss_of,
+            attached=self._attached,
             second_pass=self._second_pass,
         )
         if any(method.changes_weights for method in self.methods):
@@ -195,6 +200,7 @@ class NeuronCallback(NeuronMethods):
 
     Args:
         ff_pattern: layout of the feed-forward blocks of a model of unknown architecture, see `find_feed_forwards`.
+        ff_blocks: of a composite model, the part whose blocks are meant, see `find_feed_forwards`.
         **settings: the method's settings, see `RecyclingArguments`, without their prefix.
 
     Raises:
@@ -208,8 +214,8 @@ class NeuronCallback(NeuronMethods):
 
     method_class: ClassVar[type[Method]]
 
-    def __init__(self, *, ff_pattern: str | None = None, **settings: Any):
-        super().__init__(ff_pattern=ff_pattern)
+    def __init__(self, *, ff_pattern: str | None = None, ff_blocks: str | None = None, **settings: Any):
+        super().__init__(ff_pattern=ff_pattern, ff_blocks=ff_blocks)
         checked = self.method_class.settings_class(**settings)
         checked.validate()
         self.method = self.method_class(checked)

@@ -1,6 +1,7 @@
 """What a method is: its settings, and what it does around each optimizer step."""
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -31,6 +32,7 @@ class Run:
         watch: which steps the optimizer takes.
         train_dataloader: the Trainer's.
         loss_of: the loss of a batch, to be averaged over processes; None: the one that the model returns.
+        attached: within this context, the backward pass of `loss_of` may compute parts of the forward pass again.
         second_pass: a second pass over the training data, by its seed; None: over the data of the loader.
     """
 
@@ -44,6 +46,7 @@ class Run:
     watch: StepWatch
     train_dataloader: Any
     loss_of: LossOf | None
+    attached: Callable[[], AbstractContextManager]
     second_pass: Callable[[int], SecondPass] | None
 
     def is_trained(self, block: FeedForward) -> bool:

@@ -48,19 +48,20 @@ class Overtraining(Method):
             return
         args, table = self.run.args, self.table
         size, tokens = args.per_device_train_batch_size, []
-        record = overtrain(
-            table,
-            self.settings,
-            info.optimizer_steps,
-            model=self.run.model,
-            optimizer=self.run.optimizer,
-            batches=self._batches(size, args.process_index, args.world_size, tokens),
-            loss_of=self.run.loss_of or model_loss,
-            max_grad_norm=args.max_grad_norm,
-            device=args.device,
-            process=args.process_index,
-            frozen=self.run.frozen(),
-        )
+        with self.run.attached():
+            record = overtrain(
+                table,
+                self.settings,
+                info.optimizer_steps,
+                model=self.run.model,
+                optimizer=self.run.optimizer,
+                batches=self._batches(size, args.process_index, args.world_size, tokens),
+                loss_of=self.run.loss_of or model_loss,
+                max_grad_norm=args.max_grad_norm,
+                device=args.device,
+                process=args.process_index,
+                frozen=self.run.frozen(),
+            )
         if record is None:
             return
         first, last, tokens = _over_processes([*record.losses[[0, -1]].tolist(), sum(tokens)], args.device)

@@ -34,25 +34,22 @@ class ReproducibleDataMixin(Trainer):
 
     def set_up_data(self) -> None:
         """To be called once, at the end of `__init__`."""
-        self.settle_data()
         self._epoch, self._no_epoch = SharedNumber(), SharedNumber()
         self._stream_ends_unannounced = False
         self._stream_state: StreamState | None = None
         self._batches_to_skip = 0
 
-    def settle_data(self) -> None:
-        """Works out whether batches are reproducible or the stock Trainer's: when a training begins, because a search
-        or a script may have changed the arguments."""
-        wanted = self.args.deterministic_masking
-        self._deterministic = not self.steps_aside if wanted is None else wanted
+    @property
+    def _deterministic(self) -> bool:
+        """Whether batches are as said above, by the arguments as they are now; else they are the stock Trainer's."""
+        chosen = self.args.deterministic_masking
+        return not self.steps_aside if chosen is None else chosen
 
     # ---- Loaders ----
 
     def _get_dataloader(
         self, dataset, description, batch_size, sampler_fn=None, is_training=False, dataloader_key=None
     ):
-        if not self.is_in_train:
-            self.settle_data()
         if self._deterministic and self.args.world_size > 1 and isinstance(dataset, IterableDataset):
             self._check_stream(dataset, is_training)
             # Of a wrapped stream every process reads all and takes its part, as of torch's streams. Accelerate gives

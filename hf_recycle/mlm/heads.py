@@ -16,6 +16,7 @@ from torch import nn
 
 from hf_recycle.host_memory import give_back_freed_memory
 from hf_recycle.mlm.last_feed_forward import LastFeedForward, find_last_feed_forward
+from hf_recycle.mlm.passing_hooks import PassingHook, registered
 from hf_recycle.mlm.plain_loss import comes_with_a_library, has_known_forward
 
 HEADS: dict[str, str] = {
@@ -69,13 +70,27 @@ class _KeepPositions:
 
 class MaskedHead:
     """Restricts the head that starts with `module` to chosen positions, and the last feed-forward block if one is
-    given. The hooks are registered once, here, so that the model looks the same at every step (to `torch.compile`,
-    for one)."""
+    given."""
 
     def __init__(self, module: nn.Module, feed_forward: LastFeedForward | None = None) -> None:
         self._keep = _KeepPositions()
-        self._handle = module.register_forward_pre_hook(self._keep)
         self._feed_forward = feed_forward
+        self._hooks = [PassingHook(module, self._keep), *(feed_forward.hooks if feed_forward is not None else ())]
+        self._attached = False
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Within the context, the hooks are on the model, idle outside `at`: for a backward pass that computes parts of
+        the forward pass again, as with gradient checkpointing. Copies made outside have no hooks."""
+        if self._attached:
+            yield
+            return
+        self._attached = True
+        try:
+            with registered(self._hooks):
+                yield
+        finally:
+            self._attached = False
 
     @contextmanager
     def at(self, positions: torch.Tensor, padding: torch.Tensor | None = None) -> Iterator[None]:
@@ -91,22 +106,17 @@ class MaskedHead:
         they no longer match. Hidden states behind the last feed-forward block mean nothing at other positions.
         Outside the context the model is as it was.
         """
-        self._set(positions, padding)
-        try:
-            yield
-        finally:
-            self._set(None, None)
+        with self.attached():
+            self._set(positions, padding)
+            try:
+                yield
+            finally:
+                self._set(None, None)
 
     def _set(self, positions: torch.Tensor | None, padding: torch.Tensor | None) -> None:
         self._keep.positions = positions
         if self._feed_forward is not None:
             self._feed_forward.set(positions, padding)
-
-    def remove(self) -> None:
-        """Take the hooks off the model."""
-        self._handle.remove()
-        if self._feed_forward is not None:
-            self._feed_forward.remove()
 
 
 def find_masked_head(model: nn.Module) -> MaskedHead | None:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from hf_recycle.mlm.passing_hooks import PassingHook
 from hf_recycle.mlm.plain_loss import comes_with_a_library
 from hf_recycle.neurons.find import find_feed_forwards
 
@@ -24,10 +25,10 @@ class LastFeedForward:
 
     def __init__(self, model: nn.Module, layer: nn.Module, ins: list[nn.Module], out: nn.Module) -> None:
         self._model, self._places = weakref.ref(model), _Places()  # it keeps no model alive
-        self._handles = [
-            layer.register_forward_pre_hook(_Begin(self._places)),
-            *(module.register_forward_pre_hook(_Gather(self._places)) for module in ins),
-            out.register_forward_hook(_Scatter(self._places)),
+        self.hooks = [
+            PassingHook(layer, _Begin(self._places)),
+            *(PassingHook(module, _Gather(self._places)) for module in ins),
+            PassingHook(out, _Scatter(self._places), behind=True),
         ]
 
     def set(self, positions: Tensor | None, padding: Tensor | None) -> None:
@@ -35,11 +36,6 @@ class LastFeedForward:
         if positions is not None and _is_watched(self._model()):
             positions = padding = None
         self._places.positions, self._places.padding = positions, padding
-
-    def remove(self) -> None:
-        """Take the hooks off the model."""
-        for handle in self._handles:
-            handle.remove()
 
 
 class _Places:

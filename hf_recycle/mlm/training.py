@@ -1,7 +1,7 @@
 """What a Trainer does differently for masked language models: loss and evaluation."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -39,8 +39,6 @@ class MaskedLanguageModelingMixin(ReproducibleDataMixin):
 
     Why a loss of our own: the forward of BERT and its kin takes `**kwargs` but ignores `num_items_in_batch`, so the
     stock Trainer believes the loss to be normalised over accumulated batches and processes when it is not.
-
-    Expects `self.steps_aside`.
     """
 
     def set_up_masked_language_modeling(self) -> None:
@@ -191,6 +189,11 @@ class MaskedLanguageModelingMixin(ReproducibleDataMixin):
             torch._dynamo.maybe_mark_dynamic(padding, 0)
         return positions, targets, padding
 
+    def head_attached(self) -> AbstractContextManager:
+        """Within the context, a backward pass may compute parts of the forward pass of `compute_loss` again."""
+        head = self._masked_head() if self._own_loss else None
+        return nullcontext() if head is None else head.attached()
+
     def _masked_head(self) -> MaskedHead | None:
         """The head of the current model, or None: not wanted, or the model can't (said once)."""
         if not self.args.masked_head:
@@ -203,9 +206,7 @@ class MaskedLanguageModelingMixin(ReproducibleDataMixin):
         return self._head
 
     def _give_up_masked_head(self, why: str) -> None:
-        if self._head is not None:
-            self._head.remove()
-            self._head = None
+        self._head = None
         logger.warning(
             f"masked_head: {type(self._head_model).__name__} can't compute its head on masked positions only ({why}); "
             "the full head is used, which is slower and otherwise the same."

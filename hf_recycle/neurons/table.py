@@ -162,6 +162,13 @@ class NeuronTable:
             table = _tables[model] = cls(found.blocks, views, pattern, ff_blocks)
         return table
 
+    @staticmethod
+    def forget_unless(model: nn.Module, pattern: str | None, ff_blocks: str | None) -> None:
+        """Forgets the table of `model` if its blocks were looked for in another way."""
+        table = _tables.get(model)
+        if table is not None and (table.pattern, table.ff_blocks) != (pattern, ff_blocks):
+            del _tables[model]
+
     def reset(self) -> None:
         """Forgets everything that happened; weights stay as they are."""
         self.states = [BlockState.fresh(block.num_neurons) for block in self.blocks]

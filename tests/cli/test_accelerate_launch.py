@@ -133,6 +133,69 @@ def test_launches_that_became_less_are_refused(launcher, words, status, message,
     assert not out.exists() or not list(out.glob("checkpoint-*"))
 
 
+SCRIPT = '''
+"""A script as people have it, for masked language modelling, with this package in place of transformers."""
+
+import sys
+
+import datasets
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import BertConfig, BertForMaskedLM, DataCollatorForLanguageModeling, HfArgumentParser
+from transformers import PreTrainedTokenizerFast, set_seed
+
+from hf_recycle import RecyclingArguments, RecyclingTrainer
+
+(args,) = HfArgumentParser(RecyclingArguments).parse_args_into_dataclasses(sys.argv[2:])
+special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+words = Tokenizer(models.WordLevel(unk_token="[UNK]"))
+words.pre_tokenizer = pre_tokenizers.Whitespace()
+words.train([sys.argv[1]], trainers.WordLevelTrainer(vocab_size=300, special_tokens=special))
+names = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
+tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, **dict(zip(names, special)))
+with args.main_process_first():
+    text = datasets.load_dataset("text", data_files=sys.argv[1], split="train")
+    text = text.filter(lambda row: len(row["text"].split()) > 4)
+    rows = text.map(lambda row: tokenizer(row["text"], truncation=True, max_length=16), remove_columns="text")
+set_seed(args.seed)
+sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+model = BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), max_position_embeddings=16, **sizes, **still))
+trainer = RecyclingTrainer(
+    model=model,
+    args=args,
+    train_dataset=rows,
+    eval_dataset=rows.select(range(11)),
+    data_collator=DataCollatorForLanguageModeling(tokenizer),
+    processing_class=tokenizer,
+)
+trainer.train()
+trainer.save_state()
+if trainer.is_world_process_zero():
+    print("processes:", args.world_size, file=sys.stderr)
+'''
+
+
+def test_a_script_of_ones_own_on_two_processes_is_as_on_one(start, workplace):
+    script = workplace / "run_mlm.py"
+    script.write_text(SCRIPT)
+    words = ["--max_steps", 4, "--logging_steps", 1, "--save_steps", 4, "--eval_strategy", "steps", "--eval_steps", 4]
+    words += ["--recycle_steps", 2, "--recycle_fraction", 0.25, "--disable_tqdm", "true", "--use_cpu", "true"]
+    logs = []
+    for launcher, processes, batch in (([sys.executable], 1, 8), (TORCHRUN, 2, 4)):
+        out = workplace / f"script-{processes}"
+        sizes = ["--per_device_train_batch_size", batch, "--output_dir", out]
+        process = start(*launcher, script, workplace / "train.txt", *words, *sizes)
+        errors = finish(process)
+        assert process.returncode == 0, errors[-3000:]
+        assert f"processes: {processes}" in errors
+        assert [len(index) for index in _recycled(out / "checkpoint-4")] == [8]
+        AutoModelForMaskedLM.from_pretrained(out / "checkpoint-4")
+        logs.append(log(out))
+    single, both = ([row.get("loss", row.get("eval_loss")) for row in found[:-1]] for found in logs)
+    assert both == pytest.approx(single, abs=1e-4)
+    assert len(both) == 5
+
+
 def test_processes_with_different_recipes_are_stopped(start, workplace):
     script = workplace / "uneven.py"
     script.write_text(

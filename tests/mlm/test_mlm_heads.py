@@ -147,13 +147,20 @@ def test_a_copy_is_independent(model_type):
         assert_same(full_head(model, inputs, labels), reference)
 
 
-def test_remove_takes_the_hook_off():
+def hooks(model) -> int:
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+
+
+def test_hooks_are_on_the_model_within_the_contexts_only():
     model = tiny_model("bert")
-    inputs, labels = batch("uneven")
     head = find_masked_head(model)
-    head.remove()
-    with head.at(masked_positions(labels)):
-        assert model(**inputs).logits.shape == (*labels.shape, VOCABULARY)
+    assert hooks(model) == 0
+    with head.attached():
+        on = hooks(model)
+        with head.at(masked_positions(batch("uneven")[1])):
+            assert hooks(model) == on > 0
+        assert hooks(model) == on
+    assert hooks(model) == 0
 
 
 def test_an_error_in_the_context_leaves_the_hook_idle():
@@ -172,10 +179,10 @@ def test_the_head_keeps_no_model_alive():
     gc.disable()  # a reference cycle would outlive the last reference
     try:
         del model
+        assert head is not None
         assert gone() is None
     finally:
         gc.enable()
-    head.remove()
 
 
 def test_a_compiled_model_needs_one_graph_for_all_counts():

@@ -63,9 +63,10 @@ def restricted(model, head, size: int | None = None):
     if size is not None:
         positions, targets = padded_positions(labels, size)
     torch.manual_seed(2)
-    with head.at(positions, None if size is None else targets == -100):
-        logits = model(input_ids=ids).logits
-    return backward(model, logits, targets)
+    with head.attached():
+        with head.at(positions, None if size is None else targets == -100):
+            logits = model(input_ids=ids).logits
+        return backward(model, logits, targets)
 
 
 def assert_same(left, right):

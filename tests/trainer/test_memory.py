@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -131,7 +133,7 @@ class Copies(TrainerCallback):
             return super().__getattribute__(name)
 
         def take(args, state, control, model, **kwargs) -> None:
-            self.found[name] = copy.deepcopy(model), pickle.dumps(model.bert.encoder.layer[0])
+            self.found[name] = copy.deepcopy(model), pickle.dumps(model)
 
         return take
 
@@ -152,8 +154,16 @@ def economical(arguments, tokenizer):
     return make
 
 
-def attributes(model: nn.Module) -> list[tuple[type, set[str]]]:
-    return [(type(module), set(vars(module)) - {"_is_accelerate_prepared"}) for module in model.modules()]
+def attributes(model: nn.Module) -> list[tuple[type, set[str], int]]:
+    """Of each module its class, what it has, and how many hooks."""
+    return [
+        (
+            type(module),
+            set(vars(module)) - {"_is_accelerate_prepared"},
+            sum(len(value) for name, value in vars(module).items() if name.endswith("_hooks")),
+        )
+        for module in model.modules()
+    ]
 
 
 def test_copies_made_at_any_event_are_as_those_of_a_stock_training(economical):
@@ -169,14 +179,23 @@ def test_copies_made_at_any_event_are_as_those_of_a_stock_training(economical):
         assert not copied.get_input_embeddings().weight.grad.is_sparse
 
 
+@pytest.mark.slow
+def test_a_model_pickled_while_training_runs_is_loaded_without_this_package(economical, tmp_path):
+    copies = Copies()
+    economical(tiny_bert(), [copies], max_steps=1).train()
+    (tmp_path / "model.pkl").write_bytes(copies.found["on_step_end"][1])
+    script = "import pickle, sys; sys.modules['hf_recycle'] = None; pickle.load(open(sys.argv[1], 'rb'))"
+    subprocess.run([sys.executable, "-c", script, tmp_path / "model.pkl"], check=True, timeout=120)
+
+
 def test_after_a_training_that_fails_the_model_is_as_it_was(economical):
     model = tiny_bert()
     handle = model.bert.encoder.layer[1].register_forward_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         economical(model).train()
+    handle.remove()
     assert attributes(model) == attributes(tiny_bert())
     assert not model.get_input_embeddings().sparse
-    handle.remove()
 
 
 def test_training_steps_of_the_users_keep_a_dense_gradient(run):

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from tiny_runs import assert_same_weights, masked_sentences, tiny_bert
+from tiny_runs import assert_same_weights, masked_sentences, tiny_bert, tiny_t5
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
@@ -143,3 +143,23 @@ def test_looking_at_weights_that_fade_in_is_refused_under_deepspeed(arguments, r
     settings = {"recycle_steps": 3, "recycle_smooth_steps": 4, "recycle_reinit": reinit}
     with pytest.raises(ValueError, match=f"recycle_reinit='{reinit}' can't be used under DeepSpeed with"):
         trainer_with(arguments, **settings).train()
+
+
+def test_a_part_of_a_composite_model(arguments):
+    """On a stock Trainer, and taken over by ours."""
+    recycled = []
+    for cls in (Trainer, RecyclingTrainer):
+        callback = RecyclingCallback(steps=2, fraction=0.25, ff_blocks="decoder")
+        args = arguments(max_steps=4, max_grad_norm=0.0)
+        trainer = cls(model=tiny_t5(), args=args, train_dataset=masked_sentences(), callbacks=[callback])
+        trainer.train()
+        assert list(callback.table.counts) == ["decoder.block.0.layer.2.DenseReluDense"]
+        recycled.append([(row["block"], row["recycled"]) for row in happened(callback)])
+    assert recycled[0] == recycled[1] != []
+    assert trainer.recycling_arguments()["ff_blocks"] == "decoder"
+
+
+def test_parts_that_differ_are_refused(arguments):
+    callbacks = [PruningCallback(fraction=0.2, ff_blocks="decoder")]
+    with pytest.raises(ValueError, match="ff_blocks is given as 'decoder' and as 'encoder': all methods need the same"):
+        trainer_with(arguments, callbacks, model=tiny_t5(), recycle_steps=2, ff_blocks="encoder")

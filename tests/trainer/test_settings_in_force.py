@@ -1,15 +1,16 @@
 """Arguments count as they are when training begins, and a resumed run keeps the schedule that it began with."""
 
 import dataclasses
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from tiny_runs import assert_same_weights, losses, masked_sentences, sentences, tiny_bert
+from tiny_runs import assert_same_weights, losses, masked_sentences, sentences, tiny_bert, tiny_t5
 from transformers import DataCollatorForLanguageModeling, integrations
 from transformers.trainer_utils import HPSearchBackend
 
-from hf_recycle import RecyclingHistory, RecyclingTrainer
+from hf_recycle import RecyclingHistory, RecyclingTrainer, checkpoint_list, onednn
 from hf_recycle.files import RecyclingFileError
 
 PLAIN = {"recycle_steps": 2, "recycle_fraction": 0.25}
@@ -138,3 +139,100 @@ def test_the_resolved_schedule_is_in_the_checkpoint_and_the_same_steps_may_be_wr
     ):
         with pytest.raises(RecyclingFileError, match=message):
             trainer_with(arguments(max_steps=8, **SHARES | settings)).train(resume_from_checkpoint=str(folder))
+
+
+# ---- What is no method's setting ----
+
+ATTENTION = "attention.self.query -> attention.output.dense"
+FIELDS = {
+    "masked_head": (True, False),
+    "recompute_activations": (True, False),
+    "onednn_linear": (False, True),
+    "deterministic_masking": (None, False),
+    "ff_pattern": (None, ATTENTION),
+    "ff_blocks": (None, "decoder"),
+}
+
+
+def what_it_does(trainer) -> dict:
+    """Which batches a training gets, how it computes them, and what comes out."""
+    model, batches, step = trainer.model, [], trainer.training_step
+    ways, shapes = set(), []
+
+    def noting(model, inputs, *args, **kwargs):
+        batches.append({name: value.tolist() for name, value in inputs.items()})
+        return step(model, inputs, *args, **kwargs)
+
+    def look(*_):
+        ways.update((n, type(vars(m)["forward"]).__name__) for n, m in model.named_modules() if "forward" in vars(m))
+
+    trainer.training_step = noting
+    model.get_input_embeddings().register_forward_hook(look)
+    model.get_output_embeddings().register_forward_hook(lambda _, __, logits: shapes.append(logits.shape))
+    trainer.train()
+    blocks = [block.name for block in trainer.neuron_table().blocks]
+    found = {"batches": batches, "ways": ways, "shapes": shapes, "blocks": blocks, "phases": phases(trainer)}
+    return found | {"losses": losses(trainer)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("turned", ["on", "off"])
+@pytest.mark.parametrize("name", FIELDS)
+def test_any_field_counts_as_it_is_when_training_begins(name, turned, arguments, tokenizer, monkeypatch):
+    if name == "onednn_linear" and not onednn.is_available():
+        pytest.skip("this PyTorch is without oneDNN")
+    monkeypatch.setattr(onednn, "_LEAST_WORK", 0)
+    before, now = FIELDS[name] if turned == "on" else reversed(FIELDS[name])
+
+    def build(value):
+        return RecyclingTrainer(
+            model=tiny_t5() if name == "ff_blocks" else tiny_bert(0.0),
+            args=arguments(max_steps=4, **PLAIN, **{name: value}),
+            train_dataset=masked_sentences() if name == "ff_blocks" else sentences(),
+            data_collator=None if name == "ff_blocks" else DataCollatorForLanguageModeling(tokenizer),
+        )
+
+    changed = build(before)
+    setattr(changed.args, name, now)
+    found = what_it_does(changed)
+    assert found == what_it_does(build(now))
+    assert found != what_it_does(build(before))
+
+
+@pytest.mark.parametrize("later", [{"masked_head": True}, PLAIN])
+def test_a_trainer_that_stepped_aside_when_it_was_made(later, arguments, tokenizer):
+    """Its batches and evaluations are those of the arguments as they are now."""
+
+    def build(**settings):
+        return RecyclingTrainer(
+            model=tiny_bert(0.0),
+            args=arguments(max_steps=2, **{"masked_head": False} | settings),
+            train_dataset=sentences(),
+            eval_dataset=sentences(9),
+            data_collator=DataCollatorForLanguageModeling(tokenizer),
+        )
+
+    changed, expected = build(), build(**later)
+    assert changed.steps_aside
+    for name, value in later.items():
+        setattr(changed.args, name, value)
+    assert changed.evaluate()["eval_loss"] == expected.evaluate()["eval_loss"]
+    assert what_it_does(changed) == what_it_does(expected)
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_checksums_of_large_files(verify, arguments, monkeypatch):
+    monkeypatch.setattr(checkpoint_list, "_SMALL", 0)
+    trainer = trainer_with(arguments(max_steps=1, save_strategy="steps", save_steps=1, verify_checkpoint=not verify))
+    trainer.args.verify_checkpoint = verify
+    trainer.train()
+    listed = json.loads(Path(trainer.args.output_dir, "checkpoint-1", checkpoint_list.LIST_FILE).read_text())
+    assert all(("sha256" in entry) == verify for entry in listed["files"].values())
+
+
+def test_onednn_that_is_not_there_is_refused_also_later(arguments, monkeypatch):
+    trainer = trainer_with(arguments())
+    monkeypatch.setattr("hf_recycle.trainer.is_available", lambda: False)
+    trainer.args.onednn_linear = True
+    with pytest.raises(ValueError, match="onednn_linear=True, but this PyTorch"):
+        trainer.train()

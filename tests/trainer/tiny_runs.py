@@ -10,6 +10,8 @@ from transformers import (
     ModernBertConfig,
     ModernBertForMaskedLM,
     PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
     set_seed,
 )
 
@@ -52,6 +54,13 @@ def tiny_modernbert() -> ModernBertForMaskedLM:
             sep_token_id=3,
         )
     )
+
+
+def tiny_t5() -> T5ForConditionalGeneration:
+    """One layer of each: `encoder.block.0.layer.1.DenseReluDense`, `decoder.block.0.layer.2.DenseReluDense`."""
+    set_seed(7)
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2, "vocab_size": VOCABULARY}
+    return T5ForConditionalGeneration(T5Config(**sizes, dropout_rate=0.0, decoder_start_token_id=0))
 
 
 def sentences(n: int = 48, length: int = 12, seed: int = 0) -> list[dict]:
