@@ -9,13 +9,12 @@ dropout, residual and norm see the shapes they always see, and dropout draws the
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from hf_recycle.mlm.passing_hooks import PassingHook
-from hf_recycle.mlm.plain_loss import comes_with_a_library
+from hf_recycle.mlm.plain_loss import comes_with_a_library, is_hook_of_a_library
 from hf_recycle.neurons.find import find_feed_forwards
 
 
@@ -63,20 +62,11 @@ class _Places:
         return self.now[0] is None or (self.positions is None and not _in_backward())
 
 
-_ENGINES = ("torch", "accelerate", "deepspeed", "transformers", __name__.partition(".")[0])
-
-
 def _is_watched(model: nn.Module) -> bool:
     """Whether the model has hooks that are of none of the libraries that train it."""
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     hooks = (hook for module in model.modules() for kind in kinds for hook in getattr(module, kind).values())
-    return any(_origin(hook) not in _ENGINES for hook in hooks)
-
-
-def _origin(hook: Callable) -> str:
-    """The library that a hook is of."""
-    function = getattr(hook, "func", hook)  # of a partial
-    return (getattr(function, "__module__", None) or type(function).__module__).partition(".")[0]
+    return not all(map(is_hook_of_a_library, hooks))
 
 
 def _in_backward() -> bool:

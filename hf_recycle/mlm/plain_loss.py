@@ -7,6 +7,7 @@ classes of transformers are known to do so, and only in the forward that they ca
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -128,8 +129,16 @@ def _class_forward_is_used(module: nn.Module) -> bool:
 def _is_untouched(model: nn.Module) -> bool:
     """Whether nothing of the user's comes before or after the forward of `model`."""
     hooks = [*model._forward_hooks.values(), *model._forward_pre_hooks.values()]
-    of_engines = all(getattr(hook, "__module__", "").startswith(("torch.", "accelerate.")) for hook in hooks)
-    return type(model).__call__ is nn.Module.__call__ and of_engines
+    return type(model).__call__ is nn.Module.__call__ and all(map(is_hook_of_a_library, hooks))
+
+
+_LIBRARIES = ("torch", "accelerate", "deepspeed", "transformers", __name__.partition(".")[0])
+
+
+def is_hook_of_a_library(hook: Callable) -> bool:
+    """Whether a hook is of one of the libraries that train a model, and not the user's."""
+    function = getattr(hook, "func", hook)  # of a partial
+    return (getattr(function, "__module__", None) or type(function).__module__).partition(".")[0] in _LIBRARIES
 
 
 def _is_plain(criterion: nn.Module | None) -> bool:
