@@ -436,11 +436,11 @@ def test_what_was_to_be_private_is_published_privately_later(online, hub, name, 
 def test_the_card_names_the_repository_it_is_published_in(online, hub, name, run):
     """Wherever it was written for; what was written by hand stays."""
     local = (run / "checkpoint-4" / "README.md").read_text()
-    assert f"hub://{name}" not in local
+    assert f"hf://{name}" not in local
     assert push_command([str(run / "checkpoint-4"), name.removeprefix("alice/")]) == 0
     card = hub.store.read(name, "README.md").decode()
     assert f'from_pretrained("{name}")' in card
-    assert f"hub://{name}" in card
+    assert f"hf://{name}" in card
     assert f"hf-recycle analyze {name}" in card
     assert "path/to/this/folder" not in card
     assert re.findall(r"figures/\w+\.png", card) == re.findall(r"figures/\w+\.png", local)
