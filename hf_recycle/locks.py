@@ -19,7 +19,8 @@ class FileLock:
     nothing can be written, it is as if nobody else were there.
 
     Args:
-        path: the file, which stays; it tells who holds the lock.
+        path: the file, which tells who holds the lock. It goes with the lock, unless that is inherited or its process is
+            killed.
         inherited: a process that is given the file's number holds the lock too; else nobody but this process does, not
             even those that are forked from it.
     """
@@ -42,6 +43,9 @@ class FileLock:
             except BlockingIOError:
                 file.close()
                 return False
+            if not self._is_mine(file):  # whoever had it has just removed it
+                file.close()
+                return self.take()
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
         if not self._inherited and hasattr(os, "register_at_fork"):
@@ -52,8 +56,18 @@ class FileLock:
 
     def release(self) -> None:
         if self._file is not None:
+            if fcntl is not None and not self._file.closed and not self._inherited and self._is_mine(self._file):
+                with contextlib.suppress(OSError):
+                    self.path.unlink()  # while it is held: who opened it meanwhile finds that it is another file
             self._file.close()
         self._file = None
+
+    def _is_mine(self, file: FileIO) -> bool:
+        """Whether an open file is the one at `path`."""
+        try:
+            return os.path.samestat(os.fstat(file.fileno()), self.path.stat())
+        except FileNotFoundError:
+            return False
 
     @property
     def number(self) -> int | None:

@@ -38,7 +38,25 @@ def test_a_lock_dies_with_its_process_though_its_workers_live_on(tmp_path):
     finally:
         os.kill(worker, signal.SIGKILL)
     lock.release()
+    assert not lock.path.exists()
     assert FileLock(lock.path).take()
+
+
+def test_who_opened_the_file_before_it_was_removed_takes_the_next_one(tmp_path, monkeypatch):
+    import hf_recycle.locks as module
+
+    first, second, third = (FileLock(tmp_path / "lock") for _ in range(3))
+    assert first.take()
+    flock = module.fcntl.flock
+
+    def released_just_now(*arguments):
+        monkeypatch.setattr(module.fcntl, "flock", flock)
+        first.release()
+        flock(*arguments)
+
+    monkeypatch.setattr(module.fcntl, "flock", released_just_now)
+    assert second.take()
+    assert not third.take()
 
 
 def test_where_nothing_can_be_locked_it_is_as_if_nobody_were_there(tmp_path, monkeypatch):
