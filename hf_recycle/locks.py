@@ -19,8 +19,8 @@ class FileLock:
     nothing can be written, it is as if nobody else were there.
 
     Args:
-        path: the file, which tells who holds the lock. It goes with the lock, unless that is inherited or its process is
-            killed.
+        path: the file, which tells who holds the lock. It goes with the lock, unless that is inherited or its process
+            is killed.
         inherited: a process that is given the file's number holds the lock too; else nobody but this process does, not
             even those that are forked from it.
     """
