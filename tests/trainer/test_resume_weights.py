@@ -197,7 +197,8 @@ def train_adapter(arguments):
             parameter.requires_grad_(parameter.requires_grad or bool(unfreeze and unfreeze in name))
         trainer = cls(
             model=model,
-            args=arguments(folder, **SAVING),
+            # With the head on masked positions the last digits differ from the stock Trainer's.
+            args=arguments(folder, masked_head=False, **SAVING),
             train_dataset=masked_sentences(),
             data_collator=default_data_collator,
         )
