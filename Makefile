@@ -55,6 +55,10 @@ format: install ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+.PHONY: bench
+bench: install ## Measure speed and memory against the stock Trainer (twenty minutes on two idle cores)
+	$(BIN)/python -m benchmarks $(ROWS)
+
 .PHONY: wheel
 wheel: install ## Build the wheel into dist/
 	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .

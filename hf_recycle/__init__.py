@@ -5,30 +5,30 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from hf_recycle.arguments import RecyclingArguments as RecyclingArguments
-    from hf_recycle.callbacks import MagnitudeCallback as MagnitudeCallback
-    from hf_recycle.callbacks import MidpointLossCallback as MidpointLossCallback
-    from hf_recycle.callbacks import OvertrainingCallback as OvertrainingCallback
-    from hf_recycle.callbacks import PruningCallback as PruningCallback
-    from hf_recycle.callbacks import RecyclingCallback as RecyclingCallback
-    from hf_recycle.history import RecyclingHistory as RecyclingHistory
+    from hf_recycle.methods.all import MagnitudeCallback as MagnitudeCallback
+    from hf_recycle.methods.all import MidpointLossCallback as MidpointLossCallback
+    from hf_recycle.methods.all import OvertrainingCallback as OvertrainingCallback
+    from hf_recycle.methods.all import PruningCallback as PruningCallback
+    from hf_recycle.methods.all import RecyclingCallback as RecyclingCallback
     from hf_recycle.neurons.find import find_feed_forwards as find_feed_forwards
     from hf_recycle.neurons.magnitudes import neuron_magnitudes as neuron_magnitudes
-    from hf_recycle.trainer import RecyclingTrainer as RecyclingTrainer
+    from hf_recycle.records.history import RecyclingHistory as RecyclingHistory
+    from hf_recycle.trainer.trainer import RecyclingTrainer as RecyclingTrainer
 
 __version__ = "0.1.0"
 
 # Imported at first use: torch and transformers take seconds, and the command line's --help needs neither.
 _HOMES = {
     "RecyclingArguments": "hf_recycle.arguments",
-    "RecyclingTrainer": "hf_recycle.trainer",
-    "RecyclingCallback": "hf_recycle.callbacks",
-    "MidpointLossCallback": "hf_recycle.callbacks",
-    "PruningCallback": "hf_recycle.callbacks",
-    "OvertrainingCallback": "hf_recycle.callbacks",
-    "MagnitudeCallback": "hf_recycle.callbacks",
+    "RecyclingTrainer": "hf_recycle.trainer.trainer",
+    "RecyclingCallback": "hf_recycle.methods.all",
+    "MidpointLossCallback": "hf_recycle.methods.all",
+    "PruningCallback": "hf_recycle.methods.all",
+    "OvertrainingCallback": "hf_recycle.methods.all",
+    "MagnitudeCallback": "hf_recycle.methods.all",
     "find_feed_forwards": "hf_recycle.neurons.find",
     "neuron_magnitudes": "hf_recycle.neurons.magnitudes",
-    "RecyclingHistory": "hf_recycle.history",
+    "RecyclingHistory": "hf_recycle.records.history",
 }
 
 __all__ = ["__version__", *_HOMES]

@@ -1,22 +1,40 @@
 """`RecyclingArguments`: `TrainingArguments` with the settings of every method, flat."""
 
+import math
 import os
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from transformers import TrainingArguments
 
-from hf_recycle.settings import (
+from hf_recycle.methods.settings import (
+    LARGEST,
     METHODS,
+    MOST,
     MagnitudeSettings,
     MidpointSettings,
     OvertrainingSettings,
     PruningSettings,
     RecyclingSettings,
     Settings,
-    check_training_numbers,
     flat_field,
 )
+
+
+def check_training_numbers(arguments: TrainingArguments) -> None:
+    """Refuses numbers of the Trainer's own arguments that no training can come well out of, and on which it would go
+    astray without a word.
+
+    Raises:
+        ValueError: that names the argument, its value and what is allowed.
+    """
+    numbers = ("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm", "num_train_epochs")
+    limits = dict.fromkeys(numbers, LARGEST) | {"max_steps": MOST}
+    for name, largest in limits.items():
+        value = getattr(arguments, name)
+        endless = name == "max_grad_norm" and value == math.inf  # no clipping, as many write it
+        if isinstance(value, int | float) and not endless and not abs(value) <= largest:
+            raise ValueError(f"{name}={value!r} is not allowed: it must be a number, at most {largest:.3g} in size.")
 
 
 def _recycle(name: str) -> Any:

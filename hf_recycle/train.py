@@ -7,8 +7,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-from hf_recycle.cli.leaving import leave
 from hf_recycle.errors import UserError
+from hf_recycle.runs.leaving import leave
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if "--list" in words:
-        from hf_recycle.cli.recipes import describe_recipes
+        from hf_recycle.runs.recipes import describe_recipes
 
         print(describe_recipes())
         return 0
@@ -36,9 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(words: list[str]) -> int:
     # Imported late: importing torch takes seconds, and the branches above do without it.
-    from hf_recycle.cli.interruption import Terminated, sigterm_as_interrupt
-    from hf_recycle.cli.launcher import launch, split_launch_options
-    from hf_recycle.cli.parse import parse_run
+    from hf_recycle.runs.interruption import Terminated, sigterm_as_interrupt
+    from hf_recycle.runs.launcher import launch, split_launch_options
+    from hf_recycle.runs.parse import parse_run
 
     options, words = split_launch_options(words)
     if options:
@@ -48,7 +48,7 @@ def _run(words: list[str]) -> int:
         try:
             with _bad_values_are_user_errors():
                 arguments = parse_run(words)
-                from hf_recycle.cli.run import Run
+                from hf_recycle.runs.run import Run
 
                 run = Run.prepare(arguments, words)
             run.train()

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from hf_recycle import files
-from hf_recycle.history import HistoryRecorder, RecyclingHistory, summarize
+from hf_recycle.records import files
+from hf_recycle.records.history import HistoryRecorder, RecyclingHistory, summarize
 
 
 def write_run(

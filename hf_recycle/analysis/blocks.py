@@ -10,7 +10,7 @@ from hf_recycle.analysis.bimodality import dip, dip_p_value
 from hf_recycle.analysis.duplicates import duplicates
 from hf_recycle.analysis.scan import Tiles, scan
 from hf_recycle.neurons.blocks import FeedForward
-from hf_recycle.recorder import HISTOGRAM_BINS, QUANTILE_LEVELS, magnitude_quantiles
+from hf_recycle.records.recorder import HISTOGRAM_BINS, QUANTILE_LEVELS, magnitude_quantiles
 
 BIMODAL_P = 0.01
 """A block is called bimodal when the dip test rejects one mode with a p-value below this."""

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from hf_recycle.analysis.drawing import PALETTE, new_figure, open_axes, save
 from hf_recycle.analysis.labels import short_labels
 from hf_recycle.analysis.pruning import PruneCurves
 from hf_recycle.analysis.tables import table
+from hf_recycle.plots.style import PALETTE, new_figure, open_axes, save
 
 _LOSSES = {"mlm": "masked token", "clm": "token"}
 

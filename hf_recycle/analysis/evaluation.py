@@ -14,6 +14,8 @@ from transformers.models.auto.modeling_auto import (
 
 from hf_recycle.analysis.checkpoint import Checkpoint
 from hf_recycle.analysis.source import Source
+from hf_recycle.batches.numbered import Numbered
+from hf_recycle.batches.seeded import EVALUATION_SEED, SeededCollator
 from hf_recycle.data.arguments import DataArguments, ModelArguments
 from hf_recycle.data.collate import CausalCollator
 from hf_recycle.data.loading import load_data
@@ -23,8 +25,6 @@ from hf_recycle.errors import UserError
 from hf_recycle.mlm.heads import find_masked_head
 from hf_recycle.mlm.loss import IGNORED, masked_positions, token_losses
 from hf_recycle.mlm.masking import MaskedLanguageModelingCollator
-from hf_recycle.mlm.numbered import Numbered
-from hf_recycle.mlm.seeded import EVALUATION_SEED, SeededCollator
 
 Batch = dict[str, Tensor]
 

@@ -9,11 +9,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from hf_recycle.analysis.drawing import line_style, new_figure, open_axes, save
 from hf_recycle.analysis.labels import short_labels
 from hf_recycle.analysis.model import ModelAnalysis
-from hf_recycle.report.figures import draw_figures
-from hf_recycle.report.naming import short_names
+from hf_recycle.plots.run import draw_figures
+from hf_recycle.plots.style import line_style, new_figure, open_axes, save
+from hf_recycle.records.naming import short_names
 
 _BINS = 60
 

@@ -6,9 +6,9 @@ from typing import Any
 from hf_recycle.analysis.blocks import BlockStatistics, Thresholds, block_statistics
 from hf_recycle.analysis.checkpoint import Checkpoint
 from hf_recycle.analysis.source import Source
-from hf_recycle.files import CONFIG_FILE
-from hf_recycle.history import RecyclingHistory
 from hf_recycle.hub.address import HubAddress
+from hf_recycle.records.files import CONFIG_FILE
+from hf_recycle.records.history import RecyclingHistory
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ from torch import Tensor
 from hf_recycle.analysis.evaluation import EvaluationSettings, LanguageModel, load_language_model
 from hf_recycle.analysis.source import Source
 from hf_recycle.errors import UserError
-from hf_recycle.methods.seeds import generator_for
-from hf_recycle.methods.selection import CRITERIA, Signals, select
+from hf_recycle.methods.recycling.selection import CRITERIA, Signals, select
 from hf_recycle.neurons.blocks import FeedForward
 from hf_recycle.neurons.find import find_feed_forwards
-from hf_recycle.suggest import nearest
+from hf_recycle.utils.seeds import generator_for
+from hf_recycle.utils.suggest import nearest
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from hf_recycle.analysis.drawing import PALETTE, new_figure, open_axes, save
 from hf_recycle.analysis.revisions import RevisionState
-from hf_recycle.report.naming import short_names
+from hf_recycle.plots.style import PALETTE, new_figure, open_axes, save
+from hf_recycle.records.naming import short_names
 
 
 def draw_revisions(states: Sequence[RevisionState], folder: Path) -> list[Path]:

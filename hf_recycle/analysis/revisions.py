@@ -12,10 +12,10 @@ from hf_recycle.analysis.model import analyze, recycling_history
 from hf_recycle.analysis.source import INDEX, WEIGHTS, Source
 from hf_recycle.analysis.tables import table
 from hf_recycle.errors import UserError
-from hf_recycle.files import CONFIG_FILE
 from hf_recycle.hub.address import locate
 from hf_recycle.hub.explain import explained
-from hf_recycle.report.naming import short_names
+from hf_recycle.records.files import CONFIG_FILE
+from hf_recycle.records.naming import short_names
 
 
 @dataclass(frozen=True)

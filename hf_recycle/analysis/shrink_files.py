@@ -22,10 +22,10 @@ from hf_recycle.analysis.checkpoint import Checkpoint
 from hf_recycle.analysis.shrink import check_pruned_are_zero
 from hf_recycle.analysis.source import Source
 from hf_recycle.errors import UserError
-from hf_recycle.files import STATE_FILE
 from hf_recycle.hub.explain import explained
 from hf_recycle.hub.fetch import check_small_files
 from hf_recycle.neurons.find import find_feed_forwards
+from hf_recycle.records.files import STATE_FILE
 
 Processor = PreTrainedTokenizerBase | ProcessorMixin | ImageProcessingMixin | FeatureExtractionMixin
 

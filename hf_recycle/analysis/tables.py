@@ -7,8 +7,8 @@ import numpy as np
 from hf_recycle.analysis.blocks import BIMODAL_P, BlockStatistics
 from hf_recycle.analysis.labels import short_labels
 from hf_recycle.analysis.model import ModelAnalysis
-from hf_recycle.report.naming import short_names
-from hf_recycle.report.times import group_times
+from hf_recycle.records.naming import short_names
+from hf_recycle.records.times import group_times
 
 LEGEND = f"""\
 magnitude: ‖w_in‖·‖w_out‖ of a neuron. CV: standard deviation over mean. dip: Hartigan's dip of the magnitudes; p: of

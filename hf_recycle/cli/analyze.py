@@ -77,7 +77,7 @@ def _analyze(words: Sequence[str]) -> None:
     options = _options().read(words)
     _check(options)
     # Imported late: importing torch and transformers takes seconds, and a mistake in the flags needs neither.
-    from hf_recycle.file_checks import RecyclingFileError
+    from hf_recycle.records.file_checks import RecyclingFileError
 
     command = _prune_curves if options.prune_curve else _revisions if options.revisions else _magnitudes
     command = _blocks if options.blocks else command

@@ -8,8 +8,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from transformers import TrainingArguments
 
 from hf_recycle.arguments import RecyclingArguments
-from hf_recycle.cli.launcher import LAUNCH_OPTIONS
 from hf_recycle.data.arguments import DataArguments, ModelArguments
+from hf_recycle.runs.launcher import LAUNCH_OPTIONS
 
 _INTRODUCTION = """\
 usage: hf-recycle train [RECIPE ...] [--argument VALUE ...]

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from hf_recycle.suggest import nearest
+from hf_recycle.utils.suggest import nearest
 
 # Name -> (module with a `main(argv) -> exit status`, what it does).
 _COMMANDS = {
@@ -17,7 +17,6 @@ _COMMANDS = {
     "pull": ("hf_recycle.cli.pull", "download a checkpoint of the Hub that training can go on from"),
     "report": ("hf_recycle.cli.report", "draw a run, or a repository of the Hub, as one HTML page"),
     "study": ("hf_recycle.cli.study", "run experiments over seeds and report on them"),
-    "bench": ("hf_recycle.cli.bench", "measure speed, memory and the cost of each method"),
     "shrink": ("hf_recycle.cli.shrink", "take the pruned or the least important neurons out of a model"),
 }
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from hf_recycle.errors import UserError
-from hf_recycle.suggest import nearest
+from hf_recycle.utils.suggest import nearest
 
 
 class Options(argparse.ArgumentParser):

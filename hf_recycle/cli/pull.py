@@ -10,9 +10,9 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from hf_recycle.command_words import path_word
 from hf_recycle.errors import UserError
 from hf_recycle.hub.address import LAST, SCHEME, HubAddress, is_address
+from hf_recycle.utils.command_words import path_word
 
 _DESCRIPTION = """\
 Download a checkpoint that training can go on from, all of one commit, and check every file of it: nothing is
@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _pull(options: argparse.Namespace) -> str:
     address = _address(options)
-    from hf_recycle.hub.pull import plan
+    from hf_recycle.hub.pull.pull import plan
 
     settled = plan(address, trust_pickled=options.trust_pickled_checkpoint)
     folder = settled.fetch()

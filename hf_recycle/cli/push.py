@@ -21,8 +21,8 @@ def main(argv: Sequence[str]) -> int:
     """Run the command; returns the exit status: 1 if the Hub can't be reached, 2 for what the user can mend."""
     options = _parser().parse_args(argv)
     # Imported late: --help needs neither torch nor the network.
-    from hf_recycle.hub.publisher import Publisher
-    from hf_recycle.hub.repository import Repository
+    from hf_recycle.hub.push.publisher import Publisher
+    from hf_recycle.hub.push.repository import Repository
 
     try:
         push = _push_of(options)
@@ -82,8 +82,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _push_of(options: argparse.Namespace):
-    from hf_recycle.hub.commit_message import commit_message, step_of
-    from hf_recycle.hub.job import JOB_FILE, Push
+    from hf_recycle.hub.push.commit_message import commit_message, step_of
+    from hf_recycle.hub.push.job import JOB_FILE, Push
 
     folder = _model_folder(Path(options.folder), options.resumable)
     step = step_of(folder)
@@ -108,7 +108,7 @@ def _model_folder(folder: Path, resumable: bool) -> Path:
     """The folder to publish: `folder` itself, or the newest checkpoint in it."""
     from transformers.trainer_utils import get_last_checkpoint
 
-    from hf_recycle.hub.layout import has_weights
+    from hf_recycle.hub.push.layout import has_weights
 
     if not folder.is_dir():
         raise UserError(f"FOLDER={str(folder)!r} does not exist; name an output folder or a checkpoint of a run.")

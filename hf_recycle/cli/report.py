@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hf_recycle.errors import UserError
-from hf_recycle.files import RecyclingFileError
+from hf_recycle.records.files import RecyclingFileError
 
 
 def main(argv: Sequence[str]) -> int:
@@ -50,11 +50,11 @@ def report(run: str, revision: str | None = None) -> str:
         RecyclingFileError: nothing is found there, or a file is damaged.
     """
     # Late: a mistyped argument need not wait for matplotlib and torch.
-    from hf_recycle.history import RecyclingHistory
+    from hf_recycle.card.facts import facts_of
+    from hf_recycle.card.html import render_report
     from hf_recycle.hub.address import locate
-    from hf_recycle.hub.card_facts import facts_of
-    from hf_recycle.report.figures import figure_images
-    from hf_recycle.report.html import render_report
+    from hf_recycle.plots.run import figure_images
+    from hf_recycle.records.history import RecyclingHistory
 
     local = os.path.isdir(run)
     if local and revision is not None:
@@ -79,7 +79,7 @@ def _small_files(text: str, revision: str | None) -> Path:
 
 
 def _write(path: Path, page: str) -> None:
-    from hf_recycle.files import write_bytes
+    from hf_recycle.records.files import write_bytes
 
     try:
         write_bytes(path, page.encode("utf-8"))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hf_recycle.cli.options import Options, no_progress_bars, run_command
 from hf_recycle.errors import UserError
-from hf_recycle.suggest import nearest
+from hf_recycle.utils.suggest import nearest
 
 HELP = """\
 usage: hf-recycle shrink MODEL --output DIR (--pruned-only | --fraction FLOAT) [--argument VALUE ...]
@@ -55,7 +55,7 @@ def _shrink(words: Sequence[str]) -> None:
     from hf_recycle.analysis.shrink import ShrinkSettings, shrink
     from hf_recycle.analysis.shrink_files import load_model, save_whole
     from hf_recycle.analysis.source import Source
-    from hf_recycle.methods.selection import CRITERIA
+    from hf_recycle.methods.recycling.selection import CRITERIA
 
     if options.criterion not in tuple(CRITERIA):
         raise UserError(

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from hf_recycle.cli.interruption import Terminated, sigterm_as_interrupt
 from hf_recycle.errors import UserError
+from hf_recycle.runs.interruption import Terminated, sigterm_as_interrupt
 
 if TYPE_CHECKING:
     from hf_recycle.studies.plan import Study
@@ -96,7 +96,7 @@ def _settings(words: list[str]) -> dict[str, object]:
     """`--name value` pairs as a mapping."""
     import yaml
 
-    from hf_recycle.cli.yaml_loader import RecipeLoader
+    from hf_recycle.utils.yaml_loader import RecipeLoader
 
     settings: dict[str, object] = {}
     while words:
@@ -121,7 +121,7 @@ def _check_runs(studies: Sequence[Study]) -> None:
 
     import yaml
 
-    from hf_recycle.cli.parse import parse_run
+    from hf_recycle.runs.parse import parse_run
 
     with tempfile.TemporaryDirectory() as folder:
         for study in studies:

@@ -23,7 +23,7 @@ from hf_recycle.errors import UserError
 from hf_recycle.hub.checks.configuration import configuration_problem
 from hf_recycle.hub.fetch import check_small_files, fetch_file
 from hf_recycle.hub.retry import RetryPolicy, insist, say
-from hf_recycle.suggest import nearest
+from hf_recycle.utils.suggest import nearest
 
 logger = logging.get_logger(__name__)
 

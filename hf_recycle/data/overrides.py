@@ -5,9 +5,9 @@ from typing import Any
 import yaml
 from transformers import PreTrainedConfig
 
-from hf_recycle.cli.yaml_loader import RecipeLoader
 from hf_recycle.errors import UserError
-from hf_recycle.suggest import nearest
+from hf_recycle.utils.suggest import nearest
+from hf_recycle.utils.yaml_loader import RecipeLoader
 
 
 def parse_overrides(text: str) -> dict[str, Any]:

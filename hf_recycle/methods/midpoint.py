@@ -7,13 +7,19 @@ Source: *Neuron Recycling*, section "Tangent - Midpoint Loss".
 Its gradient has a closed form that scales each neuron's in-row and out-column, so the step is one multiplication.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers.utils import logging
 
-DISTANCES = ("l1", "l2")
-CENTERS = ("mean", "median")
+from hf_recycle.methods.base import Method, Run, StepInfo
+from hf_recycle.methods.coordinator import NeuronCallback
+from hf_recycle.methods.settings import MidpointSettings
+from hf_recycle.neurons.blocks import NeuronSlice, norms_of
+from hf_recycle.neurons.optimizer_state import check_optimizer
+from hf_recycle.neurons.storage.tiles import to_device
 
 _MOST_GROWTH = 10.0
 
@@ -100,3 +106,114 @@ class MidpointLoss:
         """
         factor = 1 - size * slope
         return factor.clamp(-_MOST_GROWTH, _MOST_GROWTH) if self.log else factor
+
+
+logger = logging.get_logger(__name__)
+
+Slopes = tuple[Tensor, Tensor]
+
+
+class Midpoint(Method):
+    """Takes a midpoint step after each step of the optimizer."""
+
+    settings_class = MidpointSettings
+    settings: MidpointSettings
+
+    def start(self, run: Run, settings: MidpointSettings) -> None:
+        super().start(run, settings)
+        self._loss = MidpointLoss(settings.distance, settings.center, settings.log, settings.below_only)
+        self._losses: list[Tensor] = []
+        self._checked_for_effect = False
+        self._left_out: set[int] = set()
+        self._said: set[int] = set()
+        check_optimizer(run.optimizer, "midpoint_weight", settings.weight)
+        pieces = [piece for block in run.table.blocks for piece in block.slices]
+        half = [piece.dtype for piece in pieces if piece.dtype.itemsize < 4 and not piece.storage.separate_masters]
+        if half:
+            raise ValueError(
+                f"midpoint_weight={settings.weight} can't be used with {half[0]} weights, in which its small "
+                "steps are lost: load the model in float32 and train with bf16=True or fp16=True (autocast) instead."
+            )
+
+    @torch.no_grad()
+    def after_step(self, info: StepInfo) -> None:
+        if not info.stepped:
+            return
+        frozen = self._frozen(info.step)
+        # Blocks of one size are worked on together, and nothing waits for the device.
+        norms, alike = norms_of(self.table.blocks), {}
+        for position, (in_norm, _) in enumerate(norms):
+            if position not in frozen:
+                alike.setdefault((in_norm.device, in_norm.dtype, len(in_norm)), []).append(position)
+        parts = [(positions, *self._slopes(positions, norms)) for positions in alike.values()]
+        if not self._checked_for_effect:
+            self._checked_for_effect = True
+            self._say_if_without_effect(parts)
+        for positions, _, slopes in parts:
+            self._take(positions, slopes, info.rate)
+        self._losses = [losses.sum() for _, losses, _ in parts]
+
+    def _frozen(self, step: int) -> set[int]:
+        """Indices of the blocks that are not trained now; each is said once, however often it is frozen."""
+        frozen = {index for index, block in enumerate(self.table.blocks) if block.is_frozen}
+        if new := sorted(frozen - self._said):
+            names = ", ".join(self.table.blocks[index].name for index in new)
+            logger.warning(f"Step {step}: the midpoint loss leaves out {names}, whose weights are frozen.")
+        self._said |= frozen
+        self._left_out = frozen
+        return frozen
+
+    def _slopes(self, positions: list[int], norms: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Slopes]:
+        """The losses `(blocks,)` of some blocks of one size and their slopes for in-rows and out-columns, each
+        `(blocks, d_ff)`."""
+        in_norms, out_norms = (torch.stack(side) for side in zip(*(norms[p] for p in positions), strict=True))
+        states = [self.table.states[position] for position in positions]
+        left_out = torch.stack([state.in_transition() | state.pruned for state in states])
+        losses, *slopes = self._loss.slopes(in_norms, out_norms, to_device(~left_out, in_norms.device))
+        return losses, tuple(slopes)
+
+    def _take(self, positions: list[int], slopes: Slopes, rate_of: Callable[[NeuronSlice], float | Tensor]) -> None:
+        """Takes the step: one multiplication of each matrix."""
+        factors: dict[tuple, Tensor] = {}
+        for row, position in enumerate(positions):
+            for piece in self.table.blocks[position].weight_slices:
+                rate, is_out = rate_of(piece), piece.role == "out"
+                key = is_out, id(rate) if isinstance(rate, Tensor) else rate
+                if key not in factors:
+                    factors[key] = self._loss.factor(slopes[is_out], rate * self.settings.weight)
+                piece.storage.scale(piece, factors[key][row])
+
+    def _say_if_without_effect(self, parts: list[tuple[list[int], Tensor, Slopes]]) -> None:
+        for positions, _, slopes in parts:
+            for row, position in enumerate(positions):
+                for piece in self.table.blocks[position].weight_slices:
+                    rate, slope = self.run.watch.highest_rate(piece), slopes[piece.role == "out"][row]
+                    if (self._loss.factor(slope, rate * self.settings.weight) != 1).any():
+                        return
+        logger.warning(
+            f"midpoint_weight={self.settings.weight} changes no weight at this learning rate: the step is below the "
+            "resolution of the weights' dtype."
+        )
+
+    def scalars(self) -> dict[str, float]:
+        """The midpoint loss before the last step, unweighted, summed over blocks; blocks that it left out, if any."""
+        if self.run is None or not self._losses:
+            return {}
+        left_out = {"midpoint_blocks_left_out": len(self._left_out)} if self._left_out else {}
+        return {"midpoint_loss": sum(map(float, self._losses)), **left_out}
+
+
+class MidpointLossCallback(NeuronCallback):
+    """Midpoint loss: after every optimizer step, one plain gradient step that evens out neuron magnitudes.
+
+    Source: *Neuron Recycling*, section "Tangent - Midpoint Loss". W ← W − lr · weight · ∇Loss, with the learning
+    rate of the optimizer step just taken, no momentum, not clipped; pruned neurons and neurons in
+    transition are left out, and so are blocks that are frozen at that time. With a learning
+    rate of 1e-3 and a weight of 1e-7 the step is below the resolution of float32 and changes no weight; that is said
+    once.
+
+    Takes the settings of `RecyclingArguments` whose names begin with `midpoint_`, without that prefix. On a stock
+    `Trainer` it does all it does on a `RecyclingTrainer`, except that its loss is not logged.
+    """
+
+    method_class = Midpoint

@@ -6,10 +6,22 @@ to 80k, 20% of the final share are pruned at 24k.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import partial
 
-PRUNE_SCHEDULES = ("linear", "cubic")
+import torch
+from transformers.utils import logging
+
+from hf_recycle.engines.replica_checksum import check_agreement
+from hf_recycle.methods.base import Method, Run, StepInfo
+from hf_recycle.methods.coordinator import NeuronCallback
+from hf_recycle.methods.recycling.selection import CRITERIA, Signals, select
+from hf_recycle.methods.settings import PruningSettings
+from hf_recycle.neurons.optimizer_state import check_optimizer
+from hf_recycle.neurons.table import NeuronTable
+from hf_recycle.utils.seeds import generator_for
 
 
 @dataclass(frozen=True)
@@ -44,3 +56,153 @@ class PruningSchedule:
         if self.shape == "cubic":
             progress = 1 - (1 - progress) ** 3
         return math.floor(Fraction(str(self.fraction)) * progress * neurons)
+
+
+@dataclass(frozen=True)
+class PruningRecord:
+    """What one pruning did in one block.
+
+    Attributes:
+        step: optimizer step.
+        block: name of the block.
+        requested: neurons to be pruned now, beyond those that were.
+        eligible: neurons not pruned before.
+        pruned: indices of the neurons pruned now, ascending.
+        note: why fewer were pruned than requested, or empty.
+    """
+
+    step: int
+    block: str
+    requested: int
+    eligible: int
+    pruned: list[int]
+    note: str = ""
+
+
+@torch.no_grad()
+def prune(
+    table: NeuronTable,
+    settings: PruningSettings,
+    schedule: PruningSchedule,
+    step: int,
+    frozen: Collection[int] = (),
+) -> list[PruningRecord]:
+    """Prunes each layer to the share that is due right after optimizer step `step`.
+
+    A pruned neuron's weights and biases are zero; `hold_at_zero` keeps them so. One in transition leaves it.
+    A layer that is frozen, or has magnitudes that are not finite, waits for the next pruning.
+
+    Args:
+        settings: validated settings, with a seed.
+        frozen: indices of the blocks that are not trained now.
+
+    Returns:
+        One record for each block.
+    """
+    records, chosen = [], []
+    # Of what the model computes with, also for neurons in transition, which pruning may take.
+    magnitudes = table.magnitudes()
+    for position, (block, state) in enumerate(zip(table.blocks, table.states, strict=True)):
+        eligible = ~state.pruned
+        requested = max(schedule.target(step, block.num_neurons) - int(state.pruned.sum()), 0)
+        record = PruningRecord(step, block.name, requested, int(eligible.sum()), [])
+        reason = "its weights are frozen" if position in frozen else ""
+        if not reason and not magnitudes[block.name].isfinite().all():
+            reason = "some magnitudes are not finite"
+        if reason:
+            records.append(replace(record, note=f"put off: {reason}"))
+            continue
+        signals = Signals(magnitudes[block.name], partial(generator_for, settings.seed, step, position, "prune"))
+        index = select(CRITERIA[settings.selection](signals), eligible, requested)
+        state.pruned[index] = True
+        if state.transition is not None:
+            state.transition = state.transition.only(block, ~state.pruned[state.transition.index])
+        block.switch_off(index)
+        chosen.append(index)
+        records.append(replace(record, pruned=index.tolist()))
+    check_agreement(chosen, f"the neurons pruned at step {step}", table.blocks[0].out_slice.device)
+    return records
+
+
+@torch.no_grad()
+def hold_at_zero(table: NeuronTable) -> None:
+    """Sets pruned neurons to zero again, whatever the optimizer did to them."""
+    for block, state in zip(table.blocks, table.states, strict=True):
+        if state.pruned.any():
+            block.switch_off(state.pruned.nonzero().flatten())
+
+
+logger = logging.get_logger(__name__)
+
+
+class Pruning(Method):
+    """Prunes neurons by its schedule, and keeps them at zero."""
+
+    settings_class = PruningSettings
+    settings: PruningSettings
+
+    def start(self, run: Run, settings: PruningSettings) -> None:
+        super().start(run, settings)
+        check_optimizer(run.optimizer, "prune_fraction", settings.fraction)
+        self.schedule = make_schedule(settings, run.max_steps)
+        if self.schedule.is_due(0) and run.step == 0:
+            self._prune(0, 0)
+
+    def after_step(self, info: StepInfo) -> None:
+        hold_at_zero(self.table)
+        if info.step == info.max_steps and info.optimizer_steps < self.schedule.end <= info.max_steps:
+            # Skipped steps have put it off until now.
+            self._prune(info.step, self.schedule.end)
+        elif info.stepped and self.schedule.is_due(info.optimizer_steps):
+            self._prune(info.step, info.optimizer_steps)
+
+    def _prune(self, step: int, progress: int) -> None:
+        """Prunes, after the Trainer's step `step`, to the share of optimizer step `progress`."""
+        records = prune(self.table, self.settings, self.schedule, progress, frozen=self.run.frozen())
+        for record in records:
+            if record.requested or record.note:
+                self.run.recorder.pruning(**vars(record) | {"step": step})
+        for note in {record.note for record in records if record.note}:
+            logger.warning(f"Pruning at step {step} {note}.")
+
+    def scalars(self) -> dict[str, float]:
+        """Share of the neurons that are pruned."""
+        if self.table is None:
+            return {}
+        pruned = list(self.table.pruned.values())
+        return {"neurons_pruned_share": sum(int(block.sum()) for block in pruned) / sum(map(len, pruned))}
+
+
+class PruningCallback(NeuronCallback):
+    """Gradual pruning: a growing share of the FF neurons of each layer is switched off, and stays off.
+
+    Source: *Neuron Recycling*, section "Gradual FF pruning". With `fraction=1.0` only the out-projection's bias is
+    left; with `start=0, end=0` everything is pruned before the first step. Steps that the optimizer skips, because a
+    gradient scaler found an overflow, do not count; the final share is reached at the last step all the same. A block
+    that is frozen when it is due is left out, which is recorded, and catches up once it is trained again.
+
+    Takes the settings of `RecyclingArguments` whose names begin with `prune_`, without that prefix. On a stock
+    `Trainer` a resumed run has forgotten which neurons were pruned: it chooses anew, among all of them.
+    """
+
+    method_class = Pruning
+
+
+def make_schedule(settings: PruningSettings, max_steps: int) -> PruningSchedule:
+    """The course of pruning in a training of `max_steps` steps.
+
+    Args:
+        settings: resolved.
+
+    Raises:
+        ValueError: if pruning starts after it ends, or would not reach its share within the training.
+    """
+    start, end = settings.start or 0, settings.end
+    if start > end:
+        raise ValueError(f"prune_start={start} is after prune_end={end}: nothing would be pruned.")
+    if end > max_steps:
+        raise ValueError(
+            f"prune_end={end} is after the last of {max_steps} steps: prune_fraction={settings.fraction} would not be "
+            "reached; lower it or train longer."
+        )
+    return PruningSchedule(settings.steps, start, end, settings.fraction, settings.schedule)

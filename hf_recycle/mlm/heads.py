@@ -14,10 +14,10 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from hf_recycle.host_memory import give_back_freed_memory
 from hf_recycle.mlm.last_feed_forward import LastFeedForward, find_last_feed_forward
-from hf_recycle.mlm.passing_hooks import PassingHook, registered
 from hf_recycle.mlm.plain_loss import comes_with_a_library, has_known_forward
+from hf_recycle.speed.host_memory import give_back_freed_memory
+from hf_recycle.utils.hooks import PassingHook, registered
 
 HEADS: dict[str, str] = {
     "albert": "predictions",

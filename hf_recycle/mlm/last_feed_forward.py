@@ -13,9 +13,9 @@ import weakref
 import torch
 from torch import Tensor, nn
 
-from hf_recycle.mlm.passing_hooks import PassingHook
 from hf_recycle.mlm.plain_loss import comes_with_a_library, is_hook_of_a_library
 from hf_recycle.neurons.find import find_feed_forwards
+from hf_recycle.utils.hooks import PassingHook
 
 
 class LastFeedForward:

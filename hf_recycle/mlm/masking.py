@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from hf_recycle.mlm import counter
-from hf_recycle.mlm.batching import batch_examples
+from hf_recycle.batches import counter
+from hf_recycle.batches.padding import batch_examples
 from hf_recycle.mlm.loss import IGNORED
 
 

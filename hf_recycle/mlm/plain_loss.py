@@ -15,7 +15,7 @@ from transformers.loss.loss_utils import ForMaskedLMLoss
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import is_peft_available
 
-from hf_recycle.forwards import Forward
+from hf_recycle.utils.forwards import Forward
 
 _FAMILIES = """
 Albert Bert BigBird Camembert ConvBert Data2VecText Deberta DebertaV2 DistilBert Electra Ernie Esm FNet Funnel Gte IBert

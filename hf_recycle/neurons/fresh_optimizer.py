@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from hf_recycle.neurons.optimizer import unwrap_optimizer
+from hf_recycle.neurons.optimizer_state import unwrap_optimizer
 
 # What a parameter group holds beside hyper-parameters.
 _NOT_HYPER_PARAMETERS = ("params", "param_names", "initial_lr")

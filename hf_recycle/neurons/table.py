@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from hf_recycle.neurons.blocks import FeedForward, magnitudes_of
+from hf_recycle.neurons.fading import Transition
 from hf_recycle.neurons.find import survey
 from hf_recycle.neurons.initial import FreshModules, InitialDistribution
 from hf_recycle.neurons.left_out import summary
 from hf_recycle.neurons.magnitudes import on_cpu
-from hf_recycle.neurons.transition import Transition
 
 logger = logging.get_logger(__name__)
 
@@ -62,7 +62,7 @@ class BlockState:
 
 
 class BlockView:
-    """A block as `hf_recycle.methods.reinit.Block` describes it: to look at, not to write to."""
+    """A block as `hf_recycle.methods.recycling.births.Block` describes it: to look at, not to write to."""
 
     def __init__(self, model: nn.Module, block: FeedForward, fresh: FreshModules | None = None):
         self.block = block

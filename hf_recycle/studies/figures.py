@@ -10,11 +10,11 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from hf_recycle.methods.registry import Registry
-from hf_recycle.report.figures import magnitudes_figure
+from hf_recycle.plots.run import magnitudes_figure
 from hf_recycle.studies.inference import paired_difference
 from hf_recycle.studies.plan import FigurePlan
 from hf_recycle.studies.results import RunResult, StudyResults
+from hf_recycle.utils.registry import Registry
 
 # Okabe-Ito, without its yellow: lines of it can't be seen on white.
 _COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")

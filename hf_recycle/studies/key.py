@@ -50,7 +50,7 @@ _PATHS = (
     "accelerator_config",
 )
 # Of this package: what measures and draws, and trains nothing.
-_NOT_TRAINING = ("bench", "report", "studies")
+_NOT_TRAINING = ("analysis", "card", "cli", "plots", "studies")
 
 
 def run_key(settings: Mapping[str, Any]) -> str:

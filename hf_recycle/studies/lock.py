@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from hf_recycle.locks import FileLock
+from hf_recycle.utils.locks import FileLock
 
 _LOCK_FILE, _PAUSE = ".study.lock", 0.5
 

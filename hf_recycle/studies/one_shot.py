@@ -8,13 +8,13 @@ from typing import Any
 
 from hf_recycle.analysis.evaluation import LanguageModel, language_model
 from hf_recycle.analysis.pruning import PruneCurves, PruneSettings, measure_curve
-from hf_recycle.cli.parse import parse_run
-from hf_recycle.cli.run import make_collator, prepare_data
 from hf_recycle.data.arguments import ModelArguments
 from hf_recycle.data.model import load_model
 from hf_recycle.errors import UserError
-from hf_recycle.files import write_bytes
 from hf_recycle.neurons.find import find_feed_forwards
+from hf_recycle.records.files import write_bytes
+from hf_recycle.runs.parse import parse_run
+from hf_recycle.runs.run import make_collator, prepare_data
 from hf_recycle.studies.results import RunResult
 from hf_recycle.studies.runner import SETTINGS_FILE
 

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from hf_recycle.cli.recipes import load_recipes
 from hf_recycle.errors import UserError
+from hf_recycle.runs.recipes import load_recipes
 from hf_recycle.studies.key import run_key
-from hf_recycle.suggest import nearest
+from hf_recycle.utils.suggest import nearest
 
 
 @dataclass(frozen=True)

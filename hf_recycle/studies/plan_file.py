@@ -27,10 +27,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_recycle.cli.recipes import read_recipe, recipe_root
 from hf_recycle.errors import UserError
+from hf_recycle.runs.recipes import read_recipe, recipe_root
 from hf_recycle.studies.plan import Arm, Control, FigurePlan, Study
-from hf_recycle.suggest import nearest
+from hf_recycle.utils.suggest import nearest
 
 _KEYS = (
     "title",

@@ -2,8 +2,8 @@
 
 import sys
 
-from hf_recycle.cli.parse import parse_run
-from hf_recycle.cli.run import prepare_data
+from hf_recycle.runs.parse import parse_run
+from hf_recycle.runs.run import prepare_data
 
 if __name__ == "__main__":
     arguments = parse_run(sys.argv[1:])

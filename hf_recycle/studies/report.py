@@ -15,7 +15,7 @@ import jinja2
 import numpy as np
 import torch
 
-from hf_recycle.files import package_version, write_bytes
+from hf_recycle.records.files import package_version, write_bytes
 from hf_recycle.studies.figures import FIGURES
 from hf_recycle.studies.inference import DIVERGED, PairedDifference, paired_difference
 from hf_recycle.studies.key import code_version

@@ -9,8 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from hf_recycle.files import CONFIG_FILE, write_bytes
-from hf_recycle.history import RecyclingHistory
+from hf_recycle.records.files import CONFIG_FILE, write_bytes
+from hf_recycle.records.history import RecyclingHistory
 from hf_recycle.studies.plan import PlannedRun, Study
 
 RESULT_FILE = "study_result.json"

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from hf_recycle.recorder import QUANTILE_LEVELS
+from hf_recycle.records.recorder import QUANTILE_LEVELS
 from hf_recycle.studies.inference import paired_difference
 from hf_recycle.studies.results import RunResult, StudyResults
 from hf_recycle.studies.verdicts import (

@@ -6,9 +6,9 @@ import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from hf_recycle.methods.registry import Registry
 from hf_recycle.studies.inference import DIVERGED, PairedDifference, paired_difference
 from hf_recycle.studies.results import StudyResults
+from hf_recycle.utils.registry import Registry
 
 HOLDS, FAILS, UNCLEAR, MISSING = "holds", "does not hold", "not shown at this scale", "not measured"
 CANT_TELL = "can't tell"

@@ -8,7 +8,7 @@ from hf_recycle import find_feed_forwards
 from hf_recycle.analysis.evaluation import LanguageModel
 from hf_recycle.analysis.pruning import PruneSettings, measure_curve
 from hf_recycle.errors import UserError
-from hf_recycle.methods.selection import CRITERIA
+from hf_recycle.methods.recycling.selection import CRITERIA
 
 
 def batches(task):

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_recycle.bench.pairs import Estimate, estimate, spread
-from hf_recycle.bench.row import MET, MISSED, NOISY, Target
+from benchmarks.pairs import Estimate, estimate, spread
+from benchmarks.row import MET, MISSED, NOISY, Target
 
 
 @pytest.mark.parametrize("n", [*range(1, 41), 60])

@@ -2,9 +2,9 @@
 
 import pytest
 
-from hf_recycle.bench import phases
-from hf_recycle.bench.phase_cost import SHAPES, PhaseCost, Timing
-from hf_recycle.bench.row import Effort
+from benchmarks import phases
+from benchmarks.phase_cost import SHAPES, PhaseCost, Timing
+from benchmarks.row import Effort
 
 
 def made_up(power):

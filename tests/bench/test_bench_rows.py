@@ -4,15 +4,15 @@ import json
 
 import pytest
 
-from hf_recycle.bench import costs, data_path, runner, steps
-from hf_recycle.bench.contestant import Turn
-from hf_recycle.bench.match import WARM_UP
-from hf_recycle.bench.pairs import estimate
-from hf_recycle.bench.row import FAILED, NOT_JUDGED, SKIPPED, Bench, Effort, Measured, NotMeasured, Row, Target
-from hf_recycle.bench.shapes import TINY
-from hf_recycle.bench.switch import is_on
-from hf_recycle.bench.table import as_json, markdown, verdict
-from hf_recycle.cli.main import main
+from benchmarks import costs, data_path, runner, steps
+from benchmarks.__main__ import main
+from benchmarks.contestant import Turn
+from benchmarks.match import WARM_UP
+from benchmarks.pairs import estimate
+from benchmarks.row import FAILED, NOT_JUDGED, SKIPPED, Bench, Effort, Measured, NotMeasured, Row, Target
+from benchmarks.shapes import TINY
+from benchmarks.switch import is_on
+from benchmarks.table import as_json, markdown, verdict
 from hf_recycle.errors import UserError
 
 EFFORT = Effort(rounds=4, quick=False)
@@ -91,7 +91,7 @@ def test_a_bench_that_fails_leaves_the_others_alone(monkeypatch):
     monkeypatch.setattr(runner, "BENCHES", benches)
     results = list(runner.run_rows(["one", "two"], EFFORT, lambda line: None))
     assert [verdict(*result, EFFORT) for result in results] == [FAILED, "met"]
-    page = markdown(results, {}, "hf-recycle bench", EFFORT)
+    page = markdown(results, {}, "python -m benchmarks", EFFORT)
     assert "out of memory" in page
     assert json.loads(json.dumps(as_json(results, {}, "", EFFORT)))["rows"][0]["verdict"] == FAILED
 
@@ -99,7 +99,7 @@ def test_a_bench_that_fails_leaves_the_others_alone(monkeypatch):
 def test_quick_runs_are_not_judged():
     assert verdict(ROW, Measured(estimate([9.0])), Effort(2, quick=True)) == NOT_JUDGED
     for quick in (True, False):
-        page = markdown([(ROW, Measured(estimate([9.0])))], {}, "hf-recycle bench", Effort(2, quick))
+        page = markdown([(ROW, Measured(estimate([9.0])))], {}, "python -m benchmarks", Effort(2, quick))
         assert ("A quick run" in page) is quick
 
 
@@ -127,11 +127,11 @@ def test_names_of_rows_are_unique():
 )
 def test_bad_words_are_told_before_anything_is_measured(words, says, monkeypatch, capsys):
     monkeypatch.setattr(runner, "BENCHES", tuple(Bench(bench.rows, None, 0) for bench in runner.BENCHES))
-    assert main(["bench", *words]) == 2
+    assert main([*words]) == 2
     assert says in capsys.readouterr().err
 
 
 def test_the_list_of_rows(capsys):
-    assert main(["bench", "--list"]) == 0
+    assert main(["--list"]) == 0
     listed = capsys.readouterr().out
     assert all(row.name in listed and str(row.target) in listed for row in runner.all_rows())

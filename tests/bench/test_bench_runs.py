@@ -6,11 +6,11 @@ import sys
 import pytest
 import torch
 
-from hf_recycle.bench.contestant import OURS, STOCK, Contestant
-from hf_recycle.bench.match import WARM_UP, hold_match
-from hf_recycle.bench.memory import Memory
-from hf_recycle.bench.shapes import TINY
-from hf_recycle.cli.main import main
+from benchmarks.__main__ import main
+from benchmarks.contestant import OURS, STOCK, Contestant
+from benchmarks.match import WARM_UP, hold_match
+from benchmarks.memory import Memory
+from benchmarks.shapes import TINY
 from hf_recycle.errors import UserError
 
 pytestmark = pytest.mark.slow
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 def test_a_quick_run_fills_every_row(tmp_path, capsys):
     page, numbers = tmp_path / "page.md", tmp_path / "numbers.json"
     rows = ["step", "memory", "recycling", "smooth", "midpoint", "magnitudes", "data"]
-    assert main(["bench", *rows, "--quick", "--rounds", "3", "--output", str(page), "--json", str(numbers)]) == 0
+    assert main([*rows, "--quick", "--rounds", "3", "--output", str(page), "--json", str(numbers)]) == 0
     assert page.read_text() == capsys.readouterr().out
     measured = {row["name"]: row for row in json.loads(numbers.read_text())["rows"]}
     assert list(measured) == rows

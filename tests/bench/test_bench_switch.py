@@ -2,11 +2,11 @@
 
 from transformers import TrainerCallback
 
-from hf_recycle.bench.contestant import OURS, Contestant, make_trainer
-from hf_recycle.bench.costs import _AT_EVERY_HUNDREDTH, _AT_EVERY_STEP
-from hf_recycle.bench.shapes import TINY
-from hf_recycle.bench.switch import SWITCHES, is_on
-from hf_recycle.callbacks.midpoint import Midpoint
+from benchmarks.contestant import OURS, Contestant, make_trainer
+from benchmarks.costs import _AT_EVERY_HUNDREDTH, _AT_EVERY_STEP
+from benchmarks.shapes import TINY
+from benchmarks.switch import SWITCHES, is_on
+from hf_recycle.methods.midpoint import Midpoint
 from hf_recycle.neurons.table import NeuronTable
 
 STEPS = 8

@@ -22,8 +22,8 @@ from transformers import (
     RobertaPreLayerNormForMaskedLM,
 )
 
-from hf_recycle.bench import floor
-from hf_recycle.bench.floor import Step
+from benchmarks import floor
+from benchmarks.floor import Step
 from hf_recycle.mlm.heads import find_masked_head
 
 PAGE = Path(__file__).parents[2] / "docs" / "floor.md"
@@ -214,6 +214,6 @@ def test_impossible_shapes_are_refused(wrong, message):
 
 def test_the_page_shows_what_the_command_prints():
     text = PAGE.read_text(encoding="utf-8")
-    assert floor.renew(text) == text, "renew it with: python -m hf_recycle.bench.floor docs/floor.md"
-    command = [sys.executable, "-m", "hf_recycle.bench.floor"]
+    assert floor.renew(text) == text, "renew it with: python -m benchmarks.floor docs/floor.md"
+    command = [sys.executable, "-m", "benchmarks.floor"]
     assert subprocess.run(command, capture_output=True, check=True).stdout.decode() in text

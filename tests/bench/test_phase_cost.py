@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from hf_recycle import phase
-from hf_recycle.bench import phase_cost as measured
-from hf_recycle.bench.phase_cost import SHAPES, Shape, Timing, phase_cost, phase_cost_table
+from benchmarks import phase_cost as measured
+from benchmarks.phase_cost import SHAPES, Shape, Timing, phase_cost, phase_cost_table
+from hf_recycle.methods.recycling import phase
 
 TINY = Shape(8, 20, 3)
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from hf_recycle.bench import machine
-from hf_recycle.bench.floor import STEPS, Step, matrix_product_flops, memory_traffic
-from hf_recycle.bench.machine import Rate
-from hf_recycle.bench.reach import Floor, Peak, Reach, reach, step_floor
+from benchmarks import machine
+from benchmarks.floor import STEPS, Step, matrix_product_flops, memory_traffic
+from benchmarks.machine import Rate
+from benchmarks.reach import Floor, Peak, Reach, reach, step_floor
 
 FLOPS, BYTES = 1e6, 1e5
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from hf_recycle.bench.shapes import TINY
-from hf_recycle.bench.step_profile import StepProfile, contestants, profile_step, profile_table, shares
+from benchmarks.shapes import TINY
+from benchmarks.step_profile import StepProfile, contestants, profile_step, profile_table, shares
 
 
 def test_operations_are_put_together():

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from transformers import HfArgumentParser, TrainingArguments
 
 from hf_recycle import RecyclingArguments
-from hf_recycle.callbacks.pruning import make_schedule as make_pruning_schedule
-from hf_recycle.callbacks.recycling import make_schedule
-from hf_recycle.settings import METHODS, MagnitudeSettings, MidpointSettings, PruningSettings, RecyclingSettings
+from hf_recycle.methods.pruning import make_schedule as make_pruning_schedule
+from hf_recycle.methods.recycling.callback import make_schedule
+from hf_recycle.methods.settings import METHODS, MagnitudeSettings, MidpointSettings, PruningSettings, RecyclingSettings
 
 # The interface as it is documented.
 DOCUMENTED = {

@@ -7,7 +7,7 @@ import torch
 from transformers import TrainerCallback
 
 from hf_recycle import MagnitudeCallback, neuron_magnitudes
-from hf_recycle.recorder import rows_of_kind
+from hf_recycle.records.recorder import rows_of_kind
 
 BLOCKS = ["bert.encoder.layer.0", "bert.encoder.layer.1"]
 

@@ -9,10 +9,10 @@ import torch
 from transformers import TrainerCallback
 
 from hf_recycle import MidpointLossCallback, RecyclingCallback
+from hf_recycle.methods.recycling.phase import run_phase
 from hf_recycle.methods.schedule import PhaseSchedule
+from hf_recycle.methods.settings import RecyclingSettings
 from hf_recycle.neurons.table import NeuronTable
-from hf_recycle.phase import run_phase
-from hf_recycle.settings import RecyclingSettings
 
 PEAK, STEPS = 1e-2, 30
 

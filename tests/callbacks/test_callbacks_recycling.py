@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 from hf_recycle import RecyclingCallback
 from hf_recycle.neurons.table import NeuronTable
-from hf_recycle.recorder import rows_of_kind
+from hf_recycle.records.recorder import rows_of_kind
 
 
 def events(callback):

@@ -7,11 +7,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_recycle import MidpointLossCallback
+from hf_recycle.methods.recycling.fade_in import scale_gradients, show_effective_weights, show_new_weights
+from hf_recycle.methods.recycling.phase import run_phase
 from hf_recycle.methods.schedule import PhaseSchedule
+from hf_recycle.methods.settings import RecyclingSettings
 from hf_recycle.neurons.table import NeuronTable
-from hf_recycle.phase import run_phase
-from hf_recycle.settings import RecyclingSettings
-from hf_recycle.transitions import scale_gradients, show_effective_weights, show_new_weights
 
 _aten = torch.ops.aten
 _WAITS = {_aten._local_scalar_dense, _aten.nonzero, _aten.masked_select, _aten.is_nonzero, _aten.equal}

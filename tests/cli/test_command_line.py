@@ -5,7 +5,7 @@ import pytest
 
 from hf_recycle.cli.help import help_text
 from hf_recycle.cli.main import main
-from hf_recycle.cli.recipes import recipe_names
+from hf_recycle.runs.recipes import recipe_names
 
 
 def run(*words, module="hf_recycle.cli.main", **environment):

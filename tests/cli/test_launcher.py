@@ -3,18 +3,18 @@
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 
-from hf_recycle.cli import launcher
 from hf_recycle.cli.help import help_text
-from hf_recycle.cli.launcher import (
+from hf_recycle.cli.main import main
+from hf_recycle.errors import UserError
+from hf_recycle.runs import launcher
+from hf_recycle.runs.launcher import (
     LAUNCH_OPTIONS,
     accelerate_configs,
     find_accelerate_config,
     launch,
     split_launch_options,
 )
-from hf_recycle.cli.main import main
-from hf_recycle.cli.recipes import recipe_names, recipe_root
-from hf_recycle.errors import UserError
+from hf_recycle.runs.recipes import recipe_names, recipe_root
 
 
 @pytest.fixture

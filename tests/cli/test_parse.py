@@ -3,9 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from hf_recycle.cli.parse import parse_run
-from hf_recycle.cli.recipes import load_recipes, recipe_names
 from hf_recycle.errors import UserError
+from hf_recycle.runs.parse import parse_run
+from hf_recycle.runs.recipes import load_recipes, recipe_names
 
 
 @pytest.fixture

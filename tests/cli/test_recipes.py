@@ -2,8 +2,9 @@ import itertools
 
 import pytest
 
-from hf_recycle.cli import recipes as module
-from hf_recycle.cli.recipes import (
+from hf_recycle.errors import UserError
+from hf_recycle.runs import recipes as module
+from hf_recycle.runs.recipes import (
     describe_recipes,
     find_recipe,
     load_recipes,
@@ -12,7 +13,6 @@ from hf_recycle.cli.recipes import (
     recipe_root,
     run_name,
 )
-from hf_recycle.errors import UserError
 
 
 @pytest.fixture
@@ -112,10 +112,10 @@ def test_midpoint_variants_change_one_thing(name, changed):
 
 def test_a_wheel_has_them_inside_the_package(tmp_path, monkeypatch):
     package = tmp_path / "hf_recycle"
-    (package / "cli").mkdir(parents=True)
+    (package / "runs").mkdir(parents=True)
     (package / "recipes").mkdir()
     (package / "recipes" / "mine.yaml").write_text("# My own.\nseed: 4\n")
-    monkeypatch.setattr(module, "__file__", str(package / "cli" / "recipes.py"))
+    monkeypatch.setattr(module, "__file__", str(package / "runs" / "recipes.py"))
     assert load_recipes(["mine"]).values == {"seed": 4}
     assert describe_recipes() == "mine  My own."
 

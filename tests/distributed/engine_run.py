@@ -28,7 +28,7 @@ import precision
 from matrix import ENGINES, GLOBAL_BATCH, METHODS, PRECISIONS, VARIANTS
 from processes import run_in_processes
 
-from hf_recycle import onednn
+from hf_recycle.speed import onednn
 
 STEPS, MIDDLE = 10, 5
 

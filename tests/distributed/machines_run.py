@@ -19,7 +19,8 @@ def machine(folder: Path) -> None:
     from tiny_runs import sentences, tiny_bert, word_tokenizer
     from transformers import DataCollatorForLanguageModeling
 
-    from hf_recycle import RecyclingArguments, RecyclingHistory, RecyclingTrainer, claims
+    from hf_recycle import RecyclingArguments, RecyclingHistory, RecyclingTrainer
+    from hf_recycle.checkpoints import claims
     from hf_recycle.errors import UserError
 
     claims._PATIENCE = 0.5

@@ -4,7 +4,7 @@ import torch
 from overflow import ARGUMENTS, POISONED, poison, use_scaler
 from transformers import TrainerCallback
 
-from hf_recycle import phase
+from hf_recycle.methods.recycling import phase
 
 
 def bf16_settings(method: str) -> dict:

@@ -40,7 +40,7 @@ def prepare(engine: str) -> None:
     """Imports what the runs need, and spares them what is tested elsewhere."""
     import tiny_runs  # noqa: F401
 
-    from hf_recycle.report import figures
+    from hf_recycle.plots import run as figures
 
     if engine.startswith("zero"):
         import deepspeed  # noqa: F401

@@ -11,8 +11,8 @@ import torch
 from matrix import ENGINES, METHODS
 from safetensors.torch import load_file
 
-from hf_recycle.files import read_config
-from hf_recycle.onednn import is_available
+from hf_recycle.records.files import read_config
+from hf_recycle.speed.onednn import is_available
 
 SCRIPT = Path(__file__).with_name("engine_run.py")
 DISTRIBUTED = [name for name in ENGINES if name != "single"]

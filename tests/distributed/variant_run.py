@@ -45,7 +45,7 @@ class Measure(TorchDispatchMode):
 def measure_methods() -> dict[str, dict[str, int]]:
     """From now on every event of every method is measured: `{method.event: {communicated, largest}}`, the most of all
     its calls."""
-    from hf_recycle.callbacks import CALLBACKS
+    from hf_recycle.methods.all import CALLBACKS
 
     measured: dict[str, dict[str, int]] = {}
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from hf_recycle import files
+from hf_recycle.records import files
 
 READERS = {
     files.CONFIG_FILE: files.read_config,

@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from simulated_runs import write_run
 
-from hf_recycle import files
-from hf_recycle.files import RecyclingFileError
+from hf_recycle.records import files
+from hf_recycle.records.files import RecyclingFileError
 
 SHARED = settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

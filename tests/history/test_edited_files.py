@@ -10,8 +10,8 @@ import safetensors.torch
 import torch
 from checkpoint_files import BLOCKS, READERS, neurons
 
-from hf_recycle import files
-from hf_recycle.files import RecyclingFileError
+from hf_recycle.records import files
+from hf_recycle.records.files import RecyclingFileError
 
 
 def edited(run, name, edit):

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 from simulated_runs import write_run
 
-from hf_recycle import RecyclingHistory, file_set, files
-from hf_recycle.file_set import read_files, remove_half_saved, write_files
-from hf_recycle.files import RecyclingFileError
+from hf_recycle import RecyclingHistory
+from hf_recycle.records import file_set, files
+from hf_recycle.records.file_set import read_files, remove_half_saved, write_files
+from hf_recycle.records.files import RecyclingFileError
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ from checkpoint_files import BLOCKS, neurons
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hf_recycle import files
-from hf_recycle.files import RecyclingFileError
-from hf_recycle.history import HistoryRecorder, RecyclingHistory
+from hf_recycle.records import files
+from hf_recycle.records.files import RecyclingFileError
+from hf_recycle.records.history import HistoryRecorder, RecyclingHistory
 
 SHARED = settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

@@ -12,12 +12,12 @@ import safetensors.torch
 import torch
 from simulated_runs import write_run
 
-from hf_recycle import files
-from hf_recycle.files import RecyclingFileError
-from hf_recycle.history import RecyclingHistory
-from hf_recycle.hub.checks.parquet_size import parquet_problem
-from hf_recycle.hub.checks.recycling_files import check_content
-from hf_recycle.recorder import HISTORY_SCHEMA
+from hf_recycle.records import files
+from hf_recycle.records.files import RecyclingFileError
+from hf_recycle.records.history import RecyclingHistory
+from hf_recycle.records.recorder import HISTORY_SCHEMA
+from hf_recycle.records.untrusted.parquet_size import parquet_problem
+from hf_recycle.records.untrusted.recycling_files import check_content
 
 MIB = 2**20
 

@@ -8,10 +8,10 @@ import pyarrow.parquet as pq
 import pytest
 from checkpoint_files import BLOCKS
 
-from hf_recycle import files
-from hf_recycle.files import RecyclingFileError
-from hf_recycle.hub.checks.history_rows import check_rows
-from hf_recycle.recorder import HISTORY_SCHEMA
+from hf_recycle.records import files
+from hf_recycle.records.files import RecyclingFileError
+from hf_recycle.records.recorder import HISTORY_SCHEMA
+from hf_recycle.records.untrusted.history_rows import check_rows
 
 
 def rows(**changes):

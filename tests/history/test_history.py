@@ -10,10 +10,10 @@ import safetensors.torch
 import torch
 from simulated_runs import write_run
 
-from hf_recycle import files, history
-from hf_recycle.files import RecyclingFileError
-from hf_recycle.history import HistoryRecorder, RecyclingHistory, summarize
-from hf_recycle.recorder import QUANTILE_LEVELS
+from hf_recycle.records import files, history
+from hf_recycle.records.files import RecyclingFileError
+from hf_recycle.records.history import HistoryRecorder, RecyclingHistory, summarize
+from hf_recycle.records.recorder import QUANTILE_LEVELS
 
 NAMES = ("z.layer.10", "z.layer.2", "a")  # an order that no sorting gives
 

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_recycle.history import HistoryRecorder
-from hf_recycle.recorder import HISTOGRAM_BINS, HISTORY_SCHEMA, QUANTILE_LEVELS, metric_values
+from hf_recycle.records.history import HistoryRecorder
+from hf_recycle.records.recorder import HISTOGRAM_BINS, HISTORY_SCHEMA, QUANTILE_LEVELS, metric_values
 
 STEPS = st.integers(0, 2**40)
 TEXTS = st.text(st.characters(codec="utf-8"), max_size=20)

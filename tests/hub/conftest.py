@@ -30,7 +30,7 @@ def figures_not_drawn():
         return {name: f"{name} after {len(history.logs)}".encode() for name in ("loss.png", "recycle_counts.png")}
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hf_recycle.report.figures.figure_images", images)
+        patch.setattr("hf_recycle.plots.run.figure_images", images)
         yield
 
 

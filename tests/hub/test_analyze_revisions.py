@@ -13,7 +13,7 @@ from hf_recycle import neuron_magnitudes
 from hf_recycle.analysis.revisions import analyze_revisions
 from hf_recycle.cli.main import main
 from hf_recycle.errors import UserError
-from hf_recycle.files import RECYCLING_FILES
+from hf_recycle.records.files import RECYCLING_FILES
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content:DeprecationWarning")  # the client's own
 

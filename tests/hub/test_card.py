@@ -10,9 +10,9 @@ from huggingface_hub import EvalResult, ModelCard
 from markdown_it import MarkdownIt
 from simulated_runs import write_run
 
-from hf_recycle import files
-from hf_recycle.hub.card import write_card
-from hf_recycle.hub.merge import BEGIN, END
+from hf_recycle.card.card import write_card
+from hf_recycle.card.merge import BEGIN, END
+from hf_recycle.records import files
 
 HOSTILE = "x</code><script>alert(1)</script>|[a](javascript:b)\n```\n" + END + "\n# Owned *b* `c`"
 RUN = {
@@ -62,7 +62,7 @@ def assert_no_empty_section(card: str) -> None:
 @pytest.fixture
 def without_figures(monkeypatch):
     """For tests that look at the words alone: figures take most of a card's time."""
-    monkeypatch.setattr("hf_recycle.report.figures.figure_images", lambda *_, **__: {})
+    monkeypatch.setattr("hf_recycle.plots.run.figure_images", lambda *_, **__: {})
 
 
 @pytest.fixture(scope="module")

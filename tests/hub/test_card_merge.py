@@ -9,7 +9,7 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from hf_recycle.hub.merge import BEGIN, END, compose_card, merge_card
+from hf_recycle.card.merge import BEGIN, END, compose_card, merge_card
 
 OURS = compose_card({"library_name": "transformers", "tags": ["hf_recycle", "masked-lm"]}, "# A model\n\nStep 10.")
 LATER = compose_card({"library_name": "transformers", "tags": ["hf_recycle"], "datasets": ["a/b"]}, "# A model\n\n20.")

@@ -18,13 +18,13 @@ from hf_recycle import RecyclingHistory
 from hf_recycle.analysis import shrink_files
 from hf_recycle.analysis.source import Source
 from hf_recycle.cli.main import main
-from hf_recycle.cli.run import Run
 from hf_recycle.data.arguments import ModelArguments
 from hf_recycle.data.model import load_config, load_model, pin_revision
 from hf_recycle.errors import UserError
-from hf_recycle.files import RECYCLING_FILES, RecyclingFileError
 from hf_recycle.hub.address import HubAddress
-from hf_recycle.hub.pull import plan, pull_checkpoint
+from hf_recycle.hub.pull.pull import plan, pull_checkpoint
+from hf_recycle.records.files import RECYCLING_FILES, RecyclingFileError
+from hf_recycle.runs.run import Run
 
 NEEDED = {"model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
 

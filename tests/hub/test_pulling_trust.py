@@ -28,10 +28,10 @@ from hf_recycle.data.model import pin_revision
 from hf_recycle.errors import UserError
 from hf_recycle.hub.address import HubAddress
 from hf_recycle.hub.checks import sizes
-from hf_recycle.hub.names import check_names
-from hf_recycle.hub.pull import is_pulled, plan, pull_checkpoint
-from hf_recycle.hub.resume import forget_foreign_best, local_checkpoint
-from hf_recycle.hub.trust import check_checkpoint
+from hf_recycle.hub.pull.names import check_names
+from hf_recycle.hub.pull.pull import is_pulled, plan, pull_checkpoint
+from hf_recycle.hub.pull.resume import forget_foreign_best, local_checkpoint
+from hf_recycle.hub.pull.trust import check_checkpoint
 
 STATE_FILES = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "rng_state_1.pth", "scaler.pt", "optimizer.bin")
 

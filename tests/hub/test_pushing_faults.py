@@ -11,16 +11,16 @@ import pytest
 from hub_server import ALICE, ALICE_NO_WRITE, ALICE_READ, BOB, INVALID, Fault, HubServer, Store
 from publishing_runs import QUICK, make_trainer
 
+from hf_recycle.card.card import card_for
 from hf_recycle.cli.push import main as push_command
 from hf_recycle.errors import UserError
-from hf_recycle.hub import repository as repository_module
-from hf_recycle.hub.card import card_for
-from hf_recycle.hub.job import JOB_FILE, Push
-from hf_recycle.hub.preflight import check_repository
-from hf_recycle.hub.publisher import Publisher
-from hf_recycle.hub.repository import Refused, Repository
+from hf_recycle.hub.push import repository as repository_module
+from hf_recycle.hub.push.job import JOB_FILE, Push
+from hf_recycle.hub.push.preflight import check_repository
+from hf_recycle.hub.push.publisher import Publisher
+from hf_recycle.hub.push.repository import Refused, Repository
+from hf_recycle.hub.push.staging import leftovers, stage
 from hf_recycle.hub.retry import RetryPolicy
-from hf_recycle.hub.staging import leftovers, stage
 
 # Whole runs against a Hub in trouble.
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("figures_not_drawn")]

@@ -13,10 +13,10 @@ from hub_server import Fault
 from huggingface_hub.utils import get_session
 from transformers import BertConfig, BertForMaskedLM
 
-from hf_recycle.hub.job import Push
-from hf_recycle.hub.preflight import check_repository
-from hf_recycle.hub.publisher import Publisher
-from hf_recycle.hub.repository import Repository
+from hf_recycle.hub.push.job import Push
+from hf_recycle.hub.push.preflight import check_repository
+from hf_recycle.hub.push.publisher import Publisher
+from hf_recycle.hub.push.repository import Repository
 from hf_recycle.hub.retry import RetryPolicy
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content:DeprecationWarning")  # the client's own
@@ -105,8 +105,8 @@ def test_at_the_start_too_and_nothing_is_left_in_the_clients_session(online, hub
 PUSH = """
 import sys, time
 from hf_recycle.cli.push import main
-from hf_recycle.hub import repository
-from hf_recycle.hub.publisher import Publisher
+from hf_recycle.hub.push import repository
+from hf_recycle.hub.push.publisher import Publisher
 from hf_recycle.hub.retry import RetryPolicy
 repository.RetryPolicy = lambda: RetryPolicy(first=0.02, last_patience=5.0)
 finish = Publisher.finish

@@ -9,12 +9,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_recycle.files import RECYCLING_FILES
-from hf_recycle.hub.job import Push
-from hf_recycle.hub.layout import checkpoint_files, has_weights, model_files, replaced_files
-from hf_recycle.hub.privacy import Withheld, clean_card, published_content
+from hf_recycle.hub.push.job import Push
+from hf_recycle.hub.push.layout import checkpoint_files, has_weights, model_files, replaced_files
+from hf_recycle.hub.push.privacy import Withheld, clean_card, published_content
+from hf_recycle.hub.push.staging import stage
 from hf_recycle.hub.scrub import Secrets
-from hf_recycle.hub.staging import stage
+from hf_recycle.records.files import RECYCLING_FILES
 
 TOKEN = "hf_" + "abcdefghijklmnopqrstuvwxyz012345"
 SECRETS = Secrets((TOKEN,), ("/home/wanda/texts", "/home/wanda"), ("wanda", "node-17.hidden"))

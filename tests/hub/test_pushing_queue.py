@@ -16,10 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from publishing_runs import QUICK
 
-from hf_recycle.hub.job import Push
-from hf_recycle.hub.publisher import Publisher
+from hf_recycle.hub.push.job import Push
+from hf_recycle.hub.push.publisher import Publisher
+from hf_recycle.hub.push.staging import FOLDER, is_overtaken, leftovers, stage, unstage
 from hf_recycle.hub.retry import RetryPolicy, asked_for, passes
-from hf_recycle.hub.staging import FOLDER, is_overtaken, leftovers, stage, unstage
 
 
 def refusal(status: int, **headers: str) -> HfHubHTTPError:
@@ -337,7 +337,7 @@ def test_another_process_takes_its_turn(tmp_path):
 import sys, time
 from pathlib import Path
 from hf_recycle.hub.deadline import Deadline
-from hf_recycle.hub.staging import Turn, leftovers, note_landed, unstage
+from hf_recycle.hub.push.staging import Turn, leftovers, note_landed, unstage
 first, second, third = leftovers(Path(sys.argv[1]))
 turn = Turn()
 turn.take(second, Deadline())

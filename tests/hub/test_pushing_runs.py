@@ -21,8 +21,8 @@ from transformers import AutoModelForMaskedLM, TrainerCallback
 
 from hf_recycle import RecyclingHistory
 from hf_recycle.cli.push import main as push_command
+from hf_recycle.hub.push.staging import FOLDER, leftovers
 from hf_recycle.hub.retry import RetryPolicy
-from hf_recycle.hub.staging import FOLDER, leftovers
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("figures_not_drawn")]
 
@@ -371,7 +371,7 @@ def test_of_two_processes_one_talks_to_the_hub_and_the_other_does_not_wait(hub, 
 
 
 def test_a_full_disk_stops_neither_training_nor_the_next_push(online, hub, tmp_path, monkeypatch, caplog):
-    from hf_recycle.hub import trainer as module
+    from hf_recycle.hub.push import trainer as module
 
     stage, failed = module.stage, []
 

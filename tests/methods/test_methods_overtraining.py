@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_recycle.methods.overtraining import SUBSETS, choose, subset_size, warm_up
+from hf_recycle.methods.overtraining.subsets import SUBSETS, choose, subset_size, warm_up
 
 
 @given(

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from hf_recycle import neuron_magnitudes
-from hf_recycle.methods.reinit import REINITIALIZATIONS
+from hf_recycle.methods.recycling.births import REINITIALIZATIONS
+from hf_recycle.methods.recycling.phase import run_phase
+from hf_recycle.methods.recycling.selection import CRITERIA
 from hf_recycle.methods.schedule import PhaseSchedule
-from hf_recycle.methods.selection import CRITERIA
+from hf_recycle.methods.settings import RecyclingSettings
 from hf_recycle.neurons.table import NeuronTable
-from hf_recycle.phase import run_phase
-from hf_recycle.settings import RecyclingSettings
 
 
 class Run:

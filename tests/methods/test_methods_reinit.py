@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from hf_recycle import find_feed_forwards
-from hf_recycle.methods.immunity import is_immune
-from hf_recycle.methods.reinit import REINITIALIZATIONS, Options
-from hf_recycle.methods.seeds import generator_for
+from hf_recycle.methods.recycling.births import REINITIALIZATIONS, Options
+from hf_recycle.methods.recycling.selection import is_immune
 from hf_recycle.neurons.table import BlockView
+from hf_recycle.utils.seeds import generator_for
 
 FAMILIES = ("bert", "gpt2", "modernbert", "llama")
 INDEX = torch.arange(3, 203)

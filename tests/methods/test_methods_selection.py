@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_recycle.methods.registry import Registry
-from hf_recycle.methods.selection import CRITERIA, Signals, select, select_globally, select_in_each
+from hf_recycle.methods.recycling.selection import CRITERIA, Signals, select, select_globally, select_in_each
+from hf_recycle.utils.registry import Registry
 
 # Few distinct values, so that ties are the rule.
 VALUES = st.sampled_from([0.0, 0.5, 0.5, 1.0, 2.0, 1e-30, 1e30, float("inf"), float("-inf"), float("nan")])

@@ -7,12 +7,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from hf_recycle.methods.recycling.fade_in import (
+    interpolation,
+    mix,
+    scale_gradients,
+    show_effective_weights,
+    show_new_weights,
+)
+from hf_recycle.methods.recycling.phase import run_phase
 from hf_recycle.methods.schedule import PhaseSchedule
-from hf_recycle.methods.smooth import interpolation, mix
+from hf_recycle.methods.settings import RecyclingSettings
 from hf_recycle.neurons.table import NeuronTable
-from hf_recycle.phase import run_phase
-from hf_recycle.settings import RecyclingSettings
-from hf_recycle.transitions import scale_gradients, show_effective_weights, show_new_weights
 
 STEPS, SMOOTH, D, FF = 50, 15, 5, 12
 ADAMW = {"lr": 3e-2, "weight_decay": 0.1}

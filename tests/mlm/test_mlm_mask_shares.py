@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from transformers import DataCollatorForLanguageModeling
 
-from hf_recycle.mlm import counter
+from hf_recycle.batches import counter
 from hf_recycle.mlm.masking import MaskedLanguageModelingCollator, mask_tokens
 
 SPECIAL_IDS = [0, 1, 2, 3, 4]

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from hf_recycle.batches.numbered import Numbered, NumberedDataset, SharedNumber
+from hf_recycle.batches.seeded import SeededCollator
 from hf_recycle.mlm.masking import MaskedLanguageModelingCollator
-from hf_recycle.mlm.numbered import Numbered, NumberedDataset, SharedNumber
-from hf_recycle.mlm.seeded import SeededCollator
 
 
 def numbered(sequences, epoch=0, of=None):

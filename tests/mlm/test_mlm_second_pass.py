@@ -5,10 +5,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hf_recycle.batches.extra_batches import SecondPass
+from hf_recycle.batches.numbered import Numbered
+from hf_recycle.batches.seeded import SeededCollator
 from hf_recycle.mlm.masking import MaskedLanguageModelingCollator
-from hf_recycle.mlm.numbered import Numbered
-from hf_recycle.mlm.seeded import SeededCollator
-from hf_recycle.second_pass import SecondPass
 
 
 class Places:
@@ -24,7 +24,7 @@ class Places:
 @pytest.fixture(scope="module", autouse=True)
 def _places():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hf_recycle.second_pass.SeededCollator", Places)
+        patch.setattr("hf_recycle.batches.extra_batches.SeededCollator", Places)
         yield
 
 
@@ -57,7 +57,7 @@ def test_an_empty_training_set_is_refused():
 
 def test_masks_are_not_those_of_the_main_run(tokenizer, monkeypatch):
     """Even where the seeds are equal; and others in every epoch."""
-    monkeypatch.setattr("hf_recycle.second_pass.SeededCollator", SeededCollator)
+    monkeypatch.setattr("hf_recycle.batches.extra_batches.SeededCollator", SeededCollator)
     words = [{"input_ids": [5 + number] * 40} for number in range(6)]
     collator = MaskedLanguageModelingCollator(tokenizer)
     second = SecondPass(words, collator, 3)

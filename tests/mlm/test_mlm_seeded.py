@@ -16,9 +16,9 @@ from transformers import (
 )
 from transformers.trainer_utils import RemoveColumnsCollator
 
+from hf_recycle.batches.numbered import Numbered, NumberedDataset, SharedNumber
+from hf_recycle.batches.seeded import SeededCollator
 from hf_recycle.mlm.masking import MaskedLanguageModelingCollator
-from hf_recycle.mlm.numbered import Numbered, NumberedDataset, SharedNumber
-from hf_recycle.mlm.seeded import SeededCollator
 
 
 class Dice:

@@ -8,7 +8,7 @@ import transformers
 from torch import nn
 
 from hf_recycle import find_feed_forwards
-from hf_recycle.neurons.optimizer import StepWatch, check_can_reset, reset_state, unwrap_optimizer
+from hf_recycle.neurons.optimizer_state import StepWatch, check_can_reset, reset_state, unwrap_optimizer
 
 OPTIMIZERS = {
     "adamw": lambda p: torch.optim.AdamW(p, foreach=False),

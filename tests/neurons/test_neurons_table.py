@@ -6,11 +6,11 @@ import weakref
 import pytest
 import torch
 
+from hf_recycle.methods.recycling.fade_in import settle, show_effective_weights, show_new_weights
+from hf_recycle.methods.recycling.phase import run_phase
 from hf_recycle.methods.schedule import PhaseSchedule
+from hf_recycle.methods.settings import RecyclingSettings
 from hf_recycle.neurons.table import NeuronTable
-from hf_recycle.phase import run_phase
-from hf_recycle.settings import RecyclingSettings
-from hf_recycle.transitions import settle, show_effective_weights, show_new_weights
 
 
 def recycled(model, phases=2, smooth_steps=7) -> NeuronTable:

@@ -16,9 +16,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig, BertForMaskedLM
 
-from hf_recycle.forwards import replaced_forwards
 from hf_recycle.neurons.find import find_feed_forwards
-from hf_recycle.neurons.recomputation import recomputing_forwards
+from hf_recycle.speed.recomputation import recomputing_forwards
+from hf_recycle.utils.forwards import replaced_forwards
 
 
 class Watched:

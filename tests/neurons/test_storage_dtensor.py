@@ -20,7 +20,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from hf_recycle import find_feed_forwards
 from hf_recycle.neurons.blocks import NeuronSlice
-from hf_recycle.neurons.optimizer import check_optimizer, reset_state
+from hf_recycle.neurons.optimizer_state import check_optimizer, reset_state
 from hf_recycle.neurons.storage import storage_of
 from hf_recycle.neurons.storage.dtensor import DTensorStorage, _local_tiles, _owned
 from hf_recycle.neurons.storage.plain import PlainStorage

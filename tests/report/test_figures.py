@@ -10,15 +10,15 @@ import pytest
 import torch
 from simulated_runs import write_run
 
-from hf_recycle import files
-from hf_recycle.history import HistoryRecorder, RecyclingHistory
-from hf_recycle.report.figures import (
+from hf_recycle.plots.run import (
     _rebin,
     draw_figures,
     loss_figure,
     magnitudes_figure,
     recycle_counts_figure,
 )
+from hf_recycle.records import files
+from hf_recycle.records.history import HistoryRecorder, RecyclingHistory
 
 ALL = ["loss.png", "magnitudes.png", "recycle_counts.png", "ages.png"]
 MANY = tuple(f"bert.encoder.layer.{i}" for i in range(13))
@@ -128,8 +128,8 @@ def test_nothing_global_is_touched(tmp_path):
         "import sys, matplotlib\n"
         "settings = lambda: {k: matplotlib.rcParams[k] for k in matplotlib.rcParams if k != 'backend'}\n"
         "before = settings()\n"
-        "from hf_recycle.history import RecyclingHistory\n"
-        "from hf_recycle.report.figures import draw_figures\n"
+        "from hf_recycle.records.history import RecyclingHistory\n"
+        "from hf_recycle.plots.run import draw_figures\n"
         f"assert len(draw_figures(RecyclingHistory.from_pretrained({str(tmp_path)!r}), {str(tmp_path)!r})) == 4\n"
         "assert 'matplotlib.pyplot' not in sys.modules\n"
         "assert settings() == before\n"

@@ -6,8 +6,8 @@ from html.parser import HTMLParser
 import pytest
 from simulated_runs import write_run
 
-from hf_recycle import files
 from hf_recycle.cli.main import main
+from hf_recycle.records import files
 
 HOSTILE = "</td><script>alert(1)</script>\"' onload=x <img src=http://evil.example/x.png>"
 VOID = {"meta", "img", "br"}

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from simulated_runs import write_run
 
-from hf_recycle.report.naming import short_names
-from hf_recycle.report.summary import summary_text
-from hf_recycle.report.times import group_times
+from hf_recycle.records.naming import short_names
+from hf_recycle.records.times import group_times
+from hf_recycle.runs.summary import summary_text
 
 
 def test_losses_and_neurons(tmp_path):

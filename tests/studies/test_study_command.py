@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from hf_recycle.cli.main import main
-from hf_recycle.files import package_version
+from hf_recycle.records.files import package_version
 
 STUDY = """\
 title: A tiny study

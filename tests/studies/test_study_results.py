@@ -4,8 +4,8 @@ import pytest
 import torch
 from simulated_runs import write_run
 
-from hf_recycle import files
-from hf_recycle.recorder import OVERTRAINING_METRICS, HistoryRecorder, overtraining_totals
+from hf_recycle.records import files
+from hf_recycle.records.recorder import OVERTRAINING_METRICS, HistoryRecorder, overtraining_totals
 from hf_recycle.studies.plan import PlannedRun
 from hf_recycle.studies.results import RESULT_FILE, collect, load_result
 

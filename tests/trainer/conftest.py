@@ -8,7 +8,7 @@ __all__ = ["arguments", "tokenizer", "train"]
 @pytest.fixture(autouse=True)
 def _no_figures(monkeypatch):
     """Cards without figures: drawing them would take most of the time of these runs, and has tests of its own."""
-    monkeypatch.setattr("hf_recycle.report.figures.figure_images", lambda *_, **__: {})
+    monkeypatch.setattr("hf_recycle.plots.run.figure_images", lambda *_, **__: {})
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from transformers import DataCollatorForLanguageModeling
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_recycle import RecyclingArguments, RecyclingTrainer
-from hf_recycle.report import figures
+from hf_recycle.plots import run as figures
 
 
 def die_at(count: int | None) -> None:

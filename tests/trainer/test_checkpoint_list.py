@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import BertForMaskedLM
 
-from hf_recycle import checkpoint_list
-from hf_recycle.checkpoint_list import LIST_FILE, check_list, write_list
+from hf_recycle.checkpoints import file_list as checkpoint_list
+from hf_recycle.checkpoints.file_list import LIST_FILE, check_list, write_list
 from hf_recycle.errors import UserError
-from hf_recycle.file_checks import RecyclingFileError
+from hf_recycle.records.file_checks import RecyclingFileError
 
 SETTINGS = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "recycle_steps": 2, "recycle_fraction": 0.1}
 

@@ -9,9 +9,9 @@ from tiny_runs import sentences, tiny_bert
 from transformers import DataCollatorForLanguageModeling
 
 from hf_recycle import RecyclingTrainer
-from hf_recycle.claims import LOCK_FILE
+from hf_recycle.checkpoints.claims import LOCK_FILE
 from hf_recycle.errors import UserError
-from hf_recycle.locks import FileLock
+from hf_recycle.utils.locks import FileLock
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="files are locked on POSIX only")
 
@@ -43,7 +43,7 @@ def test_a_lock_dies_with_its_process_though_its_workers_live_on(tmp_path):
 
 
 def test_who_opened_the_file_before_it_was_removed_takes_the_next_one(tmp_path, monkeypatch):
-    import hf_recycle.locks as module
+    import hf_recycle.utils.locks as module
 
     first, second, third = (FileLock(tmp_path / "lock") for _ in range(3))
     assert first.take()
@@ -60,7 +60,7 @@ def test_who_opened_the_file_before_it_was_removed_takes_the_next_one(tmp_path, 
 
 
 def test_where_nothing_can_be_locked_it_is_as_if_nobody_were_there(tmp_path, monkeypatch):
-    import hf_recycle.locks as module
+    import hf_recycle.utils.locks as module
 
     def unsupported(*_):
         raise OSError(95, "Operation not supported")

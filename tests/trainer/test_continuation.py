@@ -11,7 +11,7 @@ from transformers import DataCollatorForLanguageModeling, Trainer
 from transformers.utils import logging
 
 from hf_recycle import RecyclingTrainer
-from hf_recycle.checkpoint_list import LIST_FILE
+from hf_recycle.checkpoints.file_list import LIST_FILE
 from hf_recycle.errors import UserError
 
 RECYCLING = {"recycle_steps": 3, "recycle_fraction": 0.1}

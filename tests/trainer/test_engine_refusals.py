@@ -4,9 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from hf_recycle import agreement
-from hf_recycle.engine_checkpoints import EngineCheckpointMixin, check_resumable
-from hf_recycle.engines import check_deepspeed
+from hf_recycle.engines import replica_checksum as agreement
+from hf_recycle.engines.checks import check_deepspeed
+from hf_recycle.engines.resume import EngineCheckpointMixin, check_resumable
 from hf_recycle.errors import UserError
 
 

@@ -8,9 +8,9 @@ from accelerate.utils import DistributedType
 from tiny_runs import tiny_bert
 from transformers import TrainingArguments
 
-from hf_recycle.engines import check_engine, leave_embeddings_ungrouped
+from hf_recycle.engines.checks import check_engine, leave_embeddings_ungrouped
+from hf_recycle.engines.launch import check_process_count, check_same, shared_arguments
 from hf_recycle.errors import UserError
-from hf_recycle.launch_checks import check_process_count, check_same, shared_arguments
 
 LAUNCHERS = [
     "HF_RECYCLE_NUM_PROCESSES",

@@ -11,12 +11,13 @@ from tiny_runs import assert_same_weights, losses, sentences, tiny_bert
 from torch import nn
 from transformers import DataCollatorForLanguageModeling, TrainerCallback
 
-from hf_recycle import RecyclingTrainer, host_memory
-from hf_recycle.bench.memory import status
-from hf_recycle.host_memory import give_back_freed_memory, sparse_tied_gradient
+from benchmarks.memory import status
+from hf_recycle import RecyclingTrainer
 from hf_recycle.mlm import heads
 from hf_recycle.mlm.cross_entropy import compact_loss
-from hf_recycle.onednn import is_available
+from hf_recycle.speed import host_memory
+from hf_recycle.speed.host_memory import give_back_freed_memory, sparse_tied_gradient
+from hf_recycle.speed.onednn import is_available
 
 CPU = torch.device("cpu")
 
@@ -65,7 +66,7 @@ def test_the_loss_of_the_restricted_head_makes_its_gradient_in_place(run, monkey
         shapes.append(logits.shape)
         return compact_loss(logits, *args, **kwargs)
 
-    monkeypatch.setattr("hf_recycle.mlm.training.compact_loss", watched)
+    monkeypatch.setattr("hf_recycle.trainer.masked_lm.compact_loss", watched)
     run()
     assert len(shapes) == 6
     assert all(len(shape) == 2 for shape in shapes)

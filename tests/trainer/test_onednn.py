@@ -12,9 +12,9 @@ from tiny_runs import assert_same_weights, losses
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hf_recycle import onednn
-from hf_recycle.forwards import replaced_forwards
-from hf_recycle.onednn import onednn_forwards
+from hf_recycle.speed import onednn
+from hf_recycle.speed.onednn import onednn_forwards
+from hf_recycle.utils.forwards import replaced_forwards
 
 needs_onednn = pytest.mark.skipif(not onednn.is_available(), reason="this PyTorch is without oneDNN")
 

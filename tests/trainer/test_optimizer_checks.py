@@ -10,8 +10,8 @@ from tiny_runs import tiny_bert
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
+from hf_recycle.engines.optimizer_checks import check_optimizer_state, check_scheduler_state, check_when_loaded
 from hf_recycle.errors import UserError
-from hf_recycle.optimizer_checks import check_optimizer_state, check_scheduler_state, check_when_loaded
 
 OPTIMIZERS = {
     "fused": lambda groups: torch.optim.AdamW(groups, fused=True),

@@ -12,9 +12,9 @@ from torch.nn import functional as F
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
 from hf_recycle import OvertrainingCallback, RecyclingHistory, RecyclingTrainer
-from hf_recycle.callbacks.overtraining import Overtraining
+from hf_recycle.methods.overtraining.callback import Overtraining
 from hf_recycle.neurons.table import NeuronTable
-from hf_recycle.report.summary import summary_text
+from hf_recycle.runs.summary import summary_text
 
 OVERTRAINING = {"overtrain_steps": 4, "overtrain_batches": 3}
 FEED_FORWARD = ("intermediate.dense.weight", "intermediate.dense.bias", "layer.{}.output.dense.weight")

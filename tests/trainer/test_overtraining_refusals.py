@@ -6,8 +6,8 @@ import pytest
 from tiny_runs import sentences, tiny_bert
 from torch.utils.data import IterableDataset
 
-from hf_recycle.checkpoint_list import LIST_FILE
-from hf_recycle.engines import check_can_overtrain
+from hf_recycle.checkpoints.file_list import LIST_FILE
+from hf_recycle.engines.checks import check_can_overtrain
 
 HALF = {"overtrain_subset": "smallest", "overtrain_fraction": 0.5}
 OVERTRAINING = {"overtrain_steps": 4, "overtrain_batches": 3}
@@ -66,7 +66,7 @@ def test_a_resumed_run_must_keep_its_overtraining(train):
 
 
 def test_a_position_that_contradicts_the_history_is_refused(train, tmp_path):
-    from hf_recycle.files import read_state, write_state
+    from hf_recycle.records.files import read_state, write_state
 
     train(save_strategy="steps", save_steps=6, **OVERTRAINING)
     folder = tmp_path / "run" / "checkpoint-6"

@@ -9,9 +9,9 @@ from tiny_runs import assert_same_weights, masked_sentences, tiny_bert
 from transformers import default_data_collator
 
 from hf_recycle import RecyclingTrainer
+from hf_recycle.methods.overtraining.training import overtrain
+from hf_recycle.methods.settings import OvertrainingSettings
 from hf_recycle.neurons.table import NeuronTable
-from hf_recycle.overtraining import overtrain
-from hf_recycle.settings import OvertrainingSettings
 
 OVERTRAINING = {"overtrain_steps": 4, "overtrain_batches": 3}
 

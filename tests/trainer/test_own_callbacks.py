@@ -14,9 +14,9 @@ from hf_recycle import (
     RecyclingHistory,
     RecyclingTrainer,
 )
-from hf_recycle.callbacks.magnitudes import Magnitudes
-from hf_recycle.callbacks.midpoint import Midpoint
-from hf_recycle.callbacks.recycling import Recycling
+from hf_recycle.methods.magnitudes import Magnitudes
+from hf_recycle.methods.midpoint import Midpoint
+from hf_recycle.methods.recycling.callback import Recycling
 from hf_recycle.neurons.storage.plain import PlainStorage
 from hf_recycle.neurons.table import NeuronTable
 

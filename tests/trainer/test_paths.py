@@ -7,8 +7,8 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_recycle import RecyclingArguments
-from hf_recycle.command_words import path_word
-from hf_recycle.hub.job import Push
+from hf_recycle.hub.push.job import Push
+from hf_recycle.utils.command_words import path_word
 
 
 def test_a_relative_folder_survives_a_change_of_the_working_directory(train, tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ import pytest
 from tiny_runs import masked_sentences, tiny_bert
 
 from hf_recycle import RecyclingTrainer, find_feed_forwards
-from hf_recycle.callbacks.saved_weights import check_weights_are_saved
+from hf_recycle.methods.saved_weights import check_weights_are_saved
 
 # Of peft itself, which the tests' rule on transformers' deprecations is not for.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")

@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader, IterableDataset, WeightedRandomSampler
 from transformers import DataCollatorForLanguageModeling, Trainer
 
 from hf_recycle import RecyclingHistory, RecyclingTrainer
-from hf_recycle.checkpoint_list import LIST_FILE
-from hf_recycle.files import RecyclingFileError
+from hf_recycle.checkpoints.file_list import LIST_FILE
+from hf_recycle.records.files import RecyclingFileError
 
 EVERYTHING = {
     # A phase every 3 steps that takes 3.2 of 32 neurons, so that fractions accumulate; transitions last longer than
@@ -312,7 +312,7 @@ def test_damaged_files_are_refused(name, damage, train):
 
 def test_a_hand_edited_state_is_refused(train):
     """Well-formed, and contradicting the history."""
-    from hf_recycle.files import read_state, write_state
+    from hf_recycle.records.files import read_state, write_state
 
     first = train(save_strategy="steps", save_steps=5, **METHODS["plain"])
     folder = Path(first.args.output_dir, "checkpoint-5")

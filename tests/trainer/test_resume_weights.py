@@ -13,9 +13,9 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, default_data_collator
 
 from hf_recycle import RecyclingTrainer
-from hf_recycle.checkpoint_list import LIST_FILE
+from hf_recycle.checkpoints.file_list import LIST_FILE
+from hf_recycle.engines.plain_weights import load_plain_weights
 from hf_recycle.errors import UserError
-from hf_recycle.plain_weights import load_plain_weights
 
 
 def samples(name: str) -> list[dict]:

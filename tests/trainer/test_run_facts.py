@@ -9,11 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_runs import assert_same_weights, tiny_bert
 
-from hf_recycle import RecyclingTrainer, files
-from hf_recycle.cli.context import run_context
-from hf_recycle.cli.parse import parse_run
-from hf_recycle.hub.run_facts import run_facts, split_arguments
-from hf_recycle.run_schema import run_problem
+from hf_recycle import RecyclingTrainer
+from hf_recycle.card.run_facts import run_facts, split_arguments
+from hf_recycle.records import files
+from hf_recycle.records.run_schema import run_problem
+from hf_recycle.runs.context import run_context
+from hf_recycle.runs.parse import parse_run
 
 TOKEN = "hf_" + "aBcDeFgHiJkLmNoPqRsTuVwXyZ"
 RUN = {"recycle_steps": 4, "recycle_fraction": 0.1}
@@ -83,7 +84,7 @@ def warnings():
     messages: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())
-    logger = logging.getLogger("hf_recycle.checkpoint_writing")
+    logger = logging.getLogger("hf_recycle.checkpoints.writing")
     logger.addHandler(handler)
     yield messages
     logger.removeHandler(handler)
@@ -95,8 +96,8 @@ def test_what_fails_beside_training_does_not_stop_it(train, tmp_path, monkeypatc
     def fail(*_, **__):
         raise RuntimeError("no font was found here")
 
-    monkeypatch.setattr("hf_recycle.hub.card.write_card", fail)
-    monkeypatch.setattr("hf_recycle.checkpoint_writing.run_facts", lambda trainer: {"arguments": "not a mapping"})
+    monkeypatch.setattr("hf_recycle.card.card.write_card", fail)
+    monkeypatch.setattr("hf_recycle.checkpoints.writing.run_facts", lambda trainer: {"arguments": "not a mapping"})
     trainer = train("run", save_strategy="steps", save_steps=4, **RUN)
     assert_same_weights(trainer, expected)
     cards = {path.name for path in (tmp_path / "expected/checkpoint-12").iterdir()}

@@ -9,8 +9,16 @@ from pathlib import Path
 import pytest
 from transformers.trainer_utils import get_last_checkpoint
 
-from hf_recycle import run_folder
-from hf_recycle.run_folder import checkpoint_folder, install, keep_only, remove, rotate, staging_folder, tidy
+from hf_recycle.checkpoints import run_folder
+from hf_recycle.checkpoints.run_folder import (
+    checkpoint_folder,
+    install,
+    keep_only,
+    remove,
+    rotate,
+    staging_folder,
+    tidy,
+)
 
 WHOLE = ("model", "optimizer", "state")
 

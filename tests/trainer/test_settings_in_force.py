@@ -10,8 +10,10 @@ from tiny_runs import assert_same_weights, losses, masked_sentences, sentences, 
 from transformers import DataCollatorForLanguageModeling, integrations
 from transformers.trainer_utils import HPSearchBackend
 
-from hf_recycle import RecyclingHistory, RecyclingTrainer, checkpoint_list, onednn
-from hf_recycle.files import RecyclingFileError
+from hf_recycle import RecyclingHistory, RecyclingTrainer
+from hf_recycle.checkpoints import file_list as checkpoint_list
+from hf_recycle.records.files import RecyclingFileError
+from hf_recycle.speed import onednn
 
 PLAIN = {"recycle_steps": 2, "recycle_fraction": 0.25}
 
@@ -232,7 +234,7 @@ def test_checksums_of_large_files(verify, arguments, monkeypatch):
 
 def test_onednn_that_is_not_there_is_refused_also_later(arguments, monkeypatch):
     trainer = trainer_with(arguments())
-    monkeypatch.setattr("hf_recycle.trainer.is_available", lambda: False)
+    monkeypatch.setattr("hf_recycle.trainer.trainer.is_available", lambda: False)
     trainer.args.onednn_linear = True
     with pytest.raises(ValueError, match="onednn_linear=True, but this PyTorch"):
         trainer.train()

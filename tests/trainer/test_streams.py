@@ -13,7 +13,7 @@ from torch.utils.data import IterableDataset
 from transformers import DataCollatorForLanguageModeling, Trainer, TrainerCallback
 
 from hf_recycle import RecyclingTrainer
-from hf_recycle.mlm.stream_state import can_resume
+from hf_recycle.batches.stream_state import can_resume
 
 PLAIN = {"recycle_steps": 3, "recycle_fraction": 0.1}
 

@@ -25,8 +25,8 @@ from hf_recycle import (
     RecyclingHistory,
     RecyclingTrainer,
 )
-from hf_recycle.callbacks.midpoint import Midpoint
-from hf_recycle.report.summary import summary_text
+from hf_recycle.methods.midpoint import Midpoint
+from hf_recycle.runs.summary import summary_text
 
 PLAIN = {"recycle_steps": 3, "recycle_fraction": 0.1}
 

@@ -1,1 +1,1 @@
-"""Checks on files that others wrote, before anything uses them. A run's own files need less: `hf_recycle.files`."""
+"""Checks on files that others wrote, before anything uses them. A run reads its own by `hf_recycle.records.files`."""

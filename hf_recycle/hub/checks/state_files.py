@@ -1,7 +1,7 @@
 """Checks on files that the Trainer reads with `torch.load`: optimizer, scheduler, scaler and random states.
 
 They are loaded with `weights_only=True` and mapped into memory, so no code is run and nothing large is copied. Whether
-an optimizer's state is that of the model is asked when it is loaded, see `hf_recycle.optimizer_checks`.
+an optimizer's state is that of the model is asked when it is loaded, see `hf_recycle.engines.optimizer_checks`.
 """
 
 from __future__ import annotations

@@ -1,1 +1,0 @@
-"""How fast training is, what each method costs, and what the machine could do: `hf-recycle bench`."""

@@ -1,0 +1,36 @@
+"""When to record magnitudes."""
+
+from hf_recycle.methods.base import Method, Run, StepInfo
+from hf_recycle.methods.coordinator import NeuronCallback
+from hf_recycle.methods.settings import MagnitudeSettings
+
+
+class Magnitudes(Method):
+    """Records magnitude histograms."""
+
+    settings_class = MagnitudeSettings
+    changes_weights = False
+    settings: MagnitudeSettings
+
+    def start(self, run: Run, settings: MagnitudeSettings) -> None:
+        super().start(run, settings)
+        if run.step == 0:
+            self._record(0)
+
+    def after_step(self, info: StepInfo) -> None:
+        if info.step % self.settings.steps == 0 or info.step == info.max_steps:
+            self._record(info.step)
+
+    def _record(self, step: int) -> None:
+        for name, magnitudes in self.table.magnitudes().items():
+            self.run.recorder.magnitudes(step, name, magnitudes)
+
+
+class MagnitudeCallback(NeuronCallback):
+    """Records a histogram of neuron magnitudes per block every `steps` optimizer steps, before the first step and
+    after the last (*Neuron Recycling*, section "Understanding neuron magnitudes").
+
+    On a stock `Trainer` the histograms are in `callback.recorder`; only a `RecyclingTrainer` saves them.
+    """
+
+    method_class = Magnitudes

@@ -1,0 +1,230 @@
+"""A run from its arguments: everything made, trained, evaluated, saved and summed up."""
+
+import os
+import shlex
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedTokenizerBase, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from hf_recycle.checkpoints.claims import claimed
+from hf_recycle.data.arguments import DataArguments, ModelArguments
+from hf_recycle.data.collate import CausalCollator
+from hf_recycle.data.loading import load_data, unigram_entropy
+from hf_recycle.data.model import load_model, pin_revision
+from hf_recycle.data.sources import load_texts
+from hf_recycle.data.tokenizer import load_tokenizer, trained_tokenizer
+from hf_recycle.engines.launch import check_process_count, check_same, shared_arguments
+from hf_recycle.errors import UserError
+from hf_recycle.hub.address import is_address
+from hf_recycle.hub.pull.resume import local_checkpoint
+from hf_recycle.mlm.masking import MaskedLanguageModelingCollator
+from hf_recycle.runs.context import run_context
+from hf_recycle.runs.launcher import LAUNCH_WORDS
+from hf_recycle.runs.parse import RunArguments
+from hf_recycle.trainer.trainer import RecyclingTrainer
+
+
+@dataclass
+class Run:
+    """One training run, ready to start."""
+
+    arguments: RunArguments
+    trainer: RecyclingTrainer
+    checkpoint: str | None
+    floor: float | None
+
+    @classmethod
+    def prepare(cls, arguments: RunArguments, words: Sequence[str] = ()) -> "Run":
+        """Load and build everything, so that what can fail fails before the first step.
+
+        Args:
+            words: the command line that the arguments were parsed from, for the model card.
+
+        Raises:
+            UserError: see `check_process_count`, `check_same`, `load_texts`, `load_data`, `load_model` and
+                `find_checkpoint`.
+            ValueError: what the trainer refuses.
+        """
+        args = arguments.training
+        check_process_count(args.world_size)
+        check_same(asdict(arguments.model) | asdict(arguments.data) | shared_arguments(args))
+        _check_folder(args.output_dir)
+        # A second run in the folder is refused before its data is prepared, and what a killed one left is put right.
+        with claimed(Path(args.output_dir), args):
+            checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+        if checkpoint is None and args.resume_from_checkpoint and args.should_log:
+            print(f"no checkpoint in {args.output_dir} yet: starting from scratch")
+        # Now, so that what the Hub refuses is said before the data is prepared.
+        checkpoint = local_checkpoint(checkpoint, args)
+        pin_revision(arguments.model)
+        set_seed(args.seed)
+        # The main process fills the caches, the others then read them.
+        with args.main_process_first(local=False, desc="preparing the data"):
+            tokenizer, train, validation = prepare_data(arguments.model, arguments.data)
+        _check_evaluation(args, validation)
+        model = load_model(arguments.model, tokenizer, arguments.data.max_seq_length)
+        trainer = RecyclingTrainer(
+            model=model,
+            args=args,
+            train_dataset=train,
+            eval_dataset=validation,
+            data_collator=make_collator(arguments, tokenizer),
+            processing_class=tokenizer,
+        )
+        floor = None
+        if arguments.model.task == "mlm" and isinstance(train, Dataset) and isinstance(validation, Dataset):
+            floor = unigram_entropy(train, validation, tokenizer)
+        trainer.run_context = run_context(arguments, words, floor)
+        return cls(arguments, trainer, checkpoint, floor)
+
+    def train(self) -> None:
+        """Train, evaluate, save, and on the main process print the summary and draw the figures."""
+        trainer = self.trainer
+        result = trainer.train(resume_from_checkpoint=self.checkpoint)
+        trainer.save_metrics("train", result.metrics, combined=False)
+        if trainer.eval_dataset is not None:
+            trainer.save_metrics("eval", trainer.evaluate(), combined=False)
+        # After the evaluation, which belongs to the history that is saved with the model. The state first, which the
+        # model card reads.
+        trainer.save_state()
+        trainer.save_model()
+        # A baseline without feed-forward neurons has no history of them.
+        if trainer.is_world_process_zero() and trainer.neuron_table() is not None:
+            _report(Path(trainer.args.output_dir), self.floor)
+            if trainer.publisher is not None and (unpublished := trainer.publisher.report()):
+                print(unpublished)
+
+    def how_to_go_on(self, words: Sequence[str]) -> str:
+        """A clause that tells how to resume what was interrupted."""
+        folder = self.trainer.args.output_dir
+        if last_checkpoint(folder) is None:
+            return f"no checkpoint was saved yet in {folder}, so the same command starts again"
+        words = _without(words, "--resume_from_checkpoint")
+        parts = [shlex.join(words), os.environ.get(LAUNCH_WORDS), "--resume_from_checkpoint true"]
+        command = " ".join(filter(None, parts))
+        return f"go on from the last checkpoint with: hf-recycle train {command}"
+
+
+def _without(words: Sequence[str], flag: str) -> list[str]:
+    """The words of a command without one argument and its value."""
+    kept: list[str] = []
+    for word, before in zip(words, ["", *words], strict=False):
+        value_of_it = before == flag and not word.startswith("--")
+        if word != flag and not word.startswith(f"{flag}=") and not value_of_it:
+            kept.append(word)
+    return kept
+
+
+def prepare_data(
+    model: ModelArguments, data: DataArguments
+) -> tuple[PreTrainedTokenizerBase, Dataset | IterableDataset, Dataset | IterableDataset | None]:
+    """The tokenizer (loaded, or trained on the texts), and the training and validation sequences."""
+    texts = load_texts(data)
+    name = model.tokenizer_name or model.model_name_or_path or model.config_name
+    if name:
+        revision = "main" if model.tokenizer_name else model.model_revision
+        tokenizer = load_tokenizer(name, data.max_seq_length, revision, model.trust_remote_code)
+    else:
+        tokenizer = trained_tokenizer(texts.sample(), model.tokenizer_vocab_size, data.max_seq_length)
+    train, validation = load_data(data, tokenizer, texts)
+    return tokenizer, train, validation
+
+
+def make_collator(arguments: RunArguments, tokenizer: PreTrainedTokenizerBase) -> Callable[[Any], Any]:
+    """The collator of the task: masks tokens, or repeats them as labels."""
+    if arguments.model.task == "clm":
+        padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        return CausalCollator(padding or 0)
+    return MaskedLanguageModelingCollator(
+        tokenizer, mlm_probability=arguments.data.mlm_probability, seed=arguments.training.seed
+    )
+
+
+def last_checkpoint(folder: str) -> str | None:
+    """The last checkpoint in an output folder, or None."""
+    return get_last_checkpoint(folder) if Path(folder).is_dir() else None
+
+
+def _check_folder(folder: str) -> None:
+    """Raises a UserError if nothing can be written to `folder`, which is made if it is not there."""
+    if Path(folder).is_file():
+        raise UserError(f"output_dir={folder!r} is a file; name a folder")
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"output_dir={folder!r} can't be written to ({error.strerror or error}); name another folder"
+        ) from None
+
+
+# What the Trainer, or DeepSpeed, keeps only beside an optimizer.
+_RESUMABLE = ("scheduler.pt", "latest")
+
+
+def find_checkpoint(output_dir: str, resume: str | None) -> str | None:
+    """The checkpoint to resume from, or None to start from scratch.
+
+    Args:
+        output_dir: the folder of the run.
+        resume: a path; or `hf://user/repo...`, which is returned as it is; or "true": the last checkpoint of
+            `output_dir`, if there is one; or None or "false".
+
+    Raises:
+        UserError: `resume` does not exist, or `output_dir` holds another run and no resume was asked for.
+    """
+    found = last_checkpoint(output_dir)
+    if resume is None or resume.lower() == "false":
+        if found is not None:
+            raise UserError(
+                f"output_dir={output_dir!r} already holds checkpoints of a run; pass "
+                "--resume_from_checkpoint true to go "
+                "on with it, or another --output_dir"
+            )
+        return None
+    if resume.lower() == "true":
+        return found
+    if is_address(resume):
+        return resume
+    if not Path(resume).is_dir():
+        raise UserError(
+            f"resume_from_checkpoint={resume!r} does not exist; pass true, the path of a checkpoint folder or "
+            "hf://user/repo"
+        )
+    # The folder of a finished run has a trainer state, but no optimizer: going on from it would not be resuming.
+    if not Path(resume, "trainer_state.json").is_file() or not any(Path(resume, n).exists() for n in _RESUMABLE):
+        raise UserError(
+            f"resume_from_checkpoint={resume!r} is not a checkpoint that training can go on from; name one of its "
+            "checkpoint-N folders, or pass true for the last one in output_dir"
+        )
+    return resume
+
+
+def _check_evaluation(args: Any, validation: Any) -> None:
+    if validation is None and args.eval_strategy != "no":
+        raise UserError(
+            f"eval_strategy={args.eval_strategy.value!r} needs something to evaluate on, and a "
+            "stream has no validation "
+            "data of its own; pass validation_file or eval_strategy=no"
+        )
+
+
+def _report(folder: Path, floor: float | None) -> None:
+    # Drawing needs matplotlib, which the other processes need not load.
+    from hf_recycle.plots.run import draw_figures
+    from hf_recycle.records.history import RecyclingHistory
+    from hf_recycle.runs.summary import summary_text
+
+    history = RecyclingHistory.of_own_run(folder)
+    figures = draw_figures(history, folder / "figures", unigram_entropy=floor)
+    print(summary_text(history, unigram_entropy=floor, model_folder=str(folder)))
+    if figures:
+        print(f"figures: {folder / 'figures'}", file=sys.stdout)

@@ -1,0 +1,285 @@
+"""What a Trainer does differently for masked language models: loss and evaluation."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType, DynamoBackend, send_to_device
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers.trainer_utils import EvalLoopOutput
+from transformers.utils import logging
+
+from hf_recycle.batches.loaders import base_loader
+from hf_recycle.mlm.capacity import CountingCollator, counted, masked_tokens, usual_size
+from hf_recycle.mlm.cross_entropy import compact_loss
+from hf_recycle.mlm.heads import MaskedHead, find_masked_head
+from hf_recycle.mlm.loss import IGNORED, masked_lm_loss, masked_positions, padded_positions
+from hf_recycle.mlm.plain_loss import (
+    core_model,
+    has_plain_loss,
+    honours_item_count,
+    ignores_item_count,
+    is_masked_language_model,
+)
+from hf_recycle.mlm.tally import EvaluationTally
+from hf_recycle.trainer.data import ReproducibleDataMixin
+
+logger = logging.get_logger(__name__)
+
+
+class MaskedLanguageModelingMixin(ReproducibleDataMixin):
+    """Reproducible batches, a loss over the masked tokens of the whole batch, the head on masked positions, and
+    evaluation over all masked tokens.
+
+    Loss, head and evaluation are ours only where that changes no loss of the user's: for models that are known to
+    compute plain masked cross entropy (`plain_loss.py`), and where no subclass overrides `compute_loss` and there is
+    neither a `compute_loss_func` nor label smoothing. Everything else trains and evaluates as with the stock Trainer.
+
+    Why a loss of our own: the forward of BERT and its kin takes `**kwargs` but ignores `num_items_in_batch`, so the
+    stock Trainer believes the loss to be normalised over accumulated batches and processes when it is not.
+    """
+
+    def set_up_masked_language_modeling(self) -> None:
+        """To be called once, at the end of `__init__`."""
+        self._compiled = self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
+        self._head_model: nn.Module | None = None
+        self._head: MaskedHead | None = None
+        self._tally: EvaluationTally | None = None
+        self._said_inflated = False
+        self._stock_accepts_loss_kwargs = self._settled_accepts_loss_kwargs = self.model_accepts_loss_kwargs
+        self.settle_loss()
+        self.set_up_data()
+
+    def can_sum_sparsely(self) -> bool:
+        """Whether `sparse_tied_gradient` holds: every loss goes through the head, and one process on a CPU sums."""
+        alone = self.accelerator.distributed_type == DistributedType.NO and self.accelerator.device.type == "cpu"
+        steps_are_ours = type(self).training_step.__module__.startswith("hf_recycle.")
+        return self._wants_masked_head and steps_are_ours and alone and not self._compiled
+
+    def _get_dataloader(
+        self, dataset, description, batch_size, sampler_fn=None, is_training=False, dataloader_key=None
+    ) -> DataLoader:
+        loader = super()._get_dataloader(
+            dataset, description, batch_size, sampler_fn, is_training=is_training, dataloader_key=dataloader_key
+        )
+        if self._wants_masked_head and self.accelerator.device.type != "cpu":  # on a CPU, counting waits for nothing
+            base = base_loader(loader)
+            base.collate_fn = CountingCollator(base.collate_fn)
+        return loader
+
+    # ---- Loss ----
+
+    def settle_loss(self) -> None:
+        """Works out whose loss it is: when a training begins, before the model is wrapped or sharded, and when an
+        evaluation does, because until then a subclass or a script may have changed anything."""
+        model = self._unwrapped_model()
+        users = (
+            self.steps_aside
+            or type(self).compute_loss is not MaskedLanguageModelingMixin.compute_loss
+            or "compute_loss" in vars(self)
+            or self.compute_loss_func is not None
+            or self.label_smoother is not None
+            or self.loss_is_scaled_for_ga is False
+            or self.get_sp_size() * self.get_cp_size() > 1  # sequences are cut, labels too
+        )
+        self._own_loss = not users and has_plain_loss(model)
+        if self.model_accepts_loss_kwargs is not self._settled_accepts_loss_kwargs:
+            return  # the user has set it
+        if self._own_loss:
+            # So that the stock Trainer counts the masked tokens, and does not divide by accumulation steps once more.
+            accepts = True
+        else:
+            accepts = self._stock_accepts_loss_kwargs and (users or not ignores_item_count(model))
+        self.model_accepts_loss_kwargs = self._settled_accepts_loss_kwargs = accepts
+
+    def _unwrapped_model(self) -> nn.Module:
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
+    def loss_of(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+        """The loss of one batch of all processes, as in training: to be averaged over processes, not backpropagated."""
+        items = self._get_num_items_in_batch([batch], self.args.device)
+        inputs = self._prepare_inputs(send_to_device(counted(batch), self.args.device))
+        with self.compute_loss_context_manager():
+            return self.compute_loss(model, inputs, num_items_in_batch=items)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs.get("labels")
+        if self._wants_masked_head and labels is None:
+            raise ValueError(
+                "masked_head=True needs labels, and the batches have none: pass a masking collator such as "
+                "DataCollatorForLanguageModeling(tokenizer), make them in a compute_loss of your own, or set "
+                "masked_head=False."
+            )
+        if not self._own_loss or labels is None:
+            if num_items_in_batch is not None and model.training:
+                self._say_if_inflated()
+            return super().compute_loss(
+                model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+            )
+        if return_outputs:
+            outputs = model(**inputs)  # with its own loss in them
+            logits, targets = _logits(outputs, with_loss=True), labels
+        else:
+            logits, targets = self._predict_masked(model, inputs)
+            outputs = None
+        masked = (targets != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+        loss = (compact_loss if logits.dim() == 2 else masked_lm_loss)(logits, targets, masked)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            # Processes average their gradients; the sum over processes is wanted.
+            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+        return (loss, outputs) if return_outputs else loss
+
+    def _say_if_inflated(self) -> None:
+        """Says once that a masked language model's loss is larger than it is believed to be, as with the stock Trainer.
+
+        That is when the loss is a mean over its own batch, while the Trainer takes it for a sum divided by the masked
+        tokens of all, which need not be divided by accumulation steps and has to be multiplied by processes."""
+        processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        factor = processes * self.args.gradient_accumulation_steps
+        believed = self.model_accepts_loss_kwargs and self.compute_loss_func is None and self.label_smoother is None
+        if self._said_inflated or factor == 1 or not believed or self.loss_is_scaled_for_ga is False:
+            return
+        self._said_inflated = True
+        model = self._unwrapped_model()
+        if is_masked_language_model(model) and not honours_item_count(model):
+            logger.warning(
+                f"The loss and the gradients of {type(model).__name__} are {factor} times too large, as with "
+                "transformers' Trainer, unless its forward divides the loss by num_items_in_batch: it takes **kwargs, "
+                "so the Trainer neither divides by gradient_accumulation_steps nor averages over processes. Set "
+                "model.accepts_loss_kwargs = False before the trainer is made."
+            )
+
+    # ---- Head on masked positions ----
+
+    @property
+    def _wants_masked_head(self) -> bool:
+        return self._own_loss and self.args.masked_head
+
+    def _predict_masked(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """Logits and their targets: of the masked positions only, `(n, vocabulary)` and `(n,)`, ascending, with padding
+        behind them, if the model can; else of all, `(batch, sequence, vocabulary)` and `(batch, sequence)`."""
+        inputs = dict(inputs)
+        labels = inputs.pop("labels")
+        head = self._masked_head()
+        if head is None:
+            return _logits(model(**inputs)), labels
+        positions, targets, padding = self._choose_positions(labels)
+        with head.at(positions, padding):
+            logits = _logits(model(**inputs))
+        if logits.shape[:-1] != positions.shape:
+            self._give_up_masked_head(f"its head gave logits of shape {tuple(logits.shape)}")
+            return self._predict_masked(model, {**inputs, "labels": labels})
+        return logits, targets
+
+    def _choose_positions(self, labels: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The positions at which to compute the head, their targets, and which of them are padding, if any can be."""
+        masked = masked_tokens(labels)
+        if not self._compiled:
+            return *padded_positions(labels, masked), None
+        share = getattr(self.data_collator, "mlm_probability", None)
+        known = isinstance(share, int | float) and 0 <= share <= 1
+        size = usual_size(masked, labels.numel(), share) if known else None
+        # Sizes 0 and 1 are never dynamic.
+        positions, targets = padded_positions(labels, max(masked, 2) if size is None else size)
+        padding = targets == IGNORED
+        if size is None:
+            torch._dynamo.maybe_mark_dynamic(positions, 0)
+            torch._dynamo.maybe_mark_dynamic(padding, 0)
+        return positions, targets, padding
+
+    def head_attached(self) -> AbstractContextManager:
+        """Within the context, a backward pass may compute parts of the forward pass of `compute_loss` again."""
+        head = self._masked_head() if self._own_loss else None
+        return nullcontext() if head is None else head.attached()
+
+    def _masked_head(self) -> MaskedHead | None:
+        """The head of the current model, or None: not wanted, or the model can't (said once)."""
+        if not self.args.masked_head:
+            return None
+        model = core_model(self._unwrapped_model())
+        if self._head_model is not model:  # model_init makes a new one
+            self._head_model, self._head = model, find_masked_head(model)
+            if self._head is None:
+                self._give_up_masked_head("its head is not known to work position by position")
+        return self._head
+
+    def _give_up_masked_head(self, why: str) -> None:
+        self._head = None
+        logger.warning(
+            f"masked_head: {type(self._head_model).__name__} can't compute its head on masked positions only ({why}); "
+            "the full head is used, which is slower and otherwise the same."
+        )
+
+    # ---- Evaluation ----
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        if not self.is_in_train:
+            self.settle_loss()
+        with self._tallying() as tally, self._noting_metrics() as users:
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+        if tally is not None and tally.tokens:
+            # A mean over all masked tokens; the stock loop takes a mean of batch means.
+            for name, value in tally.metrics(with_accuracy=self.compute_metrics is None).items():
+                key = f"{metric_key_prefix}_{name}"
+                if name not in users and key not in users:
+                    output.metrics[key] = value
+        return output
+
+    @contextmanager
+    def _tallying(self) -> Iterator[EvaluationTally | None]:
+        """A sum over masked tokens, where losses are ours and no subclass has steps of its own."""
+        ours = self._own_loss and type(self).prediction_step is MaskedLanguageModelingMixin.prediction_step
+        before, self._tally = self._tally, EvaluationTally(self.accelerator) if ours else None
+        try:
+            yield self._tally
+        finally:
+            self._tally = before
+
+    @contextmanager
+    def _noting_metrics(self) -> Iterator[set[str]]:
+        """The names of what the user's `compute_metrics` returns."""
+        names: set[str] = set()
+        compute = self.compute_metrics
+
+        def noting(*args, **kwargs):
+            metrics = compute(*args, **kwargs)
+            names.update(metrics or ())
+            return metrics
+
+        self.compute_metrics = compute and noting
+        try:
+            yield names
+        finally:
+            self.compute_metrics = compute
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        if self._tally is None or inputs.get("labels") is None or "logits" in (ignore_keys or ()):
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys=ignore_keys)
+        if not prediction_loss_only:
+            # The caller wants the logits of all positions, so the full head it is.
+            loss, logits, labels = super().prediction_step(model, inputs, False, ignore_keys=ignore_keys)
+            scores = logits[0] if isinstance(logits, tuple | list) else logits
+            positions = masked_positions(labels)
+            self._tally.add(scores.flatten(0, -2)[positions], labels, positions)
+            return loss, logits, labels
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            logits, _ = self._predict_masked(model, inputs)
+        positions = masked_positions(inputs["labels"])
+        logits = logits[: len(positions)] if logits.dim() == 2 else logits.flatten(0, -2)[positions]
+        return self._tally.add(logits, inputs["labels"], positions), None, None
+
+
+def _logits(outputs: Any, with_loss: bool = False) -> Tensor:
+    return outputs["logits"] if isinstance(outputs, Mapping) else outputs[1 if with_loss else 0]
