@@ -102,6 +102,13 @@ class RecyclingArguments(TrainingArguments):
         default=True,
         metadata={"help": "Compute the head of a masked language model on masked positions only: same loss, faster."},
     )
+    chunked_head: bool = field(
+        default=True,
+        metadata={
+            "help": "Compute the head of a causal language model in chunks of tokens: the same loss, and memory for "
+            "the logits of one chunk."
+        },
+    )
     recompute_activations: bool = field(
         default=True,
         metadata={
@@ -180,6 +187,6 @@ class RecyclingArguments(TrainingArguments):
     def method_arguments(self) -> dict[str, Any]:
         """All settings of all methods, flat: what `recycling_config.json` records."""
         names = [method.prefix + item.name for method in METHODS for item in fields(method)]
-        names += ["masked_head", "recompute_activations", "onednn_linear", "deterministic_masking"]
+        names += ["masked_head", "chunked_head", "recompute_activations", "onednn_linear", "deterministic_masking"]
         names += ["ff_pattern", "ff_blocks"]
         return {name: getattr(self, name) for name in names}

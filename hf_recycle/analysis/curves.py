@@ -6,9 +6,8 @@ from pathlib import Path
 from hf_recycle.analysis.labels import short_labels
 from hf_recycle.analysis.pruning import PruneCurves
 from hf_recycle.analysis.tables import table
+from hf_recycle.mlm.tasks import TASKS
 from hf_recycle.plots.style import PALETTE, new_figure, open_axes, save
-
-_LOSSES = {"mlm": "masked token", "clm": "token"}
 
 
 def curves_text(curves: Sequence[PruneCurves]) -> str:
@@ -20,8 +19,8 @@ def curves_text(curves: Sequence[PruneCurves]) -> str:
             losses = (f"{values[position]:.4f}" for values in model.losses.values())
             rows.append((f"{100 * share:g}%", *losses))
         heading = (
-            f"{model.label}: loss in nats per {_LOSSES[model.task]} ({model.tokens:,} of them), when a share of every "
-            "layer's feed-forward neurons is pruned at once"
+            f"{model.label}: loss in nats per {TASKS[model.task].predicted} ({model.tokens:,} of them), when a share "
+            "of every layer's feed-forward neurons is pruned at once"
         )
         parts.append(f"{heading}\n{table(rows)}")
     return "\n\n".join(parts)
@@ -39,7 +38,7 @@ def draw_curves(curves: Sequence[PruneCurves], folder: Path) -> list[Path]:
             shares = [100 * share for share in model.shares]
             panel.plot(shares, losses, label=criterion, marker="o", ms=4, lw=1.6, color=PALETTE[number % len(PALETTE)])
         panel.set(xlabel="share of every layer's neurons pruned (%)", title=label)
-        panel.set_ylabel(f"loss (nats per {_LOSSES[model.task]})")
+        panel.set_ylabel(f"loss (nats per {TASKS[model.task].predicted})")
         panel.tick_params(labelleft=True)
         panel.grid(alpha=0.25, lw=0.6)
         panel.legend(frameon=False)

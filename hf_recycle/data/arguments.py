@@ -39,9 +39,8 @@ class ModelArguments:
     )
     tokenizer_name: str | None = _argument(
         None,
-        "Tokenizer of the Hub or local folder. Without it: the one of model_name_or_path or "
-        "config_name, else a "
-        "WordPiece tokenizer is trained on the corpus.",
+        "Tokenizer of the Hub or local folder. Without it: the one of model_name_or_path or config_name, else one is "
+        "trained on the corpus: WordPiece for mlm, byte-level BPE for clm.",
     )
     tokenizer_vocab_size: int = _argument(8192, "Entries of a tokenizer trained on the corpus.")
 

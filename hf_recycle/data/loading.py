@@ -17,6 +17,7 @@ from hf_recycle.data.cache import cache_folder
 from hf_recycle.data.packing import Frame, pack, truncate
 from hf_recycle.data.sources import Texts, load_texts
 from hf_recycle.errors import UserError
+from hf_recycle.mlm.tasks import Task
 
 # Raise it when the steps below change what they write, so that cached sequences are not taken for new ones.
 _VERSION = 1
@@ -56,32 +57,35 @@ def load_data(
     return _first(train, arguments.max_train_samples), _first(validation, arguments.max_eval_samples)
 
 
-def unigram_entropy(train: Dataset, validation: Dataset, tokenizer: PreTrainedTokenizerBase) -> float:
+def unigram_entropy(task: Task, train: Dataset, validation: Dataset, tokenizer: PreTrainedTokenizerBase) -> float:
     """Nats per token of `validation` for a model that knows how frequent tokens are in `train`, and no more.
 
-    The floor of a model that ignores context. Special tokens are left out, as they are never masked; each
-    token counts once more than it occurs, so that one that `train` lacks costs much and not infinitely much.
+    The floor of a model that ignores context. Tokens that are never a target of the task are left out; each token
+    counts once more than it occurs, so that one that `train` lacks costs much and not infinitely much.
     """
     size = len(tokenizer)
-    counts = _token_counts(train, size)
-    targets = _token_counts(validation, size)
-    special = np.array(sorted(set(tokenizer.all_special_ids)), np.int64)
-    counts[special] = targets[special] = 0
+    counts, targets = (_token_counts(dataset, size, task.first_predicted) for dataset in (train, validation))
     smoothed = counts + 1.0
-    smoothed[special] = 0
+    if not task.predicts_special_tokens:
+        special = np.array(sorted(set(tokenizer.all_special_ids)), np.int64)
+        targets[special] = smoothed[special] = 0
     with np.errstate(divide="ignore"):
         log_probability = np.log(smoothed / smoothed.sum())
     seen = targets > 0
     return float(-(targets[seen] * log_probability[seen]).sum() / targets[seen].sum())
 
 
-def _token_counts(dataset: Dataset, size: int, at_most: int = 100_000) -> npt.NDArray[np.int64]:
-    """How often each id occurs in (an even sample of) the sequences, shape `(size,)`."""
+def _token_counts(dataset: Dataset, size: int, first: int, at_most: int = 100_000) -> npt.NDArray[np.int64]:
+    """How often each id occurs in (an even sample of) the sequences from their token number `first` on, `(size,)`."""
     step = max(1, len(dataset) // at_most)
     sample = dataset.select(range(0, len(dataset), step)).with_format("arrow")
     counts = np.zeros(size, np.int64)
     for batch in sample.iter(batch_size=10_000):
-        counts += np.bincount(_flat(batch["input_ids"])[0], minlength=size)[:size]
+        ids, lengths = _flat(batch["input_ids"])
+        if first:
+            place = np.arange(len(ids)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+            ids = ids[place >= first]
+        counts += np.bincount(ids, minlength=size)[:size]
     return counts
 
 

@@ -17,6 +17,7 @@ from hf_recycle.data.arguments import DataArguments
 from hf_recycle.data.loading import load_data, tokenizer_key, unigram_entropy
 from hf_recycle.data.sources import load_texts
 from hf_recycle.errors import UserError
+from hf_recycle.mlm.tasks import TASKS
 
 LINES = [f"line {number} has the words one two three and {number % 7}" for number in range(200)]
 
@@ -250,10 +251,20 @@ def test_unigram_entropy_of_known_frequencies(tokenizer):
     # 3,000 and 1,000 plus one each, over 4,000 and one for each ordinary token.
     ordinary = len(tokenizer) - 5
     expected = -(math.log(3001 / (4000 + ordinary)) + math.log(1001 / (4000 + ordinary))) / 2
-    assert unigram_entropy(train, sequences([5, 6]), tokenizer) == pytest.approx(expected, rel=1e-12)
+    assert unigram_entropy(TASKS["mlm"], train, sequences([5, 6]), tokenizer) == pytest.approx(expected, rel=1e-12)
     # A token that training lacks costs more, and not infinitely much.
-    unseen = unigram_entropy(train, sequences([7]), tokenizer)
+    unseen = unigram_entropy(TASKS["mlm"], train, sequences([7]), tokenizer)
     assert unseen == pytest.approx(math.log(4000 + ordinary), rel=1e-12)
+
+
+def test_the_floor_of_a_causal_model_counts_all_but_the_first_token(tokenizer):
+    """Special tokens are predicted like any other."""
+    train = Dataset.from_dict({"input_ids": [[5, 6, 2], [6, 2]] * 500})
+    validation = Dataset.from_dict({"input_ids": [[7, 6], [7, 2, 2]]})
+    size = len(tokenizer)
+    # 500 times 6 and 1,000 times 2 follow something, plus one each.
+    expected = -(math.log(501 / (1500 + size)) + 2 * math.log(1001 / (1500 + size))) / 3
+    assert unigram_entropy(TASKS["clm"], train, validation, tokenizer) == pytest.approx(expected, rel=1e-12)
 
 
 def refused(message, **arguments):

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from hf_recycle.mlm.heads import HEADS, find_masked_head
-from hf_recycle.mlm.loss import masked_positions
+from hf_recycle.mlm.loss import target_positions
 
 VOCABULARY = 61
 COMMON = {
@@ -97,7 +97,7 @@ def full_head(model, inputs, labels):
 
 
 def masked_head(model, head, inputs, labels):
-    positions = masked_positions(labels)
+    positions = target_positions(labels)
     with head.at(positions):
         logits = model(**inputs).logits
     assert logits.shape == (len(positions), VOCABULARY)
@@ -138,12 +138,12 @@ def test_a_copy_is_independent(model_type):
     inputs, labels = batch("uneven")
     reference = full_head(model, inputs, labels)
     head = find_masked_head(model)
-    with head.at(masked_positions(labels)):
+    with head.at(target_positions(labels)):
         twin = copy.deepcopy(model)  # at the worst moment
         assert_same(full_head(twin, inputs, labels), reference)
     twin_head = find_masked_head(twin)
     assert_same(masked_head(twin, twin_head, inputs, labels), reference)
-    with twin_head.at(masked_positions(labels)):
+    with twin_head.at(target_positions(labels)):
         assert_same(full_head(model, inputs, labels), reference)
 
 
@@ -157,7 +157,7 @@ def test_hooks_are_on_the_model_within_the_contexts_only():
     assert hooks(model) == 0
     with head.attached():
         on = hooks(model)
-        with head.at(masked_positions(batch("uneven")[1])):
+        with head.at(target_positions(batch("uneven")[1])):
             assert hooks(model) == on > 0
         assert hooks(model) == on
     assert hooks(model) == 0
@@ -167,7 +167,7 @@ def test_an_error_in_the_context_leaves_the_hook_idle():
     model = tiny_model("bert")
     inputs, labels = batch("uneven")
     head = find_masked_head(model)
-    with pytest.raises(RuntimeError), head.at(masked_positions(labels)):
+    with pytest.raises(RuntimeError), head.at(target_positions(labels)):
         raise RuntimeError
     assert model(**inputs).logits.shape == (*labels.shape, VOCABULARY)
 
@@ -200,11 +200,11 @@ def test_a_compiled_model_needs_one_graph_for_all_counts():
     compiled = torch.compile(model, backend=count, fullgraph=True)
     seen = {}
     for n in (6, 5, 4, 3):
-        positions = masked_positions(labels)[:n]
+        positions = target_positions(labels)[:n]
         with head.at(positions):
             seen[n] = compiled(**inputs).logits
         assert seen[n].shape == (n, VOCABULARY)
-    loss = F.cross_entropy(seen[6], labels.view(-1)[masked_positions(labels)], reduction="sum")
+    loss = F.cross_entropy(seen[6], labels.view(-1)[target_positions(labels)], reduction="sum")
     assert_same((loss, gradients(model, loss)), reference)
     assert len(graphs) <= 2  # one for the first count, one for any
 
@@ -217,7 +217,7 @@ def test_wrapped_in_ddp(tmp_path):
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
     try:
         wrapped = torch.nn.parallel.DistributedDataParallel(model)
-        with head.at(masked_positions(labels)):
+        with head.at(target_positions(labels)):
             logits = wrapped(**inputs).logits
         loss = F.cross_entropy(logits, labels[labels != -100], reduction="sum")
         assert_same((loss, gradients(model, loss)), reference)
