@@ -95,9 +95,10 @@ class DataArguments:
     text_column: str | None = _argument(None, "Column that holds the text; 'text' or the only column of strings.")
     train_file: str | None = _argument(
         None,
-        "Local text (.txt, a document a line) or JSON (.json, .jsonl) file to train on; may be compressed.",
+        "Local file to train on: text (.txt, a document a line), JSON (.json, .jsonl), CSV (.csv, .tsv) or Parquet "
+        "(.parquet), with a document a row in text_column; all but Parquet may be compressed.",
     )
-    validation_file: str | None = _argument(None, "Local text or JSON file to evaluate on.")
+    validation_file: str | None = _argument(None, "Local file to evaluate on, as train_file.")
     validation_split_percentage: int = _argument(
         5, "Share of the training sequences to evaluate on when no validation data is named."
     )
@@ -141,16 +142,34 @@ class DataArguments:
 
 
 # The endings that name a builder of `datasets`, and those of compression it sees through by itself.
-BUILDERS = {".txt": "text", ".text": "text", ".json": "json", ".jsonl": "json"}
+BUILDERS = {
+    ".txt": "text",
+    ".text": "text",
+    ".json": "json",
+    ".jsonl": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+}
 COMPRESSION = (".gz", ".xz", ".bz2", ".zst")
 
 
 def text_builder(path: str) -> str | None:
     """The builder of `datasets` that reads a file, by its ending; None for an unknown one."""
-    suffixes = [suffix.lower() for suffix in Path(path).suffixes]
-    while suffixes and suffixes[-1] in COMPRESSION:
-        suffixes.pop()
-    return BUILDERS.get(suffixes[-1]) if suffixes else None
+    return BUILDERS.get(_ending(path))
+
+
+def is_tab_separated(path: str) -> bool:
+    """Whether the ending of a file names values separated by tabs."""
+    return _ending(path) == ".tsv"
+
+
+def _ending(path: str) -> str | None:
+    """The last ending of a file that says nothing of its compression."""
+    endings = [suffix.lower() for suffix in Path(path).suffixes]
+    while endings and endings[-1] in COMPRESSION:
+        endings.pop()
+    return endings[-1] if endings else None
 
 
 def check_text_file(argument: str, path: str) -> None:
@@ -163,8 +182,8 @@ def check_text_file(argument: str, path: str) -> None:
         raise UserError(f"{argument}={path!r} has an unknown extension; use one of {', '.join(BUILDERS)}")
     file = Path(path).expanduser()
     if not file.exists():
-        raise UserError(f"{argument}={path!r} does not exist; pass the path of a text or JSON file")
+        raise UserError(f"{argument}={path!r} does not exist; pass the path of a file with text in it")
     if not file.is_file():
-        raise UserError(f"{argument}={path!r} is not a file; pass the path of a text or JSON file")
+        raise UserError(f"{argument}={path!r} is not a file; pass the path of a file with text in it")
     if file.stat().st_size == 0:
         raise UserError(f"{argument}={path!r} is empty; pass a file with text in it")

@@ -1,4 +1,6 @@
+import csv
 import gzip
+import io
 import itertools
 import json
 import lzma
@@ -7,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -120,6 +124,50 @@ def test_json_files(tmp_path, text_file, tokenizer, as_lines):
     from_json, _ = load_data(DataArguments(train_file=str(path), max_seq_length=16), tokenizer)
     from_text, _ = load_data(DataArguments(train_file=str(text_file), max_seq_length=16), tokenizer)
     assert from_json["input_ids"][:] == from_text["input_ids"][:]
+
+
+def write_table(path: Path, texts: list[str]) -> None:
+    """Two columns of strings and one of numbers, by the ending of the path."""
+    columns = {"title": ["a, b"] * len(texts), "body": texts, "number": list(range(len(texts)))}
+    if path.suffix == ".parquet":
+        pq.write_table(pa.table(columns), path)
+        return
+    separator = "\t" if ".tsv" in path.suffixes else ","
+    buffer = io.StringIO()
+    rows = csv.writer(buffer, delimiter=separator)
+    rows.writerow(columns)
+    rows.writerows(zip(*columns.values(), strict=True))
+    content = buffer.getvalue().encode()
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", ["data.csv", "data.tsv", "data.csv.gz", "data.parquet"])
+def test_csv_and_parquet_files(tmp_path, text_file, tokenizer, name, streaming):
+    """With quotes, separators and words that a reader of tables may take for missing values."""
+    write_table(tmp_path / name, LINES)
+    table = DataArguments(train_file=str(tmp_path / name), text_column="body", max_seq_length=16, streaming=streaming)
+    rows = list(load_data(table, tokenizer)[0])
+    text = DataArguments(train_file=str(text_file), max_seq_length=16, streaming=streaming)
+    assert [list(row["input_ids"]) for row in rows] == [list(row["input_ids"]) for row in load_data(text, tokenizer)[0]]
+
+
+def test_texts_of_a_table_are_read_as_they_are(tmp_path):
+    texts = ["NA", 'a "quoted", text\nin two lines', "null", "nan", "", "1.50"]
+    for name in ("data.csv", "data.parquet"):
+        write_table(tmp_path / name, texts)
+        read = load_texts(DataArguments(train_file=str(tmp_path / name), text_column="body"))
+        assert read.train["body"][:] == texts
+
+
+def test_a_table_without_its_text_column(tmp_path, tokenizer):
+    write_table(tmp_path / "data.csv", LINES)
+    refused(
+        r"has several columns of strings, \['title', 'body'\]; pass text_column", train_file=str(tmp_path / "data.csv")
+    )
+    refused(
+        "text_column='number' is not a column of strings", train_file=str(tmp_path / "data.csv"), text_column="number"
+    )
 
 
 @pytest.mark.parametrize(("suffix", "compress"), [(".gz", gzip.compress), (".xz", lzma.compress)])
@@ -288,11 +336,11 @@ def test_a_folder_is_no_file(tmp_path):
 
 
 def test_unknown_extension(text_file, tmp_path):
-    (tmp_path / "data.csv").write_text("a,b\n1,2\n")
+    (tmp_path / "data.pdf").write_text("a,b\n1,2\n")
     refused(
-        "validation_file='.*data.csv' has an unknown extension; use one of .txt",
+        "validation_file='.*data.pdf' has an unknown extension; use one of .txt",
         train_file=str(text_file),
-        validation_file=str(tmp_path / "data.csv"),
+        validation_file=str(tmp_path / "data.pdf"),
     )
 
 
