@@ -25,7 +25,9 @@ Albert Bert BigBird Camembert ConvBert Data2VecText Deberta DebertaV2 DistilBert
 JinaEmbeddingsV3 LayoutLM Longformer MPNet MegatronBert MobileBert Mra NomicBert Nystromformer Reformer RemBert RoCBert
 RoFormer Roberta RobertaPreLayerNorm SqueezeBert Tapas XLMRoberta XLMRobertaXL Xmod Yoso
 """
-IN_FORWARD = frozenset(f"{family}ForMaskedLM" for family in _FAMILIES.split())
+IN_FORWARD = frozenset(
+    {*(f"{family}ForMaskedLM" for family in _FAMILIES.split()), "FlaubertWithLMHeadModel", "XLMWithLMHeadModel"}
+)
 """Classes whose forward has the loss in it. It takes `**kwargs`, but makes nothing of `num_items_in_batch`."""
 
 BY_LOSS_FUNCTION = frozenset({"EsmcForMaskedLM", "EuroBertForMaskedLM", "ModernBertForMaskedLM"})
@@ -71,8 +73,9 @@ def plain_loss_of(model: nn.Module) -> Literal["mlm", "clm"] | None:
         # Mixtures of experts add the loss of their router then.
         plain = core.loss_function is ForCausalLMLoss and not getattr(core.config, "output_router_logits", False)
         return "clm" if plain else None
-    # DistilBERT's criterion is an attribute.
-    return "mlm" if name in IN_FORWARD and _is_plain(getattr(core, "mlm_loss_fct", None)) else None
+    # DistilBERT's criterion is an attribute; XLM may have an adaptive softmax.
+    plain = _is_plain(getattr(core, "mlm_loss_fct", None)) and not getattr(core.config, "asm", False)
+    return "mlm" if name in IN_FORWARD and plain else None
 
 
 def feeds_its_head_to_the_loss(model: nn.Module) -> bool:
