@@ -104,6 +104,7 @@ class DataArguments:
     )
     max_seq_length: int = _argument(128, "Tokens of a sequence, special tokens included.")
     mlm_probability: float = _argument(0.15, "Share of the tokens that are masked.")
+    whole_word_mask: bool = _argument(False, "Mask all tokens of a word or none of them.")
     line_by_line: bool = _argument(False, "One line a sequence, padded, instead of packing texts to full sequences.")
     streaming: bool = _argument(False, "Read the training data while training, without storing it.")
     preprocessing_num_workers: int | None = _argument(None, "Processes that tokenise.")

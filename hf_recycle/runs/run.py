@@ -60,6 +60,8 @@ class Run:
             checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
         if checkpoint is None and args.resume_from_checkpoint and args.should_log:
             print(f"no checkpoint in {args.output_dir} yet: starting from scratch")
+        if arguments.data.whole_word_mask:
+            args.remove_unused_columns = False  # the model takes no word_starts, but the collator needs them
         # Now, so that what the Hub refuses is said before the data is prepared.
         checkpoint = local_checkpoint(checkpoint, args)
         pin_revision(arguments.model)
@@ -125,6 +127,8 @@ def prepare_data(
     model: ModelArguments, data: DataArguments
 ) -> tuple[PreTrainedTokenizerBase, Dataset | IterableDataset, Dataset | IterableDataset | None]:
     """The tokenizer (loaded, or trained on the texts), and the training and validation sequences."""
+    if data.whole_word_mask and model.task != "mlm":
+        raise UserError(f"whole_word_mask=True masks words, and task={model.task!r} masks nothing; leave it out")
     texts = load_texts(data)
     name = model.tokenizer_name or model.model_name_or_path or model.config_name
     if name:
@@ -139,7 +143,11 @@ def prepare_data(
 
 def make_collator(arguments: RunArguments, tokenizer: PreTrainedTokenizerBase) -> Callable[[Any], Any]:
     """The collator of the task: masks tokens, or repeats them as labels."""
-    masking = {"mlm_probability": arguments.data.mlm_probability, "seed": arguments.training.seed}
+    masking = {
+        "mlm_probability": arguments.data.mlm_probability,
+        "whole_word_mask": arguments.data.whole_word_mask,
+        "seed": arguments.training.seed,
+    }
     return TASKS[arguments.model.task].collator(tokenizer, **masking)
 
 
