@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hf_recycle.errors import UserError
+from hf_recycle.mlm.mask_rates import SHAPES, MaskRates
 
 
 def _argument(default: object, help: str) -> object:
@@ -104,6 +105,18 @@ class DataArguments:
     )
     max_seq_length: int = _argument(128, "Tokens of a sequence, special tokens included.")
     mlm_probability: float = _argument(0.15, "Share of the tokens that are masked.")
+    mlm_probability_schedule: dict[str, float] | None = _argument(
+        None,
+        "Shares that are masked instead while training, from a step, or a share of the training, on: "
+        "{0: 0.3, 0.8: 0.15}. Evaluations mask mlm_probability.",
+    )
+    mlm_probability_shape: str = field(
+        default="steps",
+        metadata={
+            "help": "steps: a share of mlm_probability_schedule holds until the next; linear: it changes evenly to it.",
+            "choices": list(SHAPES),
+        },
+    )
     whole_word_mask: bool = _argument(False, "Mask all tokens of a word or none of them.")
     line_by_line: bool = _argument(False, "One line a sequence, padded, instead of packing texts to full sequences.")
     streaming: bool = _argument(False, "Read the training data while training, without storing it.")
@@ -130,6 +143,7 @@ class DataArguments:
             raise UserError(f"max_seq_length={self.max_seq_length} is too short; use at least 4")
         if not 0 < self.mlm_probability < 1:
             raise UserError(f"mlm_probability={self.mlm_probability} must lie between 0 and 1, both excluded")
+        self.mask_rates()
         if not 1 <= self.validation_split_percentage <= 50:
             raise UserError(f"validation_split_percentage={self.validation_split_percentage} must lie between 1 and 50")
         for name in ("preprocessing_num_workers", "max_train_samples", "max_eval_samples"):
@@ -140,6 +154,19 @@ class DataArguments:
             value = getattr(self, name)
             if value is not None:
                 check_text_file(name, value)
+
+    def mask_rates(self) -> MaskRates | None:
+        """The schedule of the share that is masked, if there is one.
+
+        Raises:
+            UserError: it is none.
+        """
+        if self.mlm_probability_schedule is None:
+            return None
+        try:
+            return MaskRates(self.mlm_probability_schedule, self.mlm_probability_shape)
+        except ValueError as error:
+            raise UserError(str(error)) from None
 
 
 # The endings that name a builder of `datasets`, and those of compression it sees through by itself.

@@ -9,8 +9,10 @@ import numpy as np
 import torch
 
 from hf_recycle.batches import counter
+from hf_recycle.batches.clock import moments_of_batch
 from hf_recycle.batches.padding import batch_examples
 from hf_recycle.mlm.loss import IGNORED
+from hf_recycle.mlm.mask_rates import MaskRates
 
 
 def mask_tokens(
@@ -21,7 +23,7 @@ def mask_tokens(
     *,
     mask_token_id: int,
     vocab_size: int,
-    mlm_probability: float,
+    mlm_probability: float | np.ndarray,
     mask_replace_prob: float,
     random_replace_prob: float,
     word_starts: np.ndarray | None = None,
@@ -35,7 +37,8 @@ def mask_tokens(
         keys: uint64 `(batch,)`.
         mask_token_id: what a share `mask_replace_prob` of the chosen tokens becomes.
         vocab_size: a share `random_replace_prob` becomes a token drawn uniformly from [0, vocab_size).
-        mlm_probability: chance of each maskable token to be chosen. Chosen tokens that are not replaced stay.
+        mlm_probability: chance of each maskable token to be chosen, one for all or `(batch,)`. Chosen tokens that are
+            not replaced stay.
         word_starts: `(batch, sequence)`, nonzero where a token begins a word: its tokens are chosen together. What
             is not maskable ends a word. None: each token is a word.
 
@@ -48,7 +51,7 @@ def mask_tokens(
     lots = counter.uniform(counter.draw(keys[:, None], positions, 0, of=3))
     if word_starts is not None:
         lots = np.take_along_axis(lots, _first_of_word(word_starts != 0, maskable & real), axis=1)
-    rows, columns = np.nonzero((lots < mlm_probability) & maskable & real)
+    rows, columns = np.nonzero((lots < np.reshape(mlm_probability, (-1, 1))) & maskable & real)
 
     # What becomes of a token is drawn for the chosen ones alone: each draw stands by itself.
     keys, places = keys[rows], positions[0 if every else rows, columns]
@@ -85,6 +88,8 @@ class MaskedLanguageModelingCollator:
         seed: the seed by which a `RecyclingTrainer` draws; None: that of the training.
         whole_word_mask: mask all tokens of a word or none of them. A word is chosen as a token is, so that the share of
             masked tokens stays `mlm_probability` (the stock collator masks a word if any of its tokens is chosen).
+        mask_rates: a schedule that takes the place of `mlm_probability` while a `RecyclingTrainer` trains; evaluations
+            and everything else mask `mlm_probability`.
 
     Raises:
         ValueError: a share outside [0, 1], shares that sum to more than 1, or a tokenizer without a mask
@@ -100,6 +105,7 @@ class MaskedLanguageModelingCollator:
         pad_to_multiple_of: int | None = None,
         seed: int | None = None,
         whole_word_mask: bool = False,
+        mask_rates: MaskRates | None = None,
     ) -> None:
         shares = {
             "mlm_probability": mlm_probability,
@@ -123,6 +129,7 @@ class MaskedLanguageModelingCollator:
         self.pad_to_multiple_of = pad_to_multiple_of
         self.seed = seed
         self.whole_word_mask = whole_word_mask
+        self.mask_rates = mask_rates
 
     def __call__(self, examples: Sequence[Any]) -> dict[str, torch.Tensor]:
         """A batch of `input_ids` and `labels`, int64 `(batch, sequence)`, and the examples' other columns.
@@ -154,7 +161,7 @@ class MaskedLanguageModelingCollator:
             torch.randint(2**63 - 1, (len(examples),)).numpy().astype(np.uint64),
             mask_token_id=self.tokenizer.mask_token_id,
             vocab_size=len(self.tokenizer),
-            mlm_probability=self.mlm_probability,
+            mlm_probability=self._rates(),
             mask_replace_prob=self.mask_replace_prob,
             random_replace_prob=self.random_replace_prob,
             word_starts=starts if self.whole_word_mask else None,
@@ -162,6 +169,11 @@ class MaskedLanguageModelingCollator:
         if batch.padded and "attention_mask" not in columns:
             columns["attention_mask"] = batch.real.astype(np.int64)
         return {name: torch.from_numpy(column) for name, column in columns.items()}
+
+    def _rates(self) -> float | np.ndarray:
+        """The chance of a token to be masked: that of each example, `(batch,)`, by when it is trained."""
+        when = moments_of_batch() if self.mask_rates is not None else None
+        return self.mlm_probability if when is None else self.mask_rates.at(*when)
 
 
 def special_tokens(tokenizer: Any, input_ids: np.ndarray) -> np.ndarray:

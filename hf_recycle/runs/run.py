@@ -127,8 +127,11 @@ def prepare_data(
     model: ModelArguments, data: DataArguments
 ) -> tuple[PreTrainedTokenizerBase, Dataset | IterableDataset, Dataset | IterableDataset | None]:
     """The tokenizer (loaded, or trained on the texts), and the training and validation sequences."""
-    if data.whole_word_mask and model.task != "mlm":
-        raise UserError(f"whole_word_mask=True masks words, and task={model.task!r} masks nothing; leave it out")
+    for name in ("whole_word_mask", "mlm_probability_schedule"):
+        if getattr(data, name) and model.task != "mlm":
+            raise UserError(
+                f"{name}={getattr(data, name)} says what is masked, and task={model.task!r} masks nothing; leave it out"
+            )
     texts = load_texts(data)
     name = model.tokenizer_name or model.model_name_or_path or model.config_name
     if name:
@@ -145,6 +148,7 @@ def make_collator(arguments: RunArguments, tokenizer: PreTrainedTokenizerBase) -
     """The collator of the task: masks tokens, or repeats them as labels."""
     masking = {
         "mlm_probability": arguments.data.mlm_probability,
+        "mask_rates": arguments.data.mask_rates(),
         "whole_word_mask": arguments.data.whole_word_mask,
         "seed": arguments.training.seed,
     }

@@ -100,7 +100,7 @@ def test_a_tokenizer_without_words_is_refused(text_file):
 
 
 def test_a_task_without_masks_is_refused():
-    with pytest.raises(UserError, match="whole_word_mask=True masks words, and task='clm' masks nothing"):
+    with pytest.raises(UserError, match="whole_word_mask=True says what is masked, and task='clm' masks nothing"):
         prepare_data(ModelArguments(task="clm"), DataArguments(whole_word_mask=True))
 
 
