@@ -73,9 +73,11 @@ def plain_loss_of(model: nn.Module) -> Literal["mlm", "clm"] | None:
         # Mixtures of experts add the loss of their router then.
         plain = core.loss_function is ForCausalLMLoss and not getattr(core.config, "output_router_logits", False)
         return "clm" if plain else None
+    if name not in IN_FORWARD:
+        return None
     # DistilBERT's criterion is an attribute; XLM may have an adaptive softmax.
     plain = _is_plain(getattr(core, "mlm_loss_fct", None)) and not getattr(core.config, "asm", False)
-    return "mlm" if name in IN_FORWARD and plain else None
+    return "mlm" if plain else None
 
 
 def feeds_its_head_to_the_loss(model: nn.Module) -> bool:
