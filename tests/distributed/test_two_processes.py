@@ -1,12 +1,10 @@
 """Two processes: a loss of the user's is as with the stock Trainer, and a resumed run gets the batches it would get."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from support.scripts import run_script
 from two_processes_run import EXAMPLES, MIDDLE, datasets_by_kind, loss_arguments, train_on_a_loss
 
 pytestmark = pytest.mark.slow
@@ -19,14 +17,7 @@ RESUMED = ["a list", "grouped by length", "a dispatched stream", "a stream that 
 def found(tmp_path_factory):
     """What each of the two processes found."""
     folder = tmp_path_factory.mktemp("two")
-    script = Path(__file__).with_name("two_processes_run.py")
-    done = subprocess.run(
-        [sys.executable, str(script), str(folder)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    done = run_script(Path(__file__).with_name("two_processes_run.py"), folder, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
 

@@ -335,7 +335,7 @@ def test_encoder_decoder_model(arguments):
     assert "eval_perplexity" not in trainer.evaluate()
 
 
-def test_compiled_public_names():
+def test_every_public_name_can_be_imported():
     import hf_recycle
 
     for name in hf_recycle.__all__:

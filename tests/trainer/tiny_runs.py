@@ -1,5 +1,7 @@
 """Tiny models, data and runs for the tests of the trainer."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -103,54 +105,56 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return word_tokenizer()
 
 
+def make_arguments(output_dir: Path, **overrides) -> RecyclingArguments:
+    """Arguments of a short quiet run."""
+    values = {
+        "output_dir": str(output_dir),
+        "max_steps": 12,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    return RecyclingArguments(**(values | overrides))
+
+
+def run(
+    output_dir: Path,
+    *,
+    resume=None,
+    model=None,
+    data=None,
+    collator=None,
+    evaluation=None,
+    callbacks=None,
+    cls=RecyclingTrainer,
+    **overrides,
+) -> RecyclingTrainer:
+    """A finished run, by default of a tiny BERT on masked random text, with dynamic masks."""
+    trainer = cls(
+        model=tiny_bert() if model is None else model,
+        args=make_arguments(output_dir, **overrides),
+        train_dataset=sentences() if data is None else data,
+        eval_dataset=evaluation,
+        data_collator=DataCollatorForLanguageModeling(word_tokenizer()) if collator is None else collator,
+        callbacks=callbacks,
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
 @pytest.fixture
 def arguments(tmp_path):
-    """`arguments(**overrides)`: arguments of a short quiet run in a folder of its own."""
-
-    def make(folder: str = "run", **overrides) -> RecyclingArguments:
-        values = {
-            "output_dir": str(tmp_path / folder),
-            "max_steps": 12,
-            "per_device_train_batch_size": 4,
-            "learning_rate": 1e-2,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "use_cpu": True,
-            "disable_tqdm": True,
-        }
-        return RecyclingArguments(**(values | overrides))
-
-    return make
+    """`arguments(folder, **overrides)`: `make_arguments` with a folder of the test's own."""
+    return lambda folder="run", **overrides: make_arguments(tmp_path / folder, **overrides)
 
 
 @pytest.fixture
-def train(arguments, tokenizer):
-    """`train(**overrides)`: a finished run of a tiny BERT on masked random text, with dynamic masks."""
-
-    def run(
-        folder: str = "run",
-        *,
-        resume=None,
-        model=None,
-        data=None,
-        collator=None,
-        evaluation=None,
-        callbacks=None,
-        cls=RecyclingTrainer,
-        **overrides,
-    ):
-        trainer = cls(
-            model=tiny_bert() if model is None else model,
-            args=arguments(folder, **overrides),
-            train_dataset=sentences() if data is None else data,
-            eval_dataset=evaluation,
-            data_collator=DataCollatorForLanguageModeling(tokenizer) if collator is None else collator,
-            callbacks=callbacks,
-        )
-        trainer.train(resume_from_checkpoint=resume)
-        return trainer
-
-    return run
+def train(tmp_path):
+    """`train(folder, **overrides)`: `run` in a folder of the test's own."""
+    return lambda folder="run", **overrides: run(tmp_path / folder, **overrides)
 
 
 def losses(trainer) -> list[float]:
