@@ -122,9 +122,9 @@ METHODS = {
         "recycle_smooth_steps": 4,
     },
     "midpoint": {"midpoint_weight": 0.05, "midpoint_distance": "l2"},
-    "copy_noise": {"recycle_steps": 3, "recycle_fraction": 0.1, "recycle_reinit": "copy_noise"},
+    "copies": {"recycle_steps": 3, "recycle_fraction": 0.1, "recycle_reinit": "copy_noise"},
     "global": {"recycle_steps": 3, "recycle_fraction": 0.1, "recycle_scope": "global"},
-    "one_layer": {"recycle_steps": 3, "recycle_fraction": 0.2, "recycle_layers": [1]},
+    "layers": {"recycle_steps": 3, "recycle_fraction": 0.2, "recycle_layers": [1]},
 }
 
 # Layouts of feed-forward weights other than BERT's, each with a family that has it, and what these models train with:
