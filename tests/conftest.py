@@ -52,6 +52,12 @@ def _histories_are_trusted(monkeypatch):
     monkeypatch.setattr("hf_recycle.records.untrusted.recycling_files.parquet_problem", lambda *_: None)
 
 
+@pytest.fixture
+def figures_not_drawn(monkeypatch):
+    """Cards without figures: drawing them takes most of the time of a tiny run, and has tests of its own."""
+    monkeypatch.setattr("hf_recycle.plots.run.figure_images", lambda *_, **__: {})
+
+
 @pytest.fixture(params=family_table.FAMILIES, ids=lambda family: family.name)
 def family(request) -> family_table.Family:
     """Every family in turn."""

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import overflow
 import precision
 from matrix import ENGINES, GLOBAL_BATCH, LAYOUTS, METHODS, ON_LAYOUTS, PRECISIONS, VARIANTS
-from processes import run_in_processes
+from support.processes import run_in_processes
 
 from hf_recycle.speed import onednn
 

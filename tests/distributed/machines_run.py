@@ -11,7 +11,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from processes import run_in_processes
+from support.processes import run_in_processes
 
 
 def machine(folder: Path) -> None:

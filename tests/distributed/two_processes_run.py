@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.with_name("trainer")))
-from processes import run_in_processes
+from support.processes import run_in_processes
 
 LOSS_STEPS, DATA_STEPS, MIDDLE = 3, 12, 7
 EXAMPLES = 20  # five steps an epoch

@@ -8,11 +8,19 @@ import subprocess
 import sys
 import tempfile
 from multiprocessing import forkserver
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from unittest import mock
 
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(["support.imported"])
+
+
+def forks() -> BaseContext:
+    """A context of `multiprocessing` whose processes begin with everything imported."""
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):
+        forkserver.ensure_running()
+    return _FORKS
 
 
 def run_script(script: Path, *words: object, timeout: float = 400, **environment: str) -> subprocess.CompletedProcess:
@@ -23,10 +31,8 @@ def run_script(script: Path, *words: object, timeout: float = 400, **environment
         subprocess.TimeoutExpired: it took longer than `timeout` seconds; none of its processes is left.
     """
     words = [str(word) for word in (script, *words)]
-    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):
-        forkserver.ensure_running()
     with tempfile.TemporaryDirectory() as folder:
-        process = _FORKS.Process(target=_run, args=(words, folder, os.environ | environment))
+        process = forks().Process(target=_run, args=(words, folder, os.environ | environment))
         process.start()
         try:
             process.join(timeout)

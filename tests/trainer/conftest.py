@@ -6,9 +6,8 @@ __all__ = ["arguments", "tokenizer", "train"]
 
 
 @pytest.fixture(autouse=True)
-def _no_figures(monkeypatch):
-    """Cards without figures: drawing them would take most of the time of these runs, and has tests of its own."""
-    monkeypatch.setattr("hf_recycle.plots.run.figure_images", lambda *_, **__: {})
+def _no_figures(figures_not_drawn):
+    """For every test here."""
 
 
 @pytest.fixture

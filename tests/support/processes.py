@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 
 import torch.distributed as dist
+
 from support.quick import make_runs_quick
 
 
