@@ -6,11 +6,11 @@ import signal
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import families as family_table
 import pytest
 import torch
 import transformers
 from hypothesis import settings
+from support import families as family_table
 from support.quick import make_runs_quick
 from torch import nn
 

@@ -16,17 +16,13 @@ from itertools import count
 from pathlib import Path
 from unittest import mock
 
+import precision
 import torch
+from matrix import ENGINES, GLOBAL_BATCH, LAYOUTS, METHODS, ON_LAYOUTS, PRECISIONS, VARIANTS
+from support import overflow
+from support.processes import run_in_processes
 from torch._dynamo.utils import counters
 from transformers import TrainerCallback, default_data_collator
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-sys.path.insert(0, str(Path(__file__).parents[1] / "trainer"))
-sys.path.insert(0, str(Path(__file__).parent))
-import overflow
-import precision
-from matrix import ENGINES, GLOBAL_BATCH, LAYOUTS, METHODS, ON_LAYOUTS, PRECISIONS, VARIANTS
-from support.processes import run_in_processes
 
 from hf_recycle.speed import onednn
 
@@ -68,7 +64,7 @@ def run(
     how: str = "",
     **overrides,
 ):
-    from tiny_runs import masked_sentences, tiny_bert
+    from support.tiny_runs import masked_sentences, tiny_bert
 
     from hf_recycle import RecyclingArguments, RecyclingTrainer
 
@@ -138,8 +134,7 @@ def run(
 
 def model_of(family: str, seed: int):
     """A tiny model without dropout."""
-    import families
-    import renamed_models
+    from support import families, renamed_models
 
     if family in renamed_models.FAMILIES:
         model = renamed_models.build(family, seed)

@@ -5,8 +5,8 @@ import functools
 import pytest
 import torch
 from matrix import ENGINES, METHODS
-from overflow import POISONED
 from safetensors.torch import load_file
+from support.overflow import POISONED
 from test_engines import DISTRIBUTED, launch
 
 # The others differ in which neurons they take, not in how they read and write them.

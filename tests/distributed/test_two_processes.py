@@ -39,7 +39,7 @@ def test_a_loss_that_is_not_ours_is_that_of_the_stock_trainer(name, found):
 
 
 def test_a_plain_loss_is_that_of_one_process_with_all_of_the_batch(found, tmp_path):
-    from tiny_runs import masked_sentences, tiny_bert
+    from support.tiny_runs import masked_sentences, tiny_bert
     from transformers import Trainer
 
     args = loss_arguments(tmp_path, batch=8, accumulation=1)

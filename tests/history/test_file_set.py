@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from simulated_runs import write_run
+from support.simulated_runs import write_run
 
 from hf_recycle import RecyclingHistory
 from hf_recycle.records import file_set, files

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import safetensors.torch
 import torch
-from simulated_runs import write_run
+from support.simulated_runs import write_run
 
 from hf_recycle.records import files
 from hf_recycle.records.files import RecyclingFileError

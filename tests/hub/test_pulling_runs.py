@@ -9,7 +9,7 @@ import pytest
 from hub_server import ALICE_READ
 from huggingface_hub import HfApi
 from pulled_runs import contents, new_trainer
-from tiny_runs import assert_same_weights, losses
+from support.tiny_runs import assert_same_weights, losses
 
 from hf_recycle import RecyclingHistory
 from hf_recycle.cli.main import main

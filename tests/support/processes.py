@@ -39,9 +39,8 @@ def run_in_processes(engine: str, number: int, main: Callable[[], None]) -> int:
 
 def prepare(engine: str) -> None:
     """Imports what the runs need, and spares them what is tested elsewhere."""
-    import tiny_runs  # noqa: F401
-
     from hf_recycle.plots import run as figures
+    from support import tiny_runs  # noqa: F401
 
     if engine.startswith("zero"):
         import deepspeed  # noqa: F401

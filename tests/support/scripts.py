@@ -1,4 +1,7 @@
-"""Scripts in processes of their own, forked from one that has done the imports: those take longer than most scripts."""
+"""Scripts in processes of their own, forked from one that has done the imports: those take longer than most scripts.
+
+By hand, with `PYTHONPATH=tests`, they run as any other.
+"""
 
 import multiprocessing
 import os

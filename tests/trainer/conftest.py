@@ -1,5 +1,5 @@
 import pytest
-from tiny_runs import arguments, tokenizer, train
+from support.tiny_runs import arguments, tokenizer, train
 from transformers.utils import logging
 
 __all__ = ["arguments", "tokenizer", "train"]

@@ -8,7 +8,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from tiny_runs import assert_same_weights, losses, run, sentences, tiny_bert
+from support.tiny_runs import assert_same_weights, losses, run, sentences, tiny_bert
 from torch.utils.data import DataLoader, IterableDataset, WeightedRandomSampler
 from transformers import DataCollatorForLanguageModeling, Trainer, TrainerCallback
 

@@ -4,22 +4,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     BertConfig,
     BertForMaskedLM,
     DataCollatorForLanguageModeling,
     ModernBertConfig,
     ModernBertForMaskedLM,
-    PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
     set_seed,
 )
 
 from hf_recycle import RecyclingArguments, RecyclingTrainer
+from support.words import SPECIAL, word_tokenizer
 
-SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 VOCABULARY = 64
 
 
@@ -86,23 +84,9 @@ def masked_sentences(n: int = 48, length: int = 12, seed: int = 0) -> list[dict]
     return samples
 
 
-def word_tokenizer() -> PreTrainedTokenizerFast:
-    words = {word: i for i, word in enumerate([*SPECIAL, *(f"w{i}" for i in range(VOCABULARY - len(SPECIAL)))])}
-    inner = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
-    inner.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=inner,
-        pad_token="[PAD]",
-        unk_token="[UNK]",
-        cls_token="[CLS]",
-        sep_token="[SEP]",
-        mask_token="[MASK]",
-    )
-
-
 @pytest.fixture(scope="session")
-def tokenizer() -> PreTrainedTokenizerFast:
-    return word_tokenizer()
+def tokenizer():
+    return word_tokenizer(VOCABULARY)
 
 
 def make_arguments(output_dir: Path, **overrides) -> RecyclingArguments:
