@@ -1,10 +1,10 @@
 import pytest
+from support.english import english
 from transformers import AutoTokenizer
 
 from hf_recycle.data import tokenizer as module
 from hf_recycle.data.byte_bpe import byte_bpe_tokenizer
 from hf_recycle.data.cache import cache_folder, cached_folder
-from hf_recycle.data.corpus import builtin_corpus
 from hf_recycle.data.tokenizer import corpus_key, load_tokenizer, trained_tokenizer
 from hf_recycle.data.wordpiece import train_wordpiece
 from hf_recycle.errors import UserError
@@ -12,7 +12,7 @@ from hf_recycle.errors import UserError
 
 @pytest.fixture(scope="module")
 def texts():
-    return builtin_corpus()[0][:1500]
+    return english(4000)
 
 
 def test_training_is_reproducible(texts):

@@ -8,13 +8,9 @@ import sys
 from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-sys.path.insert(0, str(Path(__file__).parents[1] / "trainer"))
-sys.path.insert(0, str(Path(__file__).parent))
 from engine_run import pretend_an_accelerator
 from matrix import ENGINES
-from processes import run_in_processes
+from support.processes import run_in_processes
 
 STEPS, MIDDLE = 6, 3
 RUNS = {
@@ -27,7 +23,7 @@ RUNS = {
 
 
 def run(name: str, folder: Path, engine: str = "single", resume: Path | None = None):
-    from test_causal import llama, texts
+    from support.causal import llama, texts
 
     from hf_recycle import RecyclingArguments, RecyclingTrainer
     from hf_recycle.mlm import chunked_head

@@ -5,12 +5,12 @@ import math
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny_runs import VOCABULARY, assert_same_weights, losses
+from support.causal import SIZES, llama, texts
+from support.tiny_runs import VOCABULARY, assert_same_weights, losses
 from torch import nn
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
-    LlamaConfig,
     LlamaForCausalLM,
     Trainer,
     set_seed,
@@ -24,14 +24,6 @@ from hf_recycle.mlm.causal_batches import CausalCollator
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # in PEFT
 
-SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
-SIZES |= {"vocab_size": VOCABULARY, "max_position_embeddings": 16, "pad_token_id": 0}
-
-
-def llama(tied: bool = False) -> LlamaForCausalLM:
-    set_seed(7)
-    return LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=tied))
-
 
 def gpt2(dropout: float = 0.0) -> GPT2LMHeadModel:
     set_seed(7)
@@ -44,13 +36,6 @@ def gpt2(dropout: float = 0.0) -> GPT2LMHeadModel:
 def capped() -> Gemma2ForCausalLM:
     set_seed(7)
     return Gemma2ForCausalLM(Gemma2Config(**SIZES, head_dim=8, num_key_value_heads=2, final_logit_softcapping=2.0))
-
-
-def texts(n: int = 48, seed: int = 0) -> list[dict]:
-    """Sequences of 4 to 12 tokens."""
-    generator = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(4, 13, (n,), generator=generator).tolist()
-    return [{"input_ids": torch.randint(5, VOCABULARY, (length,), generator=generator).tolist()} for length in lengths]
 
 
 @pytest.fixture(autouse=True)
