@@ -1,4 +1,4 @@
-"""The arguments that `RecyclingArguments` adds to `TrainingArguments`. Nothing heavy is imported: `--help` reads them."""
+"""The arguments that `RecyclingArguments` adds to `TrainingArguments`. `--help` reads them without torch."""
 
 from dataclasses import dataclass, field, make_dataclass
 from typing import Any

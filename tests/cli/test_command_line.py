@@ -3,7 +3,6 @@ import sys
 
 import pytest
 
-from hf_recycle.cli.help import help_text
 from hf_recycle.cli.main import main
 from hf_recycle.runs.recipes import recipe_names
 
@@ -70,18 +69,3 @@ def test_only_the_first_process_of_a_launch_complains(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
     assert main(["train", "nonesuch"]) == 2
     assert capsys.readouterr().err == ""
-
-
-def test_help_has_our_arguments_first_and_the_trainers_on_demand():
-    short, full = help_text(), help_text(everything=True)
-    assert short.index("\nModel:") < short.index("\nData:") < short.index("\nMethod:")
-    for name in ("model_type", "max_seq_length", "recycle_steps", "midpoint_weight", "magnitude_steps"):
-        assert f"  --{name} " in short
-    assert "  --adam_beta1 " not in short
-    assert "  --adam_beta1 " in full
-    assert max(map(len, short.splitlines())) <= 120
-
-
-def test_help_of_train(capsys):
-    assert main(["train", "--help"]) == 0
-    assert capsys.readouterr().out == help_text() + "\n"
