@@ -31,7 +31,7 @@ def add_arguments(parser: Parser) -> None:
     from hf_recycle.studies.plan_file import study_names
 
     parser.description = _DESCRIPTION
-    parser.usage = "hf-recycle study STUDY ... [options] [--argument VALUE ...]"
+    parser.usage = "hf-recycle study STUDY ... [--argument VALUE ...]"
     studies = parser.add_argument(
         "studies",
         nargs="+",

@@ -16,7 +16,7 @@ from typing import Any
 
 from hf_recycle.errors import UserError
 from hf_recycle.runs.recipes import recipe_root
-from hf_recycle.utils.command_line import Parser
+from hf_recycle.utils.command_line import Parser, completed_by
 from hf_recycle.utils.suggest import nearest
 
 LAUNCH_OPTIONS = {
@@ -38,7 +38,9 @@ def add_launch_arguments(parser: Parser) -> None:
     group = parser.add_argument_group("several processes")
     for name, text in LAUNCH_OPTIONS.items():
         kind = int if name in _LEAST else str
-        group.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, help=text)
+        action = group.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, help=text)
+        if name == "accelerate_config":
+            completed_by(action, lambda prefix: accelerate_configs())
 
 
 def launch_options(options: argparse.Namespace) -> dict[str, Any]:

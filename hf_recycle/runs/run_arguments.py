@@ -36,20 +36,23 @@ def add_run_arguments(parser: Parser, *, shown: bool = True) -> Any:
     Returns:
         The group of the Trainer's arguments.
     """
+    completing = "_ARGCOMPLETE" in os.environ
+    shown = shown or completing
     for title, cls in _GROUPS.items():
         add_fields(parser.add_argument_group(title) if shown else parser, cls, shown=shown)
     group = parser.add_argument_group("training", _TRAINING) if shown else parser
-    parser.add_later = lambda: add_trainer_arguments(group)
+    if completing:
+        _add_trainer_names(group)
+    else:
+        parser.add_later = lambda: add_trainer_arguments(group)
     return group
 
 
 def add_trainer_arguments(group: Any, *, shown: bool = False) -> None:
     """Adds a flag for every argument of `transformers.TrainingArguments`, which is imported."""
-    if "_ARGCOMPLETE" in os.environ:
-        return _add_trainer_names(group)
     from transformers import TrainingArguments
 
-    return add_fields(group, TrainingArguments, shown=shown)
+    add_fields(group, TrainingArguments, shown=shown)
 
 
 def add_fields(group: Any, cls: type, *, shown: bool = True) -> None:
