@@ -104,6 +104,9 @@ def _recipe_values(recipes: Sequence[str], skip: Mapping[str, Any]) -> tuple[dic
             )
         if value is None or key in skip:
             continue
+        if value == [] and kind_of(hints[key])[1]:  # which no words can say
+            values[key] = value
+            continue
         words = _words(where, key, value, hints[key])
         try:
             values |= vars(parser.parse_args(words))

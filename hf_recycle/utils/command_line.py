@@ -89,9 +89,10 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"unknown argument {name}; {self._hint(name)}")
 
     def _hint(self, name: str) -> str:
-        known = [flag for flag in self._option_string_actions if flag.startswith("--") and not flag.startswith("--no_")]
-        hint = nearest("--" + name.lstrip("-").replace("-", "_"), known)
-        return hint if hint.startswith("did") else f"{self.prog} --help lists the known ones"
+        known = [flag[2:] for flag in self._option_string_actions if re.match("--(?!no_)", flag)]
+        hint = nearest(name.lstrip("-").replace("-", "_"), known)
+        found = hint.startswith("did you mean ")
+        return hint.replace("mean ", "mean --", 1) if found else f"{self.prog} --help lists the known ones"
 
 
 def completed_by(action: argparse.Action, names: Callable[[str], Iterable[str]]) -> argparse.Action:
