@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, IterableDataset
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_recycle.checkpoints.claims import claimed
@@ -48,7 +48,7 @@ class Run:
 
         Args:
             words: the command line that the arguments were parsed from, for the model card.
-            quiet: no banner when training begins.
+            quiet: no banner when training begins, and no progress.
 
         Raises:
             UserError: see `check_process_count`, `check_same`, `load_texts`, `load_data`, `load_model` and
@@ -86,6 +86,8 @@ class Run:
             floor = unigram_entropy(train, validation, tokenizer)
         trainer.run_context = run_context(arguments, words, floor)
         trainer.add_callback(Announcement(trainer, arguments, quiet=quiet))
+        for progress in (PrinterCallback, ProgressCallback) if quiet else ():
+            trainer.remove_callback(progress)
         return cls(arguments, trainer, checkpoint, floor)
 
     def train(self) -> None:

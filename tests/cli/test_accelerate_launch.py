@@ -101,6 +101,17 @@ def test_two_processes_by_a_short_name(config, start, workplace, single):
     assert 0.017 < float(weight.detach().std()) < 0.023
 
 
+def test_a_dry_run_of_two_processes_speaks_once(start, workplace):
+    out = workplace / "dry"
+    words = [workplace / "tiny.yaml", "--output_dir", out, "--per_device_train_batch_size", 4, "--use_cpu", "--dry-run"]
+    process = start(*RECYCLE, *words, "--accelerate_config", "ddp", "--num_processes", 2)
+    said, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors[-3000:]
+    assert said.count("nothing was trained") == 1
+    assert "6 steps, each of 8 sequences x 32 tokens (4 x 2 processes)" in said
+    assert not out.exists()
+
+
 def _recycled(folder: Path) -> list[list[int]]:
     return [list(index) for index in RecyclingHistory.from_pretrained(folder).events["recycled"]]
 
