@@ -122,13 +122,14 @@ def _study(study: Study, options: argparse.Namespace) -> int:
     no_progress_bars()
     output = Path(options.output)
     jobs, devices = _places(options.jobs)
-    runner = StudyRunner(output / "runs", jobs, devices)
+    say = (lambda line: None) if options.quiet else print
+    runner = StudyRunner(output / "runs", jobs, devices, say)
     planned = study.runs()
     if options.report_only:
         found = {(run.arm, run.seed): load_result(run, runner.folder_of(run)) for run in planned}
         results, failures = {key: result for key, result in found.items() if result is not None}, {}
     else:
-        print(f"{study.title}: {len(planned)} run{'s' * (len(planned) > 1)}, {jobs} at a time")
+        say(f"{study.title}: {len(planned)} run{'s' * (len(planned) > 1)}, {jobs} at a time")
         results, failures = runner.run(planned)
     for (arm, seed), words in failures.items():
         print(f"failed: {arm}, seed {seed}: {words}", file=sys.stderr)
