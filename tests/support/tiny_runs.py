@@ -89,10 +89,10 @@ def tokenizer():
     return word_tokenizer(VOCABULARY)
 
 
-def make_arguments(output_dir: Path, **overrides) -> RecyclingArguments:
+def make_arguments(folder: Path, /, **overrides) -> RecyclingArguments:
     """Arguments of a short quiet run."""
     values = {
-        "output_dir": str(output_dir),
+        "output_dir": str(folder),
         "max_steps": 12,
         "per_device_train_batch_size": 4,
         "learning_rate": 1e-2,
@@ -105,7 +105,8 @@ def make_arguments(output_dir: Path, **overrides) -> RecyclingArguments:
 
 
 def run(
-    output_dir: Path,
+    folder: Path,
+    /,
     *,
     resume=None,
     model=None,
@@ -119,7 +120,7 @@ def run(
     """A finished run, by default of a tiny BERT on masked random text, with dynamic masks."""
     trainer = cls(
         model=tiny_bert() if model is None else model,
-        args=make_arguments(output_dir, **overrides),
+        args=make_arguments(folder, **overrides),
         train_dataset=sentences() if data is None else data,
         eval_dataset=evaluation,
         data_collator=DataCollatorForLanguageModeling(word_tokenizer()) if collator is None else collator,
