@@ -64,7 +64,7 @@ def run(
     how: str = "",
     **overrides,
 ):
-    from support.tiny_runs import masked_sentences, tiny_bert
+    from support.tiny_runs import labelled_sentences, masked_sentences, tiny_bert
 
     from hf_recycle import RecyclingArguments, RecyclingTrainer
 
@@ -98,11 +98,13 @@ def run(
     if precision_name == "bf16":
         # DeepSpeed rounds the model before it makes the masters: all start from what it starts from.
         model = model.bfloat16().float()
+    # The stock evaluation of causal models takes means of batches: the same with as many tokens in every example.
+    made = masked_sentences if type(model).__name__.endswith("MaskedLM") else labelled_sentences
     trainer = RecyclingTrainer(
         model=model,
         args=args,
-        train_dataset=overflow.samples(masked_sentences, GLOBAL_BATCH, how),
-        eval_dataset=masked_sentences(11, seed=4),
+        train_dataset=overflow.samples(made, GLOBAL_BATCH, how),
+        eval_dataset=made(11, seed=4),
         data_collator=Collator(),
     )
     if drift:

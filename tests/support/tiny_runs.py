@@ -70,6 +70,11 @@ def sentences(n: int = 48, length: int = 12, seed: int = 0) -> list[dict]:
     return [{"input_ids": row.tolist()} for row in ids]
 
 
+def labelled_sentences(n: int = 48, length: int = 12, seed: int = 0) -> list[dict]:
+    """Samples in which every token is a label, as for causal models."""
+    return [row | {"labels": row["input_ids"]} for row in sentences(n, length, seed)]
+
+
 def masked_sentences(n: int = 48, length: int = 12, seed: int = 0) -> list[dict]:
     """Samples with fixed masks and uneven numbers of masked tokens."""
     generator = torch.Generator().manual_seed(seed)
