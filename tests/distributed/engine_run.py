@@ -98,13 +98,15 @@ def run(
     if precision_name == "bf16":
         # DeepSpeed rounds the model before it makes the masters: all start from what it starts from.
         model = model.bfloat16().float()
-    # The stock evaluation of causal models takes means of batches: the same with as many tokens in every example.
-    made = masked_sentences if type(model).__name__.endswith("MaskedLM") else labelled_sentences
+    # Of a causal model the stock Trainer evaluates means of batches, which are whole on one process and on two if 12
+    # examples with as many tokens each come in batches of three.
+    masked = type(model).__name__.endswith("MaskedLM")
+    made, evaluated = (masked_sentences, 11) if masked else (labelled_sentences, 12)
     trainer = RecyclingTrainer(
         model=model,
         args=args,
         train_dataset=overflow.samples(made, GLOBAL_BATCH, how),
-        eval_dataset=made(11, seed=4),
+        eval_dataset=made(evaluated, seed=4),
         data_collator=Collator(),
     )
     if drift:
