@@ -146,7 +146,7 @@ def test_a_loss_that_is_not_finite_in_any_micro_batch_skips_the_phase(arguments,
     assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
 
 
-@pytest.mark.parametrize("broken", [{2}, {2, 5}, {2, 5, 8}])
+@pytest.mark.parametrize("broken", [{2}, *(pytest.param(at, marks=pytest.mark.slow) for at in ({2, 5}, {2, 5, 8}))])
 def test_skipped_phases_are_saved_and_resumed_like_others(arguments, broken):
     """One, several one after the other, and all."""
 
