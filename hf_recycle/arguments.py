@@ -159,6 +159,16 @@ class RecyclingArguments(TrainingArguments):
         default=False,
         metadata={"help": "Tag the commit of each published checkpoint as step-N. With push_to_hub."},
     )
+    hub_license: str | None = field(
+        default=None,
+        metadata={"help": "License of the model, for its card, as the Hub names it: apache-2.0, mit, cc-by-4.0, ..."},
+    )
+    hub_language: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Languages that the model was trained on, for its card, by their codes of ISO 639: en, de, ..."
+        },
+    )
 
     def __post_init__(self):
         check_training_numbers(self)

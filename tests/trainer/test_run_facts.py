@@ -103,7 +103,7 @@ def test_what_fails_beside_training_does_not_stop_it(train, tmp_path, monkeypatc
     assert_same_weights(trainer, expected)
     cards = {path.name for path in (tmp_path / "expected/checkpoint-12").iterdir()}
     present = {path.name for path in (tmp_path / "run/checkpoint-12").iterdir()}
-    assert cards - present == {"README.md", "figures"}
+    assert cards - present == {"README.md"}
     assert files.read_config(tmp_path / "run/checkpoint-12")["run"].keys() == {"seconds", "tokens"}
     assert sum("no font was found here" in message for message in warnings) == 1  # of three checkpoints
 
