@@ -13,6 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+_CODE = "from hf_recycle.plots.beside import draw_here; draw_here()"
 _PATIENCE = 120.0  # seconds; importing and drawing take about four on an idle core
 _NICENESS = 5  # training goes first
 
@@ -32,14 +33,13 @@ def figures_beside(folder: Path, unigram_entropy: float | None = None) -> dict[s
 
 @functools.lru_cache(maxsize=1)  # for a push that is tried again
 def _drawn(folder: Path, unigram_entropy: float | None, changed: int) -> dict[str, bytes]:
-    code = "from hf_recycle.plots.beside import draw_here; draw_here()"
     # What this process can import, that one can.
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     with tempfile.TemporaryDirectory() as output:
         entropy = [] if unigram_entropy is None else [str(unigram_entropy)]
         try:
             done = subprocess.run(
-                [sys.executable, "-c", code, str(folder), output, *entropy],
+                [sys.executable, "-c", _CODE, str(folder), output, *entropy],
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 capture_output=True,

@@ -11,6 +11,7 @@ from matplotlib.artist import Artist
 
 _SVG, _XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 _HOVER = "hover:"
+_REFERENCE = re.compile(r"(?<=#)[\w.-]+")  # to an id; colours look alike, and no id is named as one
 ElementTree.register_namespace("", _SVG)
 ElementTree.register_namespace("xlink", _XLINK)
 
@@ -34,19 +35,18 @@ def tidy_svg(drawn: bytes, name: str) -> bytes:
     for element in list(root.iter()):
         if element.get("id", "").startswith(_HOVER):
             _add_titles(element, json.loads(element.get("id").removeprefix(_HOVER)))
-    # Matplotlib's ids are random in part, and the same in all figures in part.
-    numbers = {element.get("id"): str(n) for n, element in enumerate(root.iter()) if element.get("id")}
+    # Matplotlib's ids are random in part, and the same in all figures in part; most are never referred to.
+    used = {id_ for element in root.iter() for value in element.attrib.values() for id_ in _REFERENCE.findall(value)}
+    ids = {id_: f"{name}-{number}" for number, id_ in enumerate(e.get("id") for e in root.iter()) if id_ in used}
     for element in root.iter():
-        for key, value in element.items():
-            if key == "id":
-                element.set(key, f"{name}-{numbers[value]}")
+        for key, value in list(element.items()):
+            if key == "id" and value in ids:
+                element.set(key, ids[value])
+            elif key == "id":
+                del element.attrib[key]
             elif "#" in value:
-                element.set(key, re.sub(r"(?<=#)[\w.-]+", lambda m: _renamed(m[0], name, numbers), value))
+                element.set(key, _REFERENCE.sub(lambda match: ids.get(match[0], match[0]), value))
     return ElementTree.tostring(root, encoding="utf-8")
-
-
-def _renamed(id_: str, name: str, numbers: dict[str, str]) -> str:
-    return f"{name}-{numbers[id_]}" if id_ in numbers else id_  # a colour also begins with #
 
 
 def _add_titles(group: ElementTree.Element, texts: list[str]) -> None:
