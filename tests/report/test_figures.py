@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from simulated_runs import write_run
+from support.simulated_runs import write_run
 
 from hf_recycle.plots.counts import ages_figure, count_bars, recycle_counts_figure
 from hf_recycle.plots.losses import loss_figure

@@ -5,7 +5,7 @@ import re
 from html.parser import HTMLParser
 
 import pytest
-from simulated_runs import write_run
+from support.simulated_runs import write_run
 
 from hf_recycle.card.citation import ADDRESS
 from hf_recycle.cli.main import main
