@@ -36,7 +36,7 @@ MANY = tuple(f"bert.encoder.layer.{i}" for i in range(13))
     [
         (("encoder.layer.0", "encoder.layer.1"), 3, True),
         (("only",), 1, True),
-        (MANY, 25, False),
+        pytest.param(MANY, 25, False, marks=pytest.mark.slow),
     ],
 )
 def test_figures_are_pictures_of_something(tmp_path, blocks, phases, favourites):
@@ -154,6 +154,7 @@ def test_a_legend_covers_no_data(tmp_path):
     assert legend.get_window_extent().y1 < figure.axes[0].get_window_extent().y0
 
 
+@pytest.mark.slow
 def test_long_names_of_blocks_fit_their_panels(tmp_path):
     blocks = tuple(f"model.{i}.a_tower_with_a_very_long_name_of_its_own.feed_forward_{i}" for i in range(24))
     figure = magnitudes_figure(write_run(tmp_path, blocks, phases=1))
@@ -183,6 +184,7 @@ def test_an_svg_is_the_same_each_time_and_says_its_values(tmp_path):
     assert b"<metadata" not in one
 
 
+@pytest.mark.slow  # another process imports what it needs
 def test_nothing_global_is_touched(tmp_path):
     code = (
         "import sys, matplotlib\n"

@@ -4,7 +4,7 @@ import re
 import sys
 
 import pytest
-from simulated_runs import write_run
+from support.simulated_runs import write_run
 
 from hf_recycle.card.card import card_for, write_card
 from hf_recycle.plots import beside, run
