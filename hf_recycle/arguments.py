@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from transformers import TrainingArguments
+from transformers.training_args import OptimizerNames
 
 from hf_recycle.methods.settings import (
     LARGEST,
@@ -19,6 +20,10 @@ from hf_recycle.methods.settings import (
     Settings,
     flat_field,
 )
+
+
+MUON = "muon"
+"""An optimizer that transformers has no name for, see `hf_recycle.trainer.muon`."""
 
 
 def check_training_numbers(arguments: TrainingArguments) -> None:
@@ -140,6 +145,13 @@ class RecyclingArguments(TrainingArguments):
             "vision, language, encoder, decoder, ...; None: all parts."
         },
     )
+    optim: str = field(
+        default=TrainingArguments.optim,
+        metadata={
+            "help": "The optimizer: one that transformers names (OptimizerNames), or muon: Muon for the matrices in "
+            "layers, AdamW for everything else; optim_args takes momentum, nesterov, ns_steps and adjust_lr_fn."
+        },
+    )
     verify_checkpoint: bool = field(
         default=False,
         metadata={
@@ -162,7 +174,14 @@ class RecyclingArguments(TrainingArguments):
 
     def __post_init__(self):
         check_training_numbers(self)
+        chosen, known = self.optim, [each.value for each in OptimizerNames]
+        if chosen not in [*known, MUON]:
+            raise ValueError(f"optim={chosen!r} is not allowed: it must be one of {', '.join([*known, MUON])}.")
+        if chosen == MUON:
+            self.optim = TrainingArguments.optim  # one that the parent class knows
         super().__post_init__()
+        if chosen == MUON:
+            self.optim = MUON
         self.output_dir = os.path.abspath(self.output_dir)  # also where the working directory changes later
         for method in METHODS:
             self.method_settings(method)
