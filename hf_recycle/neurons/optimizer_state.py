@@ -194,9 +194,7 @@ def reset_state(optimizer, block: FeedForward, index: Tensor, mode: str) -> int:
     return count
 
 
-def _reset(
-    piece: NeuronSlice, kind: str | None, value: list[Tile] | Tensor | None, index: Tensor, mode: str
-) -> int:
+def _reset(piece: NeuronSlice, kind: str | None, value: list[Tile] | Tensor | None, index: Tensor, mode: str) -> int:
     """Resets one entry of the state of a slice's parameter; how many numbers of it this process holds."""
     count = 0
     for tiles in _tiles(piece, kind, value):
