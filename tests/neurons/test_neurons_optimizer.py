@@ -246,7 +246,7 @@ def test_a_state_in_which_nothing_is_found_is_an_error(family_named):
     model, optimizer = trained(family_named("bert"), Elsewhere)
     [block, other] = find_feed_forwards(model)
     assert reset_state(optimizer, block, RECYCLED, "reset") == 0
-    with pytest.raises(ValueError, match="with Elsewhere .*: nothing of its state was found to reset"):
+    with pytest.raises(ValueError, match=r"with Elsewhere .*: nothing of its state was found to reset"):
         check_was_reset(optimizer, [block], 0)
     model, optimizer = trained(family_named("bert"), OPTIMIZERS["sgd"])
     check_was_reset(optimizer, find_feed_forwards(model), 0)
