@@ -21,7 +21,6 @@ from hf_recycle.methods.settings import (
     flat_field,
 )
 
-
 MUON = "muon"
 """An optimizer that transformers has no name for, see `hf_recycle.trainer.muon`."""
 

@@ -1,7 +1,7 @@
 """`optim=muon`: Muon for the matrices in a model's layers and AdamW for everything else, as one optimizer.
 
-Sources: K. Jordan et al., *Muon: An optimizer for hidden layers in neural networks* (2024). The scale of its steps, with
-which learning rate and weight decay can stay those of AdamW: Liu et al., *Muon is Scalable for LLM Training*
+Sources: K. Jordan et al., *Muon: An optimizer for hidden layers in neural networks* (2024). The scale of its steps,
+with which learning rate and weight decay can stay those of AdamW: Liu et al., *Muon is Scalable for LLM Training*
 (arXiv:2502.16982). The steps themselves are those of PyTorch.
 """
 

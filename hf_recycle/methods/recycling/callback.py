@@ -156,8 +156,8 @@ class Recycling(Method):
         self._hooks = ()
 
     def scalars(self) -> dict[str, float]:
-        """Recycling events so far, share of neurons ever recycled, neurons in transition and immune neurons, and entries
-        of the optimizer's state that were reset so far."""
+        """Recycling events and entries of the optimizer's state that were reset so far, share of neurons ever recycled,
+        neurons in transition and immune neurons."""
         if self.table is None:
             return {}
         counts = list(self.table.counts.values())
