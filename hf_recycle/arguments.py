@@ -12,12 +12,14 @@ from hf_recycle.methods.settings import (
     LARGEST,
     METHODS,
     MOST,
+    L2InitSettings,
     MagnitudeSettings,
     MidpointSettings,
     OvertrainingSettings,
     PruningSettings,
     RecyclingSettings,
     Settings,
+    ShrinkPerturbSettings,
     flat_field,
 )
 
@@ -99,6 +101,13 @@ class RecyclingArguments(TrainingArguments):
     overtrain_subset: str = _overtrain("subset")
     overtrain_fraction: float = _overtrain("fraction")
     overtrain_seed: int | None = _overtrain("seed")
+
+    l2_init_weight: float = flat_field(L2InitSettings, "weight")
+    l2_init_parts: list[str] = flat_field(L2InitSettings, "parts")
+
+    shrink_perturb_steps: float | None = flat_field(ShrinkPerturbSettings, "steps")
+    shrink_perturb_keep: float = flat_field(ShrinkPerturbSettings, "keep")
+    shrink_perturb_seed: int | None = flat_field(ShrinkPerturbSettings, "seed")
 
     magnitude_steps: float | None = flat_field(MagnitudeSettings, "steps")
 
