@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from tiny_runs import assert_same_weights, losses, sentences, tiny_bert
+from support.tiny_runs import assert_same_weights, losses, sentences, tiny_bert
 from torch import nn
 from transformers import DataCollatorForLanguageModeling, TrainerCallback
 
