@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
+from support.tiny_runs import masked_sentences, tiny_bert, tiny_t5
 from test_resume import interrupt_and_compare
-from tiny_runs import masked_sentences, tiny_bert, tiny_t5
 from torch import nn
 
 from hf_recycle import RecyclingTrainer

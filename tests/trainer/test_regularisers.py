@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.tiny_runs import masked_sentences, tiny_bert, tiny_modernbert
 from test_resume import assert_same_run
-from tiny_runs import masked_sentences, tiny_bert, tiny_modernbert
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_recycle import L2InitCallback, RecyclingTrainer, ShrinkPerturbCallback, find_feed_forwards
@@ -153,7 +153,7 @@ def test_shrink_perturb_mixes_in_a_fresh_model(build, tmp_path):
         }
     for name, parameter in new.named_parameters():
         values = fresh[3][name]
-        std = float(parameter.std()) if parameter.numel() > 1 else 0.0
+        std = float(parameter.detach().std()) if parameter.numel() > 1 else 0.0
         if std < 1e-6:  # a bias, or the weight of a norm
             torch.testing.assert_close(values, parameter.detach(), rtol=0, atol=1e-5, msg=name)
         else:
