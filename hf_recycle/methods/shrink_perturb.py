@@ -45,6 +45,9 @@ class ShrinkPerturb(Method):
                     "can't be drawn for it."
                 )
 
+    def acting_steps(self, max_steps: int) -> range:
+        return range(self.settings.steps, max_steps, self.settings.steps)
+
     @torch.no_grad()
     def after_step(self, info: StepInfo) -> None:
         if not info.stepped or info.step >= info.max_steps or info.optimizer_steps % self.settings.steps:
