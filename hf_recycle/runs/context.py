@@ -47,7 +47,8 @@ def _data(data: DataArguments) -> dict[str, Any]:
     if data.dataset_name:
         local = os.path.exists(data.dataset_name) or not is_repo_id(data.dataset_name)
         name = Path(data.dataset_name).name
-        return {"name": name, "datasets": [] if local else [data.dataset_name], "files": files}
+        config = None if local else data.dataset_config_name
+        return {"name": name, "datasets": [] if local else [data.dataset_name], "config": config, "files": files}
     return {"name": files[0] if files else BUILT_IN_CORPUS, "datasets": [], "files": files}
 
 

@@ -82,6 +82,8 @@ class RecyclingTrainer(RunStartMixin, HubMixin, CheckpointMixin, MaskedLanguageM
         self.meter = RunMeter()
         # What the caller knows of the run and the trainer can't, for its card: keys of `run_schema.RUN_SCHEMA`.
         self.run_context: dict[str, Any] = {}
+        words = {"license": args.hub_license, "language": args.hub_language}
+        self.card_words = {name: value for name, value in words.items() if value}
         super().__init__(model, args, *positional, **kwargs)
         check_engine(self)
         self._settle_arguments()
