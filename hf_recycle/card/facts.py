@@ -129,7 +129,7 @@ def _methods(arguments: Mapping[str, Any]) -> list[dict[str, Any]]:
         changed = [
             (method.prefix + item.name, _show(getattr(settings, item.name)))
             for item in fields(method)
-            if item.name != "seed" and getattr(settings, item.name) != item.default
+            if item.name != "seed" and getattr(settings, item.name) != getattr(method(), item.name)
         ]
         methods.append({"name": name.strip(" ."), "what": what.strip(), "settings": changed, "prefix": method.prefix})
     return methods

@@ -27,6 +27,7 @@ class Run:
         optimizer: wrapped or not.
         args: the Trainer's arguments.
         step, max_steps: where the training starts and ends, in steps of the Trainer.
+        checkpoint: the folder it goes on from; None: it begins, or a stock Trainer goes on and does not tell.
         table: the model's neurons.
         recorder: where methods note what they do.
         watch: which steps the optimizer takes.
@@ -41,6 +42,7 @@ class Run:
     args: TrainingArguments
     step: int
     max_steps: int
+    checkpoint: str | None
     table: NeuronTable
     recorder: HistoryRecorder
     watch: StepWatch

@@ -19,6 +19,8 @@ MOST = 2**53
 """The largest whole number of a setting: those above are no longer exact where JSON, YAML or a float come between."""
 LARGEST = float(np.finfo(np.float32).max)
 _SEEDS = 2**64
+PARTS = ("ff", "attention", "embeddings")
+"""Of a model, for `l2_init_parts`."""
 
 
 def setting(default: Any, help: str, check: Check) -> Any:
@@ -64,6 +66,15 @@ def _flag(value: Any) -> str | None:
 def _layers(value: Any) -> str | None:
     fine = value is None or (isinstance(value, list | tuple) and value and all(_whole(v) is None for v in value))
     return None if fine else "a list of block indices"
+
+
+def _parts(value: Any) -> str | None:
+    fine = isinstance(value, list | tuple) and value and set(value) <= {*PARTS, "all"}
+    return None if fine else f"all, or a list of some of {', '.join(PARTS)}"
+
+
+def _kept(value: Any) -> str | None:
+    return None if _is_number(value) and 0 <= value < 1 else "a number in [0, 1)"
 
 
 def _seed(value: Any) -> str | None:
@@ -279,11 +290,42 @@ class MagnitudeSettings(Settings):
         return bool(self.steps)
 
 
+@dataclass
+class L2InitSettings(Settings):
+    """L2 to the initial weights: a decay towards the weights that training began with."""
+
+    prefix: ClassVar[str] = "l2_init_"
+
+    weight: float = setting(0.0, "Strength of the decay towards the initial weights. 0: off.", _not_negative)
+    parts: list[str] = setting(["all"], f"What decays: all, or some of {', '.join(PARTS)}.", _parts)
+
+    @property
+    def enabled(self) -> bool:
+        return self.weight > 0
+
+
+@dataclass
+class ShrinkPerturbSettings(Settings):
+    """Shrink and perturb: every so often all weights are mixed with fresh ones."""
+
+    prefix: ClassVar[str] = "shrink_perturb_"
+
+    steps: float | None = setting(None, "Mix in fresh weights every so many steps. None or 0: never.", _steps)
+    keep: float = setting(0.9, "Share of the old weights in the mixture.", _kept)
+    seed: int | None = setting(None, "Seed of the fresh weights. None: the training seed.", _seed)
+
+    @property
+    def enabled(self) -> bool:
+        return bool(self.steps)
+
+
 METHODS: tuple[type[Settings], ...] = (
     RecyclingSettings,
     MidpointSettings,
     PruningSettings,
     OvertrainingSettings,
+    L2InitSettings,
+    ShrinkPerturbSettings,
     MagnitudeSettings,
 )
 

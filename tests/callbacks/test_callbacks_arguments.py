@@ -48,6 +48,11 @@ DOCUMENTED = {
     "overtrain_subset": "all",
     "overtrain_fraction": 1.0,
     "overtrain_seed": None,
+    "l2_init_weight": 0.0,
+    "l2_init_parts": ["all"],
+    "shrink_perturb_steps": None,
+    "shrink_perturb_keep": 0.9,
+    "shrink_perturb_seed": None,
     "magnitude_steps": None,
     "masked_head": True,
 }

@@ -146,10 +146,10 @@ def _extra_batches_of(loader) -> Callable[[int], ExtraBatches]:
 
 
 def _count_tokens(batch: Mapping[str, Any]) -> int:
-    """Tokens of a batch, without padding where it says what is padding."""
+    """Tokens of a batch, without padding where it says what is padding; a batch without `input_ids` has none."""
     if "attention_mask" in batch:
         return int(batch["attention_mask"].sum())
-    return batch["input_ids"].numel()
+    return batch["input_ids"].numel() if "input_ids" in batch else 0
 
 
 def _over_processes(values: list[float], device: torch.device) -> list[float]:

@@ -16,7 +16,7 @@ from hf_recycle.methods.recycling.selection import is_immune
 from hf_recycle.methods.schedule import PhaseSchedule
 from hf_recycle.methods.settings import RecyclingSettings
 from hf_recycle.neurons.blocks import FeedForward
-from hf_recycle.neurons.optimizer_state import check_can_reset, check_optimizer, check_state
+from hf_recycle.neurons.optimizer_state import check_can_reset, check_optimizer, check_state, check_was_reset
 from hf_recycle.neurons.table import NeuronTable
 from hf_recycle.utils.seeds import generator_for
 
@@ -43,7 +43,7 @@ class Recycling(Method):
         self.schedule = make_schedule(settings, run.max_steps)
         self.smooth_steps = settings.smooth_steps or 0
         check_optimizer(run.optimizer, "recycle_steps", settings.steps)
-        check_can_reset(run.optimizer, settings.optimizer_state)
+        check_can_reset(run.optimizer, settings.optimizer_state, run.table.blocks)
         self._gradients_scaled = self._state_checked = False
         self._check_weights()
         self._check_initial_distribution()
@@ -132,6 +132,7 @@ class Recycling(Method):
     def after_step(self, info: StepInfo) -> None:
         if not info.stepped or info.step >= info.max_steps or not self.schedule.is_phase(info.optimizer_steps):
             return
+        reset_before = self.table.optimizer_entries_reset
         records = run_phase(
             self.table,
             self.settings,
@@ -144,6 +145,11 @@ class Recycling(Method):
         )
         for record in records:
             self.run.recorder.phase(**vars(record))
+        recycled = {record.block for record in records if record.recycled}
+        if recycled and self.settings.optimizer_state != "keep":
+            count = self.table.optimizer_entries_reset - reset_before
+            check_was_reset(self.run.optimizer, [b for b in self.table.blocks if b.name in recycled], count)
+            logger.info(f"Step {info.step}: {count} entries of the optimizer's state were reset.")
         for note in {record.note for record in records if record.note}:
             logger.warning(f"Step {info.step}: {note}.")
 
@@ -153,7 +159,8 @@ class Recycling(Method):
         self._hooks = ()
 
     def scalars(self) -> dict[str, float]:
-        """Recycling events so far, share of neurons ever recycled, neurons that fade in and immune neurons."""
+        """Recycling events and entries of the optimizer's state that were reset so far, share of neurons ever recycled,
+        neurons that fade in and immune neurons."""
         if self.table is None:
             return {}
         counts = list(self.table.counts.values())
@@ -162,6 +169,7 @@ class Recycling(Method):
             "neurons_ever_recycled_share": sum(int((block > 0).sum()) for block in counts) / sum(map(len, counts)),
             "neurons_fading_in": self.table.fading_in,
             "neurons_immune": self.immune(self.table),
+            "optimizer_entries_reset": self.table.optimizer_entries_reset,
         }
 
     def immune(self, table: NeuronTable) -> int:

@@ -180,7 +180,7 @@ def _recycle(
     options = Options(noise_scale=settings.noise_scale)
     values = REINITIALIZATIONS[settings.reinit](table.views[block_index], index, generator, options)
     if optimizer is not None and settings.optimizer_state != "keep":
-        reset_state(optimizer, block, index, settings.optimizer_state)
+        table.optimizer_entries_reset += reset_state(optimizer, block, index, settings.optimizer_state)
     if smooth_steps:
         begin(block, state, index, values)
     else:
