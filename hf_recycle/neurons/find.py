@@ -9,7 +9,7 @@ from hf_recycle.neurons.blocks import FeedForward, NeuronSlice
 from hf_recycle.neurons.by_shape import candidates, match_by_shape
 from hf_recycle.neurons.experts import experts_of, find_experts
 from hf_recycle.neurons.families import FAMILIES, Layout, known_layouts, parse_layout
-from hf_recycle.neurons.layers import Layers, common_parent
+from hf_recycle.neurons.layers import Layers, common_parent, lies_beside
 from hf_recycle.neurons.left_out import LeftOut, left_out, summary, token_mixers
 from hf_recycle.neurons.linear import in_features, is_linear, out_dim, out_features
 from hf_recycle.neurons.towers import of_tower
@@ -103,7 +103,7 @@ def _by_layout(layers: Layers, layouts: Iterable[Layout], *, anywhere: bool) -> 
             if layout.out.partition(".")[0] not in module._modules:
                 continue  # most are settled here
             for block in _build(layers, path, layout, whole=True):
-                if anywhere or layers.layer_of(block.name):
+                if (anywhere or layers.layer_of(block.name)) and not lies_beside(block.name):
                     yield block
 
 

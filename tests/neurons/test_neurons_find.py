@@ -189,6 +189,17 @@ def test_an_adapter_is_no_block():
     assert [block.name for block in find_feed_forwards(model)] == ["0.ff"]
 
 
+@pytest.mark.parametrize("name", ["input_layernorm", "router", "adapter_modules"])
+def test_what_gates_a_norm_or_chooses_experts_is_no_block(name):
+    """Two linear layers called as those of a known layout; neither is it said to be left out."""
+    beside = nn.ModuleDict({"mlp": nn.ModuleDict({"fc1": nn.Linear(8, 20), "fc2": nn.Linear(20, 8)})})
+    layers = [_layer(**{name: beside}) for _ in range(2)]
+    found = survey(nn.ModuleList(layers))
+    assert [block.name for block in found.blocks] == ["0.ff", "1.ff"]
+    assert not found.left_out
+    assert [block.name for block in find_feed_forwards(layers[0], "fc1 -> fc2")] == [f"{name}.mlp"]
+
+
 def test_wide_attention_is_no_block():
     model = nn.ModuleList([_layer(self_attn=_WideAttention())])
     assert [block.name for block in find_feed_forwards(model)] == ["0.ff"]
