@@ -83,7 +83,7 @@ class Layers:
 
 
 def lies_beside(path: str) -> bool:
-    """Whether a module lies in a norm, a router or an adapter of a layer: two linear layers are no block of it there."""
+    """Whether a module lies in a norm, a router or an adapter of a layer, whose linear layers are no block of it."""
     return _BESIDE.search(path) is not None
 
 

@@ -294,6 +294,19 @@ def test_layers_of_token_mixers_have_none():
         find_feed_forwards(transformers.MambaForCausalLM(config))
 
 
+def test_two_blocks_of_one_module_have_two_names():
+    """LiLT's layers hold a block for text and one for layout: counts and checkpoints know blocks by their names."""
+    config = transformers.LiltConfig(
+        vocab_size=40, hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2
+    )
+    with torch.device("meta"):
+        blocks = find_feed_forwards(transformers.LiltModel(config))
+    names = [name for i in range(2) for name in (f"encoder.layer.{i}", f"encoder.layer.{i}.layout_intermediate.dense")]
+    assert [block.name for block in blocks] == names
+    assert [block.num_neurons for block in blocks] == [48, 12] * 2
+    assert [block.holder for block in blocks] == ["encoder.layer.0"] * 2 + ["encoder.layer.1"] * 2
+
+
 # ---- Parts of a model ----
 
 
