@@ -136,6 +136,29 @@ def fields_apart() -> dict[str, PreTrainedModel]:
             )
         ),
         "vision": transformers.ViTForImageClassification(transformers.ViTConfig(**tower, **image)),
+        "a ratio, stages of two widths": transformers.SwinModel(
+            transformers.SwinConfig(
+                image_size=16, patch_size=4, embed_dim=16, depths=[1, 1], num_heads=[2, 2], window_size=2
+            )
+        ),
+        "a ratio for each stage": transformers.PvtModel(
+            transformers.PvtConfig(
+                image_size=16,
+                num_encoder_blocks=2,
+                depths=[1, 1],
+                sequence_reduction_ratios=[2, 1],
+                hidden_sizes=[16, 24],
+                mlp_ratios=[4, 2],
+                patch_sizes=[4, 2],
+                strides=[4, 2],
+                num_attention_heads=[2, 2],
+            )
+        ),
+        "twice the width": transformers.MoshiForCausalLM(
+            transformers.MoshiConfig(
+                vocab_size=67, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, head_dim=8, ffn_dim=88, **ids
+            )
+        ),
         "audio": transformers.Wav2Vec2Model(
             transformers.Wav2Vec2Config(
                 **tower,
@@ -156,7 +179,18 @@ def fields_apart() -> dict[str, PreTrainedModel]:
 
 
 @pytest.mark.parametrize(
-    "kind", ["encoder-decoder", "shared and routed experts", "two towers", "vision", "audio", "no padding token"]
+    "kind",
+    [
+        "encoder-decoder",
+        "shared and routed experts",
+        "two towers",
+        "vision",
+        "a ratio, stages of two widths",
+        "a ratio for each stage",
+        "twice the width",
+        "audio",
+        "no padding token",
+    ],
 )
 def test_every_part_gets_a_width_of_its_own(kind, perturb, tmp_path):
     """`shrink` itself compares the outputs with those of the masked model; here, that the file gives the same model."""
@@ -191,7 +225,9 @@ class WithoutField(transformers.BertForMaskedLM):
 
 def test_a_width_that_no_field_sets(family_named):
     model = WithoutField(family_named("bert").build().config)
-    with pytest.raises(UserError, match=r"no field of the configuration of WithoutField sets the width of bert\.enc"):
+    with pytest.raises(
+        UserError, match=r"no field of the configuration of WithoutField makes bert\.encoder\.layer\.0 \(42 neurons\)"
+    ):
         shrink(model, ShrinkSettings(fraction=0.5))
 
 
