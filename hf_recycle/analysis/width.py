@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_recycle.errors import UserError
-from hf_recycle.neurons.blocks import FeedForward, full_shape
+from hf_recycle.neurons.blocks import FeedForward
+from hf_recycle.neurons.slices import full_shape
 
 # What configurations call d_ff, most usual first. Other fields that hold d_ff, or twice as much, are tried after them,
 # and so are ratios of d_ff and d_model.

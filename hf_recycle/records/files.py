@@ -10,7 +10,6 @@ together is the care of `file_set`.
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import math
 import os
@@ -24,6 +23,7 @@ import safetensors
 import safetensors.torch
 import torch
 
+import hf_recycle
 from hf_recycle.errors import first_line
 from hf_recycle.records.file_checks import (
     FORMAT_VERSION,
@@ -74,10 +74,7 @@ Folder = str | os.PathLike[str]
 
 def package_version() -> str:
     """The version of this package, as written into every file."""
-    try:
-        return importlib.metadata.version("hf-recycle")
-    except importlib.metadata.PackageNotFoundError:  # used from a source tree that was never installed
-        return "0.0.0"
+    return hf_recycle.__version__
 
 
 def write_config(folder: Folder, config: Mapping[str, Any]) -> Path:
@@ -122,7 +119,7 @@ def write_state(folder: Folder, tensors: Mapping[str, torch.Tensor], metadata: M
 
     Args:
         tensors: per block `{block}/counts` int32, `{block}/last_phase` int32, `{block}/last_step` int64, all
-            (d_ff,); any tensors under `{block}/transition/` and `trainer/`. On any device.
+            (d_ff,); any tensors under `{block}/fade_in/` and `trainer/`. On any device.
         metadata: texts to store beside them; versions and a checksum are added.
     """
     path = Path(folder, STATE_FILE)

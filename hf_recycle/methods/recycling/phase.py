@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from hf_recycle.engines.replica_checksum import Agreement
+from hf_recycle.engines.replica_checksum import ReplicaChecksum
 from hf_recycle.methods.recycling.births import REINITIALIZATIONS, Options
 from hf_recycle.methods.recycling.fade_in import begin
 from hf_recycle.methods.recycling.selection import CRITERIA, Signals, is_immune, select_globally, select_in_each
@@ -73,32 +73,36 @@ def run_phase(
         One record for each block that takes part or is left out.
     """
     asked = range(len(table.blocks)) if settings.layers is None else sorted(set(settings.layers))
-    positions = [position for position in asked if position not in frozen]
-    left_out = _left_out(table, [position for position in asked if position in frozen], step, nothing=not positions)
-    if not positions:
+    block_indices = [block_index for block_index in asked if block_index not in frozen]
+    left_out = _left_out(
+        table, [block_index for block_index in asked if block_index in frozen], step, nothing=not block_indices
+    )
+    if not block_indices:
         return left_out
-    magnitudes = on_cpu(magnitudes_of([table.blocks[position] for position in positions]))
-    phase, taken = table.phases + 1, table.optimizer_steps(step)
+    magnitudes = on_cpu(magnitudes_of([table.blocks[block_index] for block_index in block_indices]))
+    phase, optimizer_steps = table.phases + 1, table.optimizer_steps(step)
     if settings.scope == "global":
-        quotas = [schedule.quota(taken, sum(len(values) for values in magnitudes))]
+        quotas = [schedule.quota(optimizer_steps, sum(len(values) for values in magnitudes))]
     else:
-        by_size = {size: schedule.quota(taken, size) for size in {len(values) for values in magnitudes}}
+        by_size = {size: schedule.quota(optimizer_steps, size) for size in {len(values) for values in magnitudes}}
         quotas = [by_size[len(values)] for values in magnitudes]
-    eligible = _eligible([table.states[position] for position in positions], phase, settings.immunity)
+    eligible = _eligible([table.states[block_index] for block_index in block_indices], phase, settings.immunity)
 
     reason = _reason_to_skip(magnitudes, loss_is_finite)
     if reason:
         requested = quotas
         if settings.scope == "global":
-            requested, reason = [0] * len(positions), f"{reason} ({quotas[0]} requested over all blocks)"
+            requested, reason = [0] * len(block_indices), f"{reason} ({quotas[0]} requested over all blocks)"
         return left_out + [
-            PhaseRecord(step, phase, table.blocks[position].name, request, int(mask.count_nonzero()), [], reason)
-            for position, request, mask in zip(positions, requested, eligible, strict=True)
+            PhaseRecord(step, phase, table.blocks[block_index].name, request, int(mask.count_nonzero()), [], reason)
+            for block_index, request, mask in zip(block_indices, requested, eligible, strict=True)
         ]
 
     scores = [
-        CRITERIA[settings.selection](Signals(values, partial(generator_for, settings.seed, taken, position, "select")))
-        for position, values in zip(positions, magnitudes, strict=True)
+        CRITERIA[settings.selection](
+            Signals(values, partial(generator_for, settings.seed, optimizer_steps, block_index, "select"))
+        )
+        for block_index, values in zip(block_indices, magnitudes, strict=True)
     ]
     if settings.scope == "global":
         chosen = select_globally(scores, eligible, quotas[0])
@@ -112,27 +116,31 @@ def run_phase(
         notes = ["too few eligible neurons" if len(c) < q else "" for c, q in zip(chosen, quotas, strict=True)]
 
     table.phases = phase
-    agreement = Agreement()
-    agreement.note(chosen)
-    generators = [generator_for(settings.seed, taken, position, "reinit") for position in positions]
+    checksum = ReplicaChecksum()
+    checksum.note(chosen)
+    generators = [generator_for(settings.seed, optimizer_steps, block_index, "reinit") for block_index in block_indices]
     # One block at a time: every process draws the new weights of all recycled neurons, whatever its share of the model.
     # The last one first, because it was read last and may still be in a cache.
-    for position, index, generator in reversed(list(zip(positions, chosen, generators, strict=True))):
-        agreement.note(_recycle(table, position, index, settings, generator, smooth_steps, optimizer))
-    for position, index in zip(positions, chosen, strict=True):
-        table.states[position].note(index, phase, step)
-    agreement.check(f"the neurons recycled at step {step}", table.blocks[positions[0]].out_slice.device)
+    for block_index, index, generator in reversed(list(zip(block_indices, chosen, generators, strict=True))):
+        checksum.note(_recycle(table, block_index, index, settings, generator, smooth_steps, optimizer))
+    for block_index, index in zip(block_indices, chosen, strict=True):
+        table.states[block_index].note(index, phase, step)
+    checksum.check(f"the neurons recycled at step {step}", table.blocks[block_indices[0]].out_slice.device)
     return left_out + [
-        PhaseRecord(step, phase, table.blocks[position].name, request, int(mask.count_nonzero()), index.tolist(), note)
-        for position, request, mask, index, note in zip(positions, requested, eligible, chosen, notes, strict=True)
+        PhaseRecord(
+            step, phase, table.blocks[block_index].name, request, int(mask.count_nonzero()), index.tolist(), note
+        )
+        for block_index, request, mask, index, note in zip(
+            block_indices, requested, eligible, chosen, notes, strict=True
+        )
     ]
 
 
-def _left_out(table: NeuronTable, positions: list[int], step: int, nothing: bool) -> list[PhaseRecord]:
+def _left_out(table: NeuronTable, block_indices: list[int], step: int, nothing: bool) -> list[PhaseRecord]:
     """Records of blocks that the next phase leaves out; a phase that has `nothing` else is skipped."""
     note = f"{SKIPPED if nothing else ''}the weights of some blocks are frozen"
     phase = table.phases + 1
-    return [PhaseRecord(step, phase, table.blocks[position].name, 0, 0, [], note) for position in positions]
+    return [PhaseRecord(step, phase, table.blocks[block_index].name, 0, 0, [], note) for block_index in block_indices]
 
 
 def _eligible(states: list[BlockState], phase: int, immunity: int) -> list[Tensor]:
@@ -142,8 +150,8 @@ def _eligible(states: list[BlockState], phase: int, immunity: int) -> list[Tenso
         excluded |= is_immune(torch.cat([state.last_phase for state in states]), phase, immunity)
     eligible = list((~excluded).split([state.num_neurons for state in states]))
     for mask, state in zip(eligible, states, strict=True):
-        if state.transition is not None:
-            mask[state.transition.index] = False
+        if state.fade_in is not None:
+            mask[state.fade_in.index] = False
     return eligible
 
 
@@ -158,19 +166,19 @@ def _reason_to_skip(magnitudes: list[Tensor], loss_is_finite: bool) -> str:
 
 def _recycle(
     table: NeuronTable,
-    position: int,
+    block_index: int,
     index: Tensor,
     settings: RecyclingSettings,
     generator: torch.Generator,
     smooth_steps: int,
     optimizer,
 ) -> list[Tensor]:
-    """Gives neurons `index` of one block new weights, at once or as a transition, and returns those."""
+    """Gives neurons `index` of one block new weights, at once or as a fade-in, and returns those."""
     if not len(index):
         return []
-    block, state = table.blocks[position], table.states[position]
+    block, state = table.blocks[block_index], table.states[block_index]
     options = Options(noise_scale=settings.noise_scale)
-    values = REINITIALIZATIONS[settings.reinit](table.views[position], index, generator, options)
+    values = REINITIALIZATIONS[settings.reinit](table.views[block_index], index, generator, options)
     if optimizer is not None and settings.optimizer_state != "keep":
         reset_state(optimizer, block, index, settings.optimizer_state)
     if smooth_steps:
