@@ -30,6 +30,8 @@ feed-forward ones. If it holds recycling files, what they record is shown too.
   --blocks                 list the feed-forward blocks, and what looks like one and is left out; measure nothing
   --dead FLOAT             a neuron is dead if its magnitude is below this share of its layer's median (default: 0.01)
   --duplicate FLOAT        cosine from which a neuron duplicates an earlier one (default: 0.99)
+  --trust_pickle           read the pytorch_model.bin of a repository without safetensors: whoever wrote it may be able
+                           to run code on this machine
   --revision NAME          branch, tag or commit of a repository
   --revisions {all,A,B,..} of one repository: all commits of its main branch and all its tags, or those named
 
@@ -60,6 +62,7 @@ def _options() -> Options:
     parser.add_argument("--blocks", action="store_true")
     parser.add_argument("--dead", type=float, default=0.01)
     parser.add_argument("--duplicate", type=float, default=0.99)
+    parser.add_argument("--trust_pickle", action="store_true")
     parser.add_argument("--revision")
     parser.add_argument("--revisions")
     parser.add_argument("--prune_curve", action="store_true")
@@ -100,6 +103,8 @@ def _check(options: argparse.Namespace) -> None:
         raise UserError("blocks lists the feed-forward blocks of a model and measures nothing; pass it alone")
     if options.ff_blocks and (options.prune_curve or options.revisions):
         raise UserError(f"ff_blocks={options.ff_blocks!r} does not go with prune_curve or revisions")
+    if options.trust_pickle and (options.prune_curve or options.revisions):
+        raise UserError("trust_pickle does not go with prune_curve or revisions")
     curve_only = ("eval_file", "criteria", "shares")
     if options.prune_curve and options.eval_file is None:
         raise UserError("prune_curve needs a text to measure the loss on; pass eval_file")
@@ -160,7 +165,7 @@ def _prune_curves(options: argparse.Namespace) -> None:
 def _sources(options: argparse.Namespace) -> list:
     from hf_recycle.analysis.source import Source
 
-    return [Source(model, options.revision) for model in options.models]
+    return [Source(model, options.revision, trust_pickle=options.trust_pickle) for model in options.models]
 
 
 def _thresholds(options: argparse.Namespace):

@@ -27,6 +27,8 @@ neurons masked, and both are timed.
   --multiple_of INT   round the width up to a multiple of it (default: 8)
   --seed INT          seed of the criterion random (default: 0)
   --revision NAME     branch, tag or commit of a repository (or write MODEL as hf://user/repo@revision)
+  --trust_pickle      read the pytorch_model.bin of a repository without safetensors: whoever wrote it may be able to
+                      run code on this machine
   --ff_blocks WORD    of a composite model, the part that is meant: vision, language, encoder, decoder, ...
   --ff_pattern TEXT   linear layers of the feed-forward blocks, for a model of unknown layout: 'fc1 -> fc2'
 """
@@ -47,6 +49,7 @@ def _shrink(words: Sequence[str]) -> None:
     parser.add_argument("--multiple_of", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--revision")
+    parser.add_argument("--trust_pickle", action="store_true")
     parser.add_argument("--ff_pattern")
     parser.add_argument("--ff_blocks")
     options = parser.read(words)
@@ -62,7 +65,7 @@ def _shrink(words: Sequence[str]) -> None:
             f"criterion={options.criterion!r} is unknown; {nearest(options.criterion, CRITERIA, show_all=True)}"
         )
     no_progress_bars()
-    source = Source(options.model, options.revision)
+    source = Source(options.model, options.revision, trust_pickle=options.trust_pickle)
     model, processor = load_model(source, options.ff_pattern, options.ff_blocks)
     settings = ShrinkSettings(
         options.fraction, options.criterion, options.multiple_of, options.seed, options.ff_pattern, options.ff_blocks

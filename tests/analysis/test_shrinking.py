@@ -8,6 +8,7 @@ from hf_recycle.analysis.random_inputs import outputs, random_inputs
 from hf_recycle.analysis.shrink import ShrinkSettings, check_pruned_are_zero, removed_neurons, shrink
 from hf_recycle.analysis.shrink_files import load_model
 from hf_recycle.analysis.source import Source
+from hf_recycle.analysis.timing import Speedup
 from hf_recycle.errors import UserError
 
 WIDTHS = ("intermediate_size", "d_ff", "n_inner", "hidden_dim", "ffn_dim")
@@ -211,6 +212,32 @@ def test_fewer_neurons_than_model_dimensions_though_found_by_shape(perturb):
     config = transformers.CTRLConfig(vocab_size=67, n_embd=16, n_layer=2, n_head=2, dff=40, n_positions=32)
     model = perturb(transformers.CTRLLMHeadModel(config)).eval()
     assert shrink(model, ShrinkSettings(fraction=0.8)).d_ff == 8
+
+
+class WithHead(transformers.BertForMaskedLM):
+    """A subclass of a user with a head of its own."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.extra = torch.nn.Linear(16, 3)
+
+
+def test_a_class_of_the_users_stays_with_its_head(family_named, perturb, tmp_path):
+    model = perturb(WithHead(family_named("bert").build().config)).eval()
+    shrink(model, ShrinkSettings(fraction=0.5)).model.save_pretrained(tmp_path)
+    loaded = WithHead.from_pretrained(tmp_path)
+    assert torch.equal(loaded.extra.weight, model.extra.weight)
+    assert find_feed_forwards(loaded)[0].num_neurons == 24
+
+
+def test_what_is_said_of_speed_agrees_with_its_numbers():
+    assert str(Speedup(0.000456, 0.000401, 1.01, 1.2)) == (
+        "0.456 ms -> 0.401 ms, 1.14x as fast (quartiles of the pairs: 1.01 to 1.20)"
+    )
+    assert str(Speedup(1.5, 1.52, 0.9, 1.1)) == (
+        "1500 ms -> 1520 ms, 0.99x as fast (quartiles of the pairs: 0.90 to 1.10): no difference that can be told from "
+        "noise"
+    )
 
 
 class WithoutField(transformers.BertForMaskedLM):

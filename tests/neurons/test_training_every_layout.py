@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from layouts import LAYOUTS
 from torch import Tensor, nn
+from transformers import TrainerCallback
 
 from hf_recycle import RecyclingArguments, RecyclingTrainer, find_feed_forwards
 from hf_recycle.analysis.random_inputs import outputs, random_inputs
@@ -74,12 +76,11 @@ class MeanSquare(RecyclingTrainer):
         return (first.square().mean(), made) if return_outputs else first.square().mean()
 
 
-def train(
-    model: nn.Module, folder: Path, resume: Path | None = None, save_strategy: str = "no", **settings
-) -> MeanSquare:
+def train(model: nn.Module, folder: Path, resume=None, save_strategy="no", callbacks=(), **settings) -> MeanSquare:
     inputs = random_inputs(model.eval(), batch=12, length=8)
     trainer = MeanSquare(
         model=model,
+        callbacks=list(callbacks),
         args=RecyclingArguments(
             output_dir=str(folder),
             max_steps=6,
@@ -119,6 +120,44 @@ def test_only_the_chosen_lines_change(build, tmp_path):
         block.write(index, values)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, new[name]), name
+
+
+def test_of_a_composite_model_the_part_that_is_asked_for(tmp_path):
+    model = LAYOUTS["two towers"]()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    counts = train(model, tmp_path, learning_rate=0.0, ff_blocks="vision").neuron_table().counts
+    assert [name.partition(".")[0] for name in counts] == ["vision_model"] * 2
+    changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert len(changed) == 4
+    assert all(name.startswith("vision_model.encoder.layers") and ".mlp." in name for name in changed)
+
+
+class Unknown(nn.Module):
+    """Called as a feed-forward block is, and none of a known layout."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv1d(16, 16, 3, padding=1)
+
+
+def test_what_is_left_out_is_said_before_the_first_step(tmp_path, caplog):
+    model = LAYOUTS["vision"]()
+    for layer in model.layers:
+        layer.ffn = Unknown()
+    transformers.utils.logging.enable_propagation()
+    said = []
+
+    class Listen(TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            said.append([record.getMessage() for record in caplog.records if "left out" in record.getMessage()])
+
+    try:
+        train(model, tmp_path, callbacks=[Listen()])
+    finally:
+        transformers.utils.logging.disable_propagation()
+    assert len(said[0]) == len(said[-1]) == 1
+    assert "2 modules of ViTModel look like feed-forward blocks and are left out" in said[0][0]
+    assert "2 × layers.*.ffn (Conv1d). No method touches them; 2 blocks were found." in said[0][0]
 
 
 def test_a_checkpoint_in_the_middle_of_a_fade_in_resumes_to_the_bit(build, tmp_path):
