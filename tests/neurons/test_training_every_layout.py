@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from layouts import LAYOUTS
+from support.layouts import LAYOUTS
 from torch import Tensor, nn
 from transformers import TrainerCallback
 

@@ -2,9 +2,10 @@
 
 from collections.abc import Callable
 
-import families
 import transformers
 from transformers import PreTrainedModel
+
+from support import families
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 WIDE = {**SIZES, "intermediate_size": 42}
