@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from hf_recycle.cli.common import add_json_argument, no_progress_bars, print_result
-from hf_recycle.cli.model_arguments import add_block_arguments, add_revision_argument
+from hf_recycle.cli.model_arguments import add_block_arguments, add_revision_argument, add_trust_argument
 from hf_recycle.errors import UserError
 from hf_recycle.methods.registry import CRITERIA
 from hf_recycle.utils.command_line import Parser, completed_by
@@ -46,6 +46,7 @@ def add_arguments(parser: Parser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="Seed of the criterion random (default: %(default)s).")
     add_revision_argument(parser)
+    add_trust_argument(parser)
     add_block_arguments(parser)
 
 
@@ -57,7 +58,7 @@ def run(options: argparse.Namespace) -> int:
     from hf_recycle.analysis.source import Source
 
     no_progress_bars()
-    source = Source(options.model, options.revision)
+    source = Source(options.model, options.revision, trust_pickle=options.trust_pickle)
     model, processor = load_model(source, options.ff_pattern, options.ff_blocks)
     settings = ShrinkSettings(
         options.fraction, options.criterion, options.multiple_of, options.seed, options.ff_pattern, options.ff_blocks

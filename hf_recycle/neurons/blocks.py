@@ -24,22 +24,20 @@ class FeedForward:
     """One feed-forward block.
 
     Attributes:
-        name: dotted path, in the unwrapped model, of the smallest module that holds both projections; for an expert
-            whose weights lie in parameters of all experts, that module's path and the expert's number.
+        name: dotted path, in the unwrapped model, of the smallest module that holds both projections (its holder);
+            for an expert whose weights lie in parameters of all experts, that and the expert's number; for the second
+            block of one holder, the path of its in-projection.
         num_neurons: `d_ff`.
         gated: whether a neuron has a gate row and an up row.
         slices: what a neuron is made of, in-projection first, out-projection last.
+        holder: path of the smallest module that holds both projections.
     """
 
     name: str
     num_neurons: int
     gated: bool
     slices: tuple[NeuronSlice, ...]
-
-    @property
-    def holder(self) -> str:
-        """Dotted path of the smallest module that holds both projections."""
-        return self.name if self.slices[-1].expert is None else self.name.rpartition(".")[0]
+    holder: str
 
     @cached_property
     def in_slices(self) -> tuple[NeuronSlice, ...]:
