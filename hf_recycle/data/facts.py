@@ -5,12 +5,11 @@ neurons shows within seconds on a CPU. On text a model of that size does as well
 """
 
 from collections.abc import Sequence
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
@@ -59,31 +58,13 @@ class Facts(Dataset):
         samples = []
         for index in indices:
             epoch, place = divmod(index, self.number)
-            fact = self._order(epoch)[place]
-            first, second = divmod(self._pairs[fact], self.keys)
-            value = self.values_of(epoch // self.epochs)[fact]
+            fact = _permutation(self.number, epoch, "fact order")[place]
+            first, second = divmod(_permutation(self.keys**2, 0, "fact keys")[fact], self.keys)
+            value = _values(self.values, self.number, epoch // self.epochs)[fact]
             ids = [_CLS, len(_WORDS) + first, len(_WORDS) + second, _MASK]
             labels = [IGNORED, IGNORED, IGNORED, len(_WORDS) + self.keys + value]
             samples.append({"input_ids": ids, "labels": labels})
         return samples
-
-    @cached_property
-    def _pairs(self) -> list[int]:
-        """The pairs of keys, first · keys + second."""
-        return self._permuted(self.keys**2, 0, "fact keys")[: self.number].tolist()
-
-    @lru_cache(maxsize=2)  # noqa: B019: a process has one such dataset, or two
-    def _order(self, epoch: int) -> list[int]:
-        return self._permuted(self.number, epoch, "fact order").tolist()
-
-    @lru_cache(maxsize=2)  # noqa: B019
-    def values_of(self, task: int) -> list[int]:
-        """The value of each fact of a task."""
-        generator = generator_for(0, task, 0, "fact values")
-        return torch.randint(self.values, (self.number,), generator=generator).tolist()
-
-    def _permuted(self, size: int, number: int, purpose: str) -> Tensor:
-        return torch.randperm(size, generator=generator_for(0, number, 0, purpose))
 
     def last_task(self) -> "LastTask":
         """The facts of the last task, once each: what a model is to know at the end of training."""
@@ -101,6 +82,17 @@ class LastTask(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self._facts[len(self._facts) - self._facts.number + index]
+
+
+@lru_cache(maxsize=8)
+def _permutation(size: int, number: int, purpose: str) -> list[int]:
+    return torch.randperm(size, generator=generator_for(0, number, 0, purpose)).tolist()
+
+
+@lru_cache(maxsize=8)
+def _values(values: int, number: int, task: int) -> list[int]:
+    """The value of each fact of a task."""
+    return torch.randint(values, (number,), generator=generator_for(0, task, 0, "fact values")).tolist()
 
 
 def facts_tokenizer(keys: int, values: int) -> PreTrainedTokenizerFast:
