@@ -7,7 +7,6 @@ from pathlib import Path
 
 from hf_recycle.cli.options import Options, no_progress_bars, run_command
 from hf_recycle.errors import UserError
-from hf_recycle.utils.suggest import nearest
 
 HELP = """\
 usage: hf-recycle shrink MODEL --output DIR (--pruned-only | --fraction FLOAT) [--argument VALUE ...]
@@ -52,15 +51,12 @@ def _shrink(words: Sequence[str]) -> None:
     options = parser.read(words)
     _check(options)
 
+    from hf_recycle.analysis.pruning import check_criterion
     from hf_recycle.analysis.shrink import ShrinkSettings, shrink
     from hf_recycle.analysis.shrink_files import load_model, save_whole
     from hf_recycle.analysis.source import Source
-    from hf_recycle.methods.recycling.selection import CRITERIA
 
-    if options.criterion not in tuple(CRITERIA):
-        raise UserError(
-            f"criterion={options.criterion!r} is unknown; {nearest(options.criterion, CRITERIA, show_all=True)}"
-        )
+    check_criterion(f"criterion={options.criterion!r}", options.criterion)
     no_progress_bars()
     source = Source(options.model, options.revision)
     model, processor = load_model(source, options.ff_pattern, options.ff_blocks)

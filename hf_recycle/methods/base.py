@@ -33,7 +33,8 @@ class Run:
         train_dataloader: the Trainer's.
         loss_of: the loss of a batch, to be averaged over processes; None: the one that the model returns.
         attached: within this context, the backward pass of `loss_of` may compute parts of the forward pass again.
-        second_pass: a second pass over the training data, by its seed; None: over the data of the loader.
+        second_pass: a second pass over the training data, by its seed and the argument that asks for it; None: over the
+            data of the loader.
     """
 
     model: nn.Module
@@ -47,7 +48,7 @@ class Run:
     train_dataloader: Any
     loss_of: LossOf | None
     attached: Callable[[], AbstractContextManager]
-    second_pass: Callable[[int], SecondPass] | None
+    second_pass: Callable[[int, str], SecondPass] | None
 
     def is_trained(self, block: FeedForward) -> bool:
         """Whether the optimizer changes a block's weights now: they may be frozen, also for a while only."""

@@ -49,7 +49,7 @@ class NeuronMethods(TrainerCallback):
         ff_blocks: str | None = None,
         loss_of: LossOf | None = None,
         attached: Callable[[], AbstractContextManager] = nullcontext,
-        second_pass: Callable[[int], SecondPass] | None = None,
+        second_pass: Callable[[int, str], SecondPass] | None = None,
     ):
         self.ff_pattern, self.ff_blocks = ff_pattern, ff_blocks
         self.methods: list[Method] = []

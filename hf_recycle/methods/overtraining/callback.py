@@ -32,7 +32,7 @@ class Overtraining(Method):
         self._check_subset()
         # One is made at every overtraining; what can't be made is said now.
         fresh_optimizer(run.optimizer, (p for block in run.table.blocks for p in block.parameters()))
-        self._data = (run.second_pass or _second_pass_of(run.train_dataloader))(settings.seed)
+        self._data = (run.second_pass or second_pass_of(run.train_dataloader))(settings.seed, "overtrain_steps")
         self._last_loss = _last_loss(run.recorder)
 
     def _check_subset(self) -> None:
@@ -137,9 +137,9 @@ def model_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     return outputs["loss"] if isinstance(outputs, dict) else outputs[0]
 
 
-def _second_pass_of(loader) -> Callable[[int], SecondPass]:
+def second_pass_of(loader) -> Callable[[int, str], SecondPass]:
     """Over the data of a stock Trainer's loader."""
-    return lambda seed: SecondPass(loader.dataset, loader.collate_fn, seed)
+    return lambda seed, wanted_by: SecondPass(loader.dataset, loader.collate_fn, seed, wanted_by)
 
 
 def _count_tokens(batch: Mapping[str, Any]) -> int:
