@@ -84,12 +84,12 @@ class LastTask(Dataset):
         return self._facts[len(self._facts) - self._facts.number + index]
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=128)
 def _permutation(size: int, number: int, purpose: str) -> list[int]:
     return torch.randperm(size, generator=generator_for(0, number, 0, purpose)).tolist()
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=128)
 def _values(values: int, number: int, task: int) -> list[int]:
     """The value of each fact of a task."""
     return torch.randint(values, (number,), generator=generator_for(0, task, 0, "fact values")).tolist()

@@ -147,10 +147,10 @@ def surgeon_scores(cross_moment: Tensor, out_columns: Tensor, eligible: Tensor, 
         What each costs, never less than one that went before: float64 `(d_ff,)` on the CPU.
     """
     inverse = torch.linalg.inv(damped(cross_moment))
-    columns, left = out_columns.to(inverse, copy=True), eligible.to(inverse.device)
+    columns, left = out_columns.to(inverse, copy=True), eligible.to(inverse.device, copy=True)
     scores = torch.zeros(len(left), dtype=torch.float64)
     least = 0.0
-    for _ in range(min(count, int(eligible.sum()))):
+    for _ in range(min(count, int(left.sum()))):
         costs = _costs(inverse, columns).masked_fill(~left, torch.inf)
         index = int(costs.argmin())
         least = scores[index] = max(float(costs[index]), math.nextafter(least, math.inf))
