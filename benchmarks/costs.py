@@ -10,11 +10,11 @@ from benchmarks.match import WARM_UP, hold_match
 from benchmarks.pairs import estimate, spread
 from benchmarks.row import Bench, Effort, Measured, Row, Target
 from benchmarks.shapes import MEDIUM, TINY, Shape
-from benchmarks.steps import IN_TRANSITION
+from benchmarks.steps import FADING_IN
 from benchmarks.switch import is_on
 
 _AT_EVERY_STEP = {
-    "smooth": IN_TRANSITION,
+    "smooth": FADING_IN,
     "midpoint": {"midpoint_weight": 1e-3},
 }
 # Here at every step that they are on, so that pairs of steps can tell what they cost.
@@ -65,7 +65,7 @@ BENCHES = (
     Bench(
         (
             Row("recycling", "plain recycling, 10% every 100 steps", Target(0.005, False, "cost")),
-            Row("smooth", "smooth recycling, 10% of the neurons in transition", Target(0.02, False, "cost")),
+            Row("smooth", "smooth recycling, 10% of the neurons that fade in", Target(0.02, False, "cost")),
             Row("midpoint", "midpoint loss at every step", Target(0.02, False, "cost")),
             Row("magnitudes", "magnitude histograms every 100 steps", Target(0.005, False, "cost")),
         ),

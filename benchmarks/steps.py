@@ -13,10 +13,10 @@ from benchmarks.row import Bench, Effort, Measured, NotMeasured, Row, Target
 from benchmarks.shapes import MEDIUM, SMALL, TINY, Shape
 from hf_recycle.errors import UserError
 
-# From the first step on a tenth of all neurons is in transition, and stays so.
-IN_TRANSITION = {"recycle_steps": 100, "recycle_start": 1, "recycle_fraction": 0.1, "recycle_smooth_steps": 100_000}
+# From the first step on a tenth of all neurons is fading in, and stays so.
+FADING_IN = {"recycle_steps": 100, "recycle_start": 1, "recycle_fraction": 0.1, "recycle_smooth_steps": 100_000}
 EVERYTHING = {
-    **IN_TRANSITION,
+    **FADING_IN,
     "recycle_immunity": 2,
     "midpoint_weight": 1e-3,
     "magnitude_steps": 100,

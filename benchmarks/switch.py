@@ -37,7 +37,7 @@ def _method(trainer: RecyclingTrainer, kind: type[Method]) -> Switch:
 
 
 def _smooth(trainer: RecyclingTrainer) -> Switch:
-    """Leaves the neurons in transition where they are for a step, as ordinary ones."""
+    """Leaves the neurons that fade in where they are for a step, as ordinary ones."""
 
     def switch(on: bool) -> None:
         trainer.recycling.smooth_steps = trainer.args.recycle_smooth_steps if on else 0

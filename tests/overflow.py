@@ -6,7 +6,7 @@ import torch
 from accelerate.utils import AutocastKwargs
 
 # Steps of the Trainer at which gradients are infinite: a selection phase (with recycle_steps=3) is due at the first of
-# them, and neurons are in transition at the others.
+# them, and neurons are fading in at the others.
 POISONED = (3, 6, 7)
 # Batches in a known order, each once, and a learning rate that does not depend on how many there are.
 _STEPS = 12

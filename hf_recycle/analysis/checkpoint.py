@@ -23,8 +23,9 @@ from hf_recycle.analysis.source import Source
 from hf_recycle.analysis.weight_files import PickledFile, SafetensorsFile, WeightFile
 from hf_recycle.errors import UserError
 from hf_recycle.hub.checks.configuration import configuration_problem
-from hf_recycle.neurons.blocks import FeedForward, NeuronSlice, full_shape
+from hf_recycle.neurons.blocks import FeedForward, NeuronSlice
 from hf_recycle.neurons.find import Survey, survey
+from hf_recycle.neurons.slices import full_shape
 from hf_recycle.neurons.storage.tiles import Tile, tiles_of_rectangle
 
 _BYTES_AT_ONCE = 1 << 19  # of float32 weights in memory at a time, unless a single row is longer

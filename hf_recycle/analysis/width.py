@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_recycle.errors import UserError
-from hf_recycle.neurons.blocks import FeedForward, full_shape
+from hf_recycle.neurons.blocks import FeedForward
+from hf_recycle.neurons.slices import full_shape
 
 # What configurations call d_ff, most usual first. Any other field that holds d_ff is tried after them.
 _FIELDS = ("intermediate_size", "d_ff", "n_inner", "hidden_dim", "ffn_dim", "ffn_hidden_size", "inner_dim")

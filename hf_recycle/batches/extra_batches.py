@@ -1,4 +1,4 @@
-"""A second pass over a training set, beside the main one."""
+"""Extra batches of a training set, beside those of the main run."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +12,7 @@ from hf_recycle.batches.seeded import SeededCollator
 from hf_recycle.utils.seeds import generator_for
 
 
-class SecondPass:
+class ExtraBatches:
     """An endless stream of a training set's samples in an order of its own, a new one in each epoch.
 
     What comes is a pure function of (seed, position), so that a number is all it takes to go on where a run was

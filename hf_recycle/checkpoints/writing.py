@@ -178,7 +178,7 @@ class CheckpointWritingMixin(Trainer):
             self.recorder,
             step=self.model_step,
             pruned=table.pruned,
-            in_transition=table.in_transition,
+            fading_in=table.fading_in,
             immune=self.immune_neurons(),
         )
 

@@ -13,7 +13,7 @@ from hf_recycle.errors import UserError
 Result = TypeVar("Result")
 
 
-class Agreement:
+class ReplicaChecksum:
     """Whether all processes did the same, by a checksum of what each notes; with one process it costs nothing."""
 
     def __init__(self) -> None:
@@ -49,11 +49,11 @@ class Agreement:
             )
 
 
-def check_agreement(tensors: Iterable[Tensor], what: str, device: torch.device) -> None:
+def compare_replicas(tensors: Iterable[Tensor], what: str, device: torch.device) -> None:
     """Compares tensors across processes, see `Agreement`."""
-    agreement = Agreement()
-    agreement.note(tensors)
-    agreement.check(what, device)
+    checksum = ReplicaChecksum()
+    checksum.note(tensors)
+    checksum.check(what, device)
 
 
 def true_everywhere(flag: Tensor) -> bool:

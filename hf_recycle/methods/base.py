@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
-from hf_recycle.batches.extra_batches import SecondPass
+from hf_recycle.batches.extra_batches import ExtraBatches
 from hf_recycle.methods.settings import Settings
 from hf_recycle.neurons.blocks import FeedForward, NeuronSlice
 from hf_recycle.neurons.optimizer_state import StepWatch
@@ -33,8 +33,8 @@ class Run:
         train_dataloader: the Trainer's.
         loss_of: the loss of a batch, to be averaged over processes; None: the one that the model returns.
         attached: within this context, the backward pass of `loss_of` may compute parts of the forward pass again.
-        second_pass: a second pass over the training data, by its seed and the argument that asks for it; None: over the
-            data of the loader.
+        extra_batches: extra batches of the training data, by their seed and the argument that asks for them; None: over
+            the data of the loader.
     """
 
     model: nn.Module
@@ -48,7 +48,7 @@ class Run:
     train_dataloader: Any
     loss_of: LossOf | None
     attached: Callable[[], AbstractContextManager]
-    second_pass: Callable[[int, str], SecondPass] | None
+    extra_batches: Callable[[int, str], ExtraBatches] | None
 
     def is_trained(self, block: FeedForward) -> bool:
         """Whether the optimizer changes a block's weights now: they may be frozen, also for a while only."""

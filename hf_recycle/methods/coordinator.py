@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 from transformers.utils import logging
 
-from hf_recycle.batches.extra_batches import SecondPass
+from hf_recycle.batches.extra_batches import ExtraBatches
 from hf_recycle.engines.replica_checksum import true_everywhere
 from hf_recycle.methods.base import LossOf, Method, Run, StepInfo
 from hf_recycle.methods.saved_weights import check_weights_are_saved
@@ -33,7 +33,7 @@ class NeuronMethods(TrainerCallback):
     Args:
         ff_pattern: layout of the feed-forward blocks of a model of unknown architecture, see `find_feed_forwards`.
         ff_blocks: of a composite model, the part whose blocks are meant, see `find_feed_forwards`.
-        loss_of, attached, second_pass: see `Run`.
+        loss_of, attached, extra_batches: see `Run`.
 
     Attributes:
         methods: those that are on, in their order.
@@ -49,14 +49,14 @@ class NeuronMethods(TrainerCallback):
         ff_blocks: str | None = None,
         loss_of: LossOf | None = None,
         attached: Callable[[], AbstractContextManager] = nullcontext,
-        second_pass: Callable[[int, str], SecondPass] | None = None,
+        extra_batches: Callable[[int, str], ExtraBatches] | None = None,
     ):
         self.ff_pattern, self.ff_blocks = ff_pattern, ff_blocks
         self.methods: list[Method] = []
         self.recorder = HistoryRecorder()
         self.table: NeuronTable | None = None
         self.began_with: dict[str, Settings] = {}
-        self._loss_of, self._attached, self._second_pass = loss_of, attached, second_pass
+        self._loss_of, self._attached, self._extra_batches = loss_of, attached, extra_batches
         self._fronts: list[NeuronCallback] = []
         self._watch: StepWatch | None = None
         self._finite: Tensor | None = None
@@ -123,7 +123,7 @@ class NeuronMethods(TrainerCallback):
             train_dataloader=train_dataloader,
             loss_of=self._loss_of,
             attached=self._attached,
-            second_pass=self._second_pass,
+            extra_batches=self._extra_batches,
         )
         if any(method.changes_weights for method in self.methods):
             check_weights_are_saved(model_alone, self.table.blocks)
@@ -150,9 +150,9 @@ class NeuronMethods(TrainerCallback):
     def on_optimizer_step(self, args, state, control, **kwargs):
         if self._watch is None:
             return
-        self.table.note_step(state.global_step, self._watch.taken)
+        self.table.note_step(state.global_step, self._watch.stepped)
         for method in self._acting():
-            method.after_optimizer_step(self._watch.taken)
+            method.after_optimizer_step(self._watch.stepped)
 
     def on_step_end(self, args, state, control, **kwargs):
         if self._watch is None:
@@ -160,7 +160,7 @@ class NeuronMethods(TrainerCallback):
         info = StepInfo(
             step=state.global_step,
             optimizer_steps=self.table.optimizer_steps(state.global_step),
-            stepped=self._watch.taken,
+            stepped=self._watch.stepped,
             max_steps=state.max_steps,
             rate=self._watch.rate,
             loss_is_finite=self._loss_is_finite,

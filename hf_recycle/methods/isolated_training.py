@@ -1,4 +1,4 @@
-"""Training aside: a stretch after which the main run goes on as if nothing had happened."""
+"""Isolated training: a stretch after which the main run goes on as if nothing had happened."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -11,7 +11,9 @@ from torch.distributed.tensor import DTensor
 
 
 @contextmanager
-def aside(model: nn.Module, trained: Sequence[nn.Parameter], device: torch.device, seed: int) -> Iterator[None]:
+def isolated_training(
+    model: nn.Module, trained: Sequence[nn.Parameter], device: torch.device, seed: int
+) -> Iterator[None]:
     """Within the context, `model` is in training mode, only the parameters `trained` require gradients, and random
     numbers come from `seed`. Afterwards the random states (Python's, numpy's, torch's on the CPU and on `device`),
     which parameters require gradients and which modules are in training mode are as they were, and there are no

@@ -142,15 +142,15 @@ class Midpoint(Method):
         frozen = self._frozen(info.step)
         # Blocks of one size are worked on together, and nothing waits for the device.
         norms, alike = norms_of(self.table.blocks), {}
-        for position, (in_norm, _) in enumerate(norms):
-            if position not in frozen:
-                alike.setdefault((in_norm.device, in_norm.dtype, len(in_norm)), []).append(position)
-        parts = [(positions, *self._slopes(positions, norms)) for positions in alike.values()]
+        for block_index, (in_norm, _) in enumerate(norms):
+            if block_index not in frozen:
+                alike.setdefault((in_norm.device, in_norm.dtype, len(in_norm)), []).append(block_index)
+        parts = [(block_indices, *self._slopes(block_indices, norms)) for block_indices in alike.values()]
         if not self._checked_for_effect:
             self._checked_for_effect = True
             self._say_if_without_effect(parts)
-        for positions, _, slopes in parts:
-            self._take(positions, slopes, info.rate)
+        for block_indices, _, slopes in parts:
+            self._take(block_indices, slopes, info.rate)
         self._losses = [losses.sum() for _, losses, _ in parts]
 
     def _frozen(self, step: int) -> set[int]:
@@ -163,20 +163,20 @@ class Midpoint(Method):
         self._left_out = frozen
         return frozen
 
-    def _slopes(self, positions: list[int], norms: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Slopes]:
+    def _slopes(self, block_indices: list[int], norms: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Slopes]:
         """The losses `(blocks,)` of some blocks of one size and their slopes for in-rows and out-columns, each
         `(blocks, d_ff)`."""
-        in_norms, out_norms = (torch.stack(side) for side in zip(*(norms[p] for p in positions), strict=True))
-        states = [self.table.states[position] for position in positions]
-        left_out = torch.stack([state.in_transition() | state.pruned for state in states])
+        in_norms, out_norms = (torch.stack(side) for side in zip(*(norms[p] for p in block_indices), strict=True))
+        states = [self.table.states[block_index] for block_index in block_indices]
+        left_out = torch.stack([state.fading_in() | state.pruned for state in states])
         losses, *slopes = self._loss.slopes(in_norms, out_norms, to_device(~left_out, in_norms.device))
         return losses, tuple(slopes)
 
-    def _take(self, positions: list[int], slopes: Slopes, rate_of: Callable[[NeuronSlice], float | Tensor]) -> None:
+    def _take(self, block_indices: list[int], slopes: Slopes, rate_of: Callable[[NeuronSlice], float | Tensor]) -> None:
         """Takes the step: one multiplication of each matrix."""
         factors: dict[tuple, Tensor] = {}
-        for row, position in enumerate(positions):
-            for piece in self.table.blocks[position].weight_slices:
+        for row, block_index in enumerate(block_indices):
+            for piece in self.table.blocks[block_index].weight_slices:
                 rate, is_out = rate_of(piece), piece.role == "out"
                 key = is_out, id(rate) if isinstance(rate, Tensor) else rate
                 if key not in factors:
@@ -184,9 +184,9 @@ class Midpoint(Method):
                 piece.storage.scale(piece, factors[key][row])
 
     def _say_if_without_effect(self, parts: list[tuple[list[int], Tensor, Slopes]]) -> None:
-        for positions, _, slopes in parts:
-            for row, position in enumerate(positions):
-                for piece in self.table.blocks[position].weight_slices:
+        for block_indices, _, slopes in parts:
+            for row, block_index in enumerate(block_indices):
+                for piece in self.table.blocks[block_index].weight_slices:
                     rate, slope = self.run.watch.highest_rate(piece), slopes[piece.role == "out"][row]
                     if (self._loss.factor(slope, rate * self.settings.weight) != 1).any():
                         return
@@ -208,7 +208,7 @@ class MidpointLossCallback(NeuronCallback):
 
     Source: *Neuron Recycling*, section "Tangent - Midpoint Loss". W ← W − lr · weight · ∇Loss, with the learning
     rate of the optimizer step just taken, no momentum, not clipped; pruned neurons and neurons in
-    transition are left out, and so are blocks that are frozen at that time. With a learning
+    fade-in are left out, and so are blocks that are frozen at that time. With a learning
     rate of 1e-3 and a weight of 1e-7 the step is below the resolution of float32 and changes no weight; that is said
     once.
 

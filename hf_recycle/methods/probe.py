@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from hf_recycle.methods.base import Run
-from hf_recycle.methods.isolated_training import aside
-from hf_recycle.methods.overtraining.callback import model_loss, second_pass_of
+from hf_recycle.methods.isolated_training import isolated_training
+from hf_recycle.methods.overtraining.callback import extra_batches_of, model_loss
 from hf_recycle.methods.overtraining.training import reduce_gradients
 from hf_recycle.methods.registry import GRADIENTS
 from hf_recycle.neurons.blocks import FeedForward
@@ -55,7 +55,7 @@ class Probe:
             _square(max(block.num_neurons for block in blocks), blocks[0].out_slice.device, blocks[0])
         # An order and masks of its own, also where overtraining has the same seed.
         own = generator_for(seed, 0, 0, f"probe for {purpose}").initial_seed()
-        self._data = (run.second_pass or second_pass_of(run.train_dataloader))(own, next(iter(wanted.values())))
+        self._data = (run.extra_batches or extra_batches_of(run.train_dataloader))(own, next(iter(wanted.values())))
 
     def gather(self, blocks: Sequence[int], names: Collection[str], step: int) -> list[Statistics]:
         """Statistics `names` of the blocks of index `blocks`, after optimizer step `step`; on every process the same.
@@ -88,7 +88,7 @@ class Probe:
             with (
                 run.attached() if wants_gradients else nullcontext(),
                 torch.set_grad_enabled(wants_gradients),
-                aside(run.model, trained, args.device, seed),
+                isolated_training(run.model, trained, args.device, seed),
             ):
                 run.model.eval()
                 for batch in self._batches_of(step):

@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from transformers.utils import logging
 
-from hf_recycle.engines.replica_checksum import check_agreement
+from hf_recycle.engines.replica_checksum import compare_replicas
 from hf_recycle.methods.base import Method, Run, StepInfo
 from hf_recycle.methods.coordinator import NeuronCallback
 from hf_recycle.methods.folding import FOLDED, check_can_fold, fold
@@ -104,7 +104,7 @@ def prune(
 ) -> list[PruningRecord]:
     """Prunes each layer to the share that is due right after optimizer step `step`.
 
-    A pruned neuron's weights and biases are zero; `hold_at_zero` keeps them so. One in transition leaves it, and is not
+    A pruned neuron's weights and biases are zero; `hold_at_zero` keeps them so. One fading in leaves it, and is not
     folded. A layer that is frozen, or has magnitudes or statistics that are not finite, waits for the next pruning.
 
     Args:
@@ -121,34 +121,34 @@ def prune(
     known: dict[int, Statistics] = {}
     if names and trained:
         known = dict(zip(trained, gather(trained, names, step), strict=True))
-    # Of what the model computes with, also for neurons in transition, which pruning may take.
+    # Of what the model computes with, also for neurons that fade in, which pruning may take.
     magnitudes = table.magnitudes()
-    for position, (block, state) in enumerate(zip(table.blocks, table.states, strict=True)):
+    for block_index, (block, state) in enumerate(zip(table.blocks, table.states, strict=True)):
         eligible = ~state.pruned
         requested = max(schedule.target(step, block.num_neurons) - int(state.pruned.sum()), 0)
         record = PruningRecord(step, block.name, requested, int(eligible.sum()), [])
-        reason = "its weights are frozen" if position in frozen else ""
+        reason = "its weights are frozen" if block_index in frozen else ""
         if not reason and not magnitudes[block.name].isfinite().all():
             reason = "some magnitudes are not finite"
-        statistics = known.get(position, {})
+        statistics = known.get(block_index, {})
         if not reason and not all(value.isfinite().all() for value in statistics.values()):
             reason = "some statistics of the extra batches are not finite"
         if reason:
             records.append(replace(record, note=f"put off: {reason}"))
             continue
-        generator = partial(generator_for, settings.seed, step, position, "prune")
+        generator = partial(generator_for, settings.seed, step, block_index, "prune")
         signals = Signals(magnitudes[block.name], generator, block.out_columns, statistics, eligible, requested)
         index = select(CRITERIA[settings.selection](signals), eligible, requested)
         state.pruned[index] = True
-        settled = ~state.in_transition()
+        settled = ~state.fading_in()
         kept = (settled & ~state.pruned).nonzero().flatten()
         chosen += fold(settings.fold, block, statistics, index[settled[index]], kept)
-        if state.transition is not None:
-            state.transition = state.transition.only(block, ~state.pruned[state.transition.index])
-        block.switch_off(index)
+        if state.fade_in is not None:
+            state.fade_in = state.fade_in.only(block, ~state.pruned[state.fade_in.index])
+        block.zero_(index)
         chosen.append(index)
         records.append(replace(record, pruned=index.tolist(), edits=FOLDED[settings.fold] if len(index) else ""))
-    check_agreement(chosen, f"the neurons pruned at step {step}", table.blocks[0].out_slice.device)
+    compare_replicas(chosen, f"the neurons pruned at step {step}", table.blocks[0].out_slice.device)
     return records
 
 
@@ -157,7 +157,7 @@ def hold_at_zero(table: NeuronTable) -> None:
     """Sets pruned neurons to zero again, whatever the optimizer did to them."""
     for block, state in zip(table.blocks, table.states, strict=True):
         if state.pruned.any():
-            block.switch_off(state.pruned.nonzero().flatten())
+            block.zero_(state.pruned.nonzero().flatten())
 
 
 logger = logging.get_logger(__name__)
@@ -206,7 +206,7 @@ class Pruning(Method):
 
 
 class PruningCallback(NeuronCallback):
-    """Gradual pruning: a growing share of the FF neurons of each layer is switched off, and stays off.
+    """Gradual pruning: a growing share of the FF neurons of each layer is set to zero, and stays zero.
 
     Source: *Neuron Recycling*, section "Gradual FF pruning". With `fraction=1.0` only the out-projection's bias is
     left; with `start=0, end=0` everything is pruned before the first step. Steps that the optimizer skips, because a

@@ -230,7 +230,7 @@ class MidpointSettings(Settings):
 
 @dataclass
 class PruningSettings(Settings):
-    """Gradual pruning of the FF blocks: a growing share of the neurons is switched off for good."""
+    """Gradual pruning of the FF blocks: a growing share of the neurons is zeroed for good."""
 
     prefix: ClassVar[str] = "prune_"
 

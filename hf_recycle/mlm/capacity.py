@@ -78,7 +78,7 @@ class _CountedEncoding(BatchEncoding):
         super().__setstate__(state)
 
 
-def usual_size(masked: int, tokens: int, share: float) -> int | None:
+def padded_count(masked: int, tokens: int, share: float) -> int | None:
     """A size for `masked` positions out of `tokens` that is the same for nearly all batches of so many tokens.
 
     A function of its arguments alone, so that a resumed run computes with the shapes of the uninterrupted one.

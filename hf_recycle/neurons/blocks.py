@@ -1,74 +1,18 @@
 """A feed-forward block and the slices of parameters that make up its neurons."""
 
-import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
+from hf_recycle.neurons.slices import ParameterSlice
 from hf_recycle.neurons.storage import Storage, storage_of
 
 
-@dataclass(frozen=True)
-class NeuronSlice:
-    """`length` lines of one parameter, one for each neuron: rows of `W_in`, entries of `b_in`, columns of `W_out`.
-
-    The parameter is looked up in its module at every use, because sharding replaces parameter objects.
-
-    Attributes:
-        role: "in", or "gate" and "up"; the same with ".bias"; "out".
-        module: the linear layer, or the module that holds the weights of all experts.
-        attribute: the parameter's name there; one that ends in "bias" is a bias.
-        dim: the dimension of the matrix along which neurons are counted.
-        offset: where neuron 0 lies on that dimension (`d_ff` for the second half of a fused gated matrix).
-        length: `d_ff`.
-        stride: how far a neuron lies from the one before (2 in a fused matrix whose halves are interleaved).
-        expert: where a parameter holds one matrix for each expert, one behind the other: the number of the expert.
-    """
-
-    role: str
-    module: nn.Module = field(repr=False)
-    attribute: str
-    dim: int
-    offset: int
-    length: int
-    stride: int = 1
-    expert: int | None = None
-
-    @property
-    def parameter(self) -> nn.Parameter:
-        return getattr(self.module, self.attribute)
-
-    @property
-    def is_bias(self) -> bool:
-        return self.attribute.endswith("bias")
-
-    @property
-    def matrix_shape(self) -> tuple[int, int]:
-        """Rows and columns of the matrix that the slice is cut from: of an expert its own, of a 1 × 1 convolution
-        (output, input) channels, of a bias a column."""
-        rows, *columns = full_shape(self.parameter)[0 if self.expert is None else 1 :]
-        return rows, math.prod(columns)
-
-    @property
-    def first_row(self) -> int:
-        """Where that matrix begins in the parameter, counted in rows of it."""
-        return 0 if self.expert is None else self.expert * self.matrix_shape[0]
-
-    @property
-    def width(self) -> int:
-        """Weights of a neuron in this slice; 1 for a bias."""
-        return self.matrix_shape[1 - self.dim]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.parameter.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.parameter.device
+class NeuronSlice(ParameterSlice):
+    """A slice that knows how its parameter is stored now."""
 
     @property
     def storage(self) -> Storage:
@@ -155,7 +99,7 @@ class FeedForward:
         for piece in self.slices:
             piece.storage.write_full(piece, index, values[piece.role])
 
-    def switch_off(self, index: Tensor) -> None:
+    def zero_(self, index: Tensor) -> None:
         """Sets the weights of neurons `index` `(n,)` to zero in place, biases too."""
         for piece in self.slices:
             piece.storage.clear(piece, index)
@@ -189,8 +133,3 @@ def norms_of(blocks: Sequence[FeedForward]) -> list[tuple[Tensor, Tensor]]:
 def magnitudes_of(blocks: Sequence[FeedForward]) -> list[Tensor]:
     """`FeedForward.magnitudes` of some blocks, see `norms_of`."""
     return [(in_norm * out_norm).to(torch.float32) for in_norm, out_norm in norms_of(blocks)]
-
-
-def full_shape(parameter: Tensor) -> torch.Size:
-    """The shape of a parameter, also where DeepSpeed ZeRO-3 has emptied it."""
-    return getattr(parameter, "ds_shape", parameter.shape)

@@ -2,8 +2,9 @@
 
 from torch import nn
 
-from hf_recycle.neurons.blocks import FeedForward, NeuronSlice, full_shape
+from hf_recycle.neurons.blocks import FeedForward, NeuronSlice
 from hf_recycle.neurons.families import Layout
+from hf_recycle.neurons.slices import full_shape
 
 # Names of parameters of shape (experts, out, in), or (experts, in, out), relative to the module that holds them.
 EXPERT_LAYOUTS = (

@@ -15,8 +15,8 @@ from hf_recycle.neurons.storage.tiles import to_device
 
 
 @dataclass
-class Transition:
-    """Some neurons of one block in transition.
+class FadeIn:
+    """Some neurons of one block fading in.
 
     Attributes:
         index: int64 `(n,)`.
@@ -35,7 +35,7 @@ class Transition:
     def __len__(self) -> int:
         return len(self.index)
 
-    def joined_with(self, other: "Transition") -> "Transition":
+    def merged_with(self, other: "FadeIn") -> "FadeIn":
         def join(first: dict[str, Fragments], second: dict[str, Fragments]) -> dict[str, Fragments]:
             return {
                 role: [torch.cat(pair) for pair in zip(fragments, second[role], strict=True)]
@@ -43,9 +43,9 @@ class Transition:
             }
 
         index, age = torch.cat([self.index, other.index]), torch.cat([self.age, other.age])
-        return Transition(index, age, join(self.old, other.old), join(self.new, other.new))
+        return FadeIn(index, age, join(self.old, other.old), join(self.new, other.new))
 
-    def only(self, block: FeedForward, keep: Tensor) -> "Transition | None":
+    def only(self, block: FeedForward, keep: Tensor) -> "FadeIn | None":
         """The neurons for which `keep`, bool `(n,)`, is true; None if there are none."""
         if not keep.any():
             return None
@@ -56,7 +56,7 @@ class Transition:
                 for role, fragments in sides.items()
             }
 
-        return Transition(self.index[keep], self.age[keep], pick(self.old), pick(self.new))
+        return FadeIn(self.index[keep], self.age[keep], pick(self.old), pick(self.new))
 
     def held(self, piece: NeuronSlice, values: Tensor) -> Fragments:
         """What belongs to the rows of each fragment out of `values` `(n,)`, one for each neuron."""
@@ -65,13 +65,13 @@ class Transition:
         tiles = piece.storage.tiles(piece)
         return [to_device(values, tile.values.device)[tile.rows(self.index)[0]] for tile in tiles]
 
-    def cut(self, block: FeedForward) -> "Transition":
-        """A just loaded transition, cut to what this process holds."""
+    def shard(self, block: FeedForward) -> "FadeIn":
+        """A just loaded fade-in, cut to what this process holds."""
 
-        def cut(lines: dict[str, Tensor]) -> dict[str, Fragments]:
-            return {piece.role: piece.storage.cut(piece, self.index, lines[piece.role]) for piece in block.slices}
+        def shard(lines: dict[str, Tensor]) -> dict[str, Fragments]:
+            return {piece.role: piece.storage.shard(piece, self.index, lines[piece.role]) for piece in block.slices}
 
-        return Transition(self.index, self.age, cut(self.old), cut(self.new)) if self.whole else self
+        return FadeIn(self.index, self.age, shard(self.old), shard(self.new)) if self.whole else self
 
     def lines(self, block: FeedForward) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Old and new weights as whole lines, `{role: (n, width)}` (biases `(n,)`), on every process."""
@@ -79,6 +79,8 @@ class Transition:
             return self.old, self.new
 
         def join(fragments: dict[str, Fragments]) -> dict[str, Tensor]:
-            return {piece.role: piece.storage.join(piece, self.index, fragments[piece.role]) for piece in block.slices}
+            return {
+                piece.role: piece.storage.gather(piece, self.index, fragments[piece.role]) for piece in block.slices
+            }
 
         return join(self.old), join(self.new)

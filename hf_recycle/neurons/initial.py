@@ -21,7 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from hf_recycle.neurons.blocks import FeedForward, full_shape
+from hf_recycle.neurons.blocks import FeedForward
+from hf_recycle.neurons.slices import full_shape
 from hf_recycle.neurons.storage.plain import whole
 
 _aten = torch.ops.aten

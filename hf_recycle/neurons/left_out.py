@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from hf_recycle.neurons.blocks import FeedForward, full_shape
+from hf_recycle.neurons.blocks import FeedForward
 from hf_recycle.neurons.layers import Layers, role_of_name
 from hf_recycle.neurons.linear import is_linear
+from hf_recycle.neurons.slices import full_shape
 
 _BESIDE = re.compile("gate|router|norm|drop|act|conv", re.IGNORECASE)
 

@@ -5,7 +5,7 @@ import math
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_recycle.neurons.blocks import full_shape
+from hf_recycle.neurons.slices import full_shape
 
 
 def is_linear(module: nn.Module | None) -> bool:

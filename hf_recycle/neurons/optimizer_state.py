@@ -174,7 +174,7 @@ class StepWatch:
         self.reset()
 
     def reset(self) -> None:
-        self.taken = False
+        self.stepped = False
         self._rates: dict[int, float | Tensor] = {}
 
     def remove(self) -> None:
@@ -186,7 +186,7 @@ class StepWatch:
         overflow = getattr(optimizer, "found_inf", None)
         if overflow is not None and bool(overflow):
             return
-        self.taken = True
+        self.stepped = True
         # By the group's identity: DeepSpeed steps one group at a time and swaps the lists for that. Copies: a scheduler
         # changes a rate that is a tensor in place.
         rates = ((id(group), group["lr"]) for group in optimizer.param_groups)

@@ -1,4 +1,4 @@
-"""What is known of every neuron of one model: how often it was recycled, when last, whether it is in transition
+"""What is known of every neuron of one model: how often it was recycled, when last, whether it is fading in
 or pruned."""
 
 import weakref
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from hf_recycle.neurons.blocks import FeedForward, magnitudes_of
-from hf_recycle.neurons.fading import Transition
+from hf_recycle.neurons.fading import FadeIn
 from hf_recycle.neurons.find import survey
 from hf_recycle.neurons.initial import FreshModules, InitialDistribution
 from hf_recycle.neurons.left_out import summary
@@ -28,15 +28,15 @@ class BlockState:
         counts: int32 `(d_ff,)`, times recycled.
         last_phase: int32 `(d_ff,)`, number of the phase that recycled each last; 0: never.
         last_step: int64 `(d_ff,)`, optimizer step of that phase; 0: never.
-        pruned: bool `(d_ff,)`, switched off for good.
-        transition: neurons in transition, or None.
+        pruned: bool `(d_ff,)`, zeroed for good.
+        fade-in: neurons that fade in, or None.
     """
 
     counts: Tensor
     last_phase: Tensor
     last_step: Tensor
     pruned: Tensor
-    transition: Transition | None = None
+    fade_in: FadeIn | None = None
 
     @classmethod
     def fresh(cls, num_neurons: int) -> "BlockState":
@@ -53,11 +53,11 @@ class BlockState:
         self.last_phase.index_fill_(0, index, phase)
         self.last_step.index_fill_(0, index, step)
 
-    def in_transition(self) -> Tensor:
+    def fading_in(self) -> Tensor:
         """bool `(d_ff,)`."""
         mask = torch.zeros(self.num_neurons, dtype=torch.bool)
-        if self.transition is not None:
-            mask[self.transition.index] = True
+        if self.fade_in is not None:
+            mask[self.fade_in.index] = True
         return mask
 
 
@@ -112,7 +112,7 @@ class NeuronTable:
     """The blocks of one model and the state of their neurons.
 
     There is one table per model (`NeuronTable.of`), so that callbacks which know nothing of each other agree on
-    which neurons are immune or in transition; it goes when the model goes.
+    which neurons are immune or fading in; it goes when the model goes.
 
     Attributes:
         blocks: in the model's own order.
@@ -122,7 +122,7 @@ class NeuronTable:
         ff_blocks: the part of a composite model that they were looked for in, see `find_feed_forwards`; None: all.
         states: one for each block.
         phases: selection phases that happened so far.
-        overtrain_samples, overtrain_tokens: samples and tokens of the second pass over the data that overtraining
+        overtrain_samples, overtrain_tokens: samples and tokens of the extra batches that overtraining
             took so far, by all processes together.
         skipped_steps: steps of the Trainer in which the optimizer took none (a gradient scaler found an overflow).
     """
@@ -188,13 +188,13 @@ class NeuronTable:
             self.reset()
             self._run = run
 
-    def note_step(self, step: int, taken: bool) -> None:
+    def note_step(self, step: int, stepped: bool) -> None:
         """Counts a step of the Trainer that the optimizer skipped, once, however many callbacks tell of it.
 
         Args:
             step: number of the Trainer's steps before this one.
         """
-        if not taken and step != self._noted:
+        if not stepped and step != self._noted:
             self.skipped_steps += 1
         self._noted = step
 
@@ -214,8 +214,8 @@ class NeuronTable:
         return {block.name: state.pruned for block, state in zip(self.blocks, self.states, strict=True)}
 
     @property
-    def in_transition(self) -> int:
-        return sum(len(state.transition) for state in self.states if state.transition is not None)
+    def fading_in(self) -> int:
+        return sum(len(state.fade_in) for state in self.states if state.fade_in is not None)
 
     def magnitudes(self) -> dict[str, Tensor]:
         """`{block name: float32 (d_ff,)}` on the CPU, of the weights that the model computes with."""
@@ -260,9 +260,9 @@ class NeuronTable:
         if pruned.shape != (block.num_neurons,) or pruned.dtype != torch.bool:
             raise ValueError(f"{block.name}/pruned has shape {tuple(pruned.shape)} and dtype {pruned.dtype}.")
         state = BlockState(**columns, pruned=pruned.clone())
-        prefix = f"{block.name}/transition"
+        prefix = f"{block.name}/fade_in"
         if f"{prefix}/index" in tensors:
-            state.transition = _load_transition(block, prefix, tensors)
+            state.fade_in = _load_fade_in(block, prefix, tensors)
         return state
 
 
@@ -270,11 +270,13 @@ _COUNTERS = ("phases", "skipped_steps", "overtrain_samples", "overtrain_tokens")
 
 
 def _make_effective(magnitudes: Tensor, block: FeedForward, state: BlockState) -> None:
-    if state.transition is None or not block.out_slice.storage.separate_masters:
+    if state.fade_in is None or not block.out_slice.storage.separate_masters:
         return
-    # The masters of neurons in transition hold their new weights.
-    index = state.transition.index
-    lines = {p.role: p.storage.join(p, index, p.storage.read_forward(p, index)) for p in block.slices if not p.is_bias}
+    # The masters of neurons that fade in hold their new weights.
+    index = state.fade_in.index
+    lines = {
+        p.role: p.storage.gather(p, index, p.storage.read_forward(p, index)) for p in block.slices if not p.is_bias
+    }
     out = lines.pop("out").float().norm(dim=1)
     magnitudes[index.to(magnitudes.device)] = torch.cat(list(lines.values()), dim=1).float().norm(dim=1) * out
 
@@ -283,15 +285,15 @@ def _tensors_of(block: FeedForward, state: BlockState) -> dict[str, Tensor]:
     tensors = {"counts": state.counts, "last_phase": state.last_phase, "last_step": state.last_step}
     if state.pruned.any():
         tensors["pruned"] = state.pruned
-    transition = state.transition
-    if transition is not None:
-        tensors |= {"transition/index": transition.index, "transition/age": transition.age}
-        for side, lines in zip(("old", "new"), transition.lines(block), strict=True):
-            tensors |= {f"transition/{side}/{role}": values for role, values in lines.items()}
+    fade_in = state.fade_in
+    if fade_in is not None:
+        tensors |= {"fade_in/index": fade_in.index, "fade_in/age": fade_in.age}
+        for side, lines in zip(("old", "new"), fade_in.lines(block), strict=True):
+            tensors |= {f"fade_in/{side}/{role}": values for role, values in lines.items()}
     return tensors
 
 
-def _load_transition(block: FeedForward, prefix: str, tensors: dict[str, Tensor]) -> Transition:
+def _load_fade_in(block: FeedForward, prefix: str, tensors: dict[str, Tensor]) -> FadeIn:
     index, age = tensors[f"{prefix}/index"], tensors.get(f"{prefix}/age")
     n = len(index) if index.dim() == 1 else -1
     fits = n > 0 and index.dtype == torch.int64 and age is not None and age.shape == (n,) and age.dtype == torch.int64
@@ -307,7 +309,7 @@ def _load_transition(block: FeedForward, prefix: str, tensors: dict[str, Tensor]
             if not fits or not found.isfinite().all():
                 raise ValueError(f"{prefix}/{side}/{piece.role} must hold {n} finite lines of shape {expected}.")
             values[piece.role] = found.clone()  # in the precision of the masters, which may be more than the model's
-    return Transition(index.clone(), age.clone(), sides["old"], sides["new"], whole=True)
+    return FadeIn(index.clone(), age.clone(), sides["old"], sides["new"], whole=True)
 
 
 _tables: "weakref.WeakKeyDictionary[nn.Module, NeuronTable]" = weakref.WeakKeyDictionary()

@@ -101,7 +101,7 @@ def check_state(
 ) -> None:
     """Check the tensors of `recycling_state.safetensors`, against the config's blocks where they are given.
 
-    `{block}/transition/...` and `trainer/...` are left to those who wrote them.
+    `{block}/fade_in/...` and `trainer/...` are left to those who wrote them.
     """
     found: dict[str, set[str]] = {}
     for key in tensors:
@@ -110,7 +110,7 @@ def check_state(
             continue
         if rest in NEURON_TENSORS or rest in OPTIONAL_TENSORS:
             found.setdefault(owner, set()).add(rest)
-        elif rest.startswith("transition/"):
+        elif rest.startswith("fade_in/"):
             found.setdefault(owner, set())
         else:
             fail(path, f"it holds an unknown tensor {_show(key)}")
@@ -154,7 +154,7 @@ def check_stats(path: Path, stats: Mapping[str, Any]) -> None:
         fail(path, f"blocks is {_show(blocks)} where a list of objects is expected")
     for owner, keys in (
         (stats, ("step", "phases", "recycling_events")),
-        (neurons, ("total", "ever_recycled", "pruned", "in_transition", "immune")),
+        (neurons, ("total", "ever_recycled", "pruned", "fading_in", "immune")),
         *((block, ("neurons", "ever_recycled", "pruned", "recycling_events")) for block in blocks),
     ):
         for key in keys:

@@ -122,7 +122,7 @@ def write_state(folder: Folder, tensors: Mapping[str, torch.Tensor], metadata: M
 
     Args:
         tensors: per block `{block}/counts` int32, `{block}/last_phase` int32, `{block}/last_step` int64, all
-            (d_ff,); any tensors under `{block}/transition/` and `trainer/`. On any device.
+            (d_ff,); any tensors under `{block}/fade_in/` and `trainer/`. On any device.
         metadata: texts to store beside them; versions and a checksum are added.
     """
     path = Path(folder, STATE_FILE)

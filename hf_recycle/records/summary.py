@@ -27,7 +27,7 @@ def summarize(
     *,
     step: int,
     pruned: Mapping[str, torch.Tensor] | None = None,
-    in_transition: int = 0,
+    fading_in: int = 0,
     immune: int = 0,
     extra: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -39,7 +39,7 @@ def summarize(
         recorder: the run's records.
         step: optimizer steps done.
         pruned: {block: bool tensor (d_ff,)}; None: no neuron is pruned.
-        in_transition: neurons being interpolated now.
+        fading_in: neurons being interpolated now.
         immune: neurons that can't be selected now.
         extra: more to store under `extra` (JSON types).
     """
@@ -57,7 +57,7 @@ def summarize(
             "ever_recycled": ever,
             "share_ever_recycled": _share(ever, total),
             "pruned": sum(off.values()),
-            "in_transition": int(in_transition),
+            "fading_in": int(fading_in),
             "immune": int(immune),
         },
         "recycling_events": sum(block["recycling_events"] for block in blocks),

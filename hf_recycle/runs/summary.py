@@ -77,7 +77,7 @@ def _neurons(history: RecyclingHistory) -> list[str]:
         f"Neurons: {total:,} in {len(history.blocks)} feed-forward blocks; {ever:,} recycled at least once"
         f" ({100 * ever / total:.1f}%)",
         f"  {history.stats['recycling_events']:,} recyclings in {phases:,} selection phases; now"
-        f" {neurons['in_transition']:,} in transition, {neurons['immune']:,} immune",
+        f" {neurons['fading_in']:,} fading in, {neurons['immune']:,} immune",
         "  times recycled   neurons",
     ]
     counts = np.concatenate(list(history.counts.values()))

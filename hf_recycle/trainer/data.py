@@ -12,7 +12,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
-from hf_recycle.batches.extra_batches import SecondPass
+from hf_recycle.batches.extra_batches import ExtraBatches
 from hf_recycle.batches.loaders import base_loader, make_reproducible, set_sampler_epoch
 from hf_recycle.batches.numbered import NumberedStream, SharedNumber
 from hf_recycle.batches.seeded import EVALUATION_SEED
@@ -171,10 +171,10 @@ class ReproducibleDataMixin(Trainer):
         epoch = int(state.epoch)
         return epoch, round((state.epoch - epoch) * state.max_steps * self.args.gradient_accumulation_steps)
 
-    # ---- A second pass ----
+    # ---- Extra batches ----
 
-    def second_pass(self, seed: int, wanted_by: str) -> SecondPass:
-        """A second pass over the training set, with an order and masks of its own.
+    def extra_batches(self, seed: int, wanted_by: str) -> ExtraBatches:
+        """Extra batches of the training set, with an order and masks of their own.
 
         Args:
             wanted_by: the argument that asks for it, for messages.
@@ -187,4 +187,4 @@ class ReproducibleDataMixin(Trainer):
             dataset = self._remove_unused_columns(dataset, description="extra batches")
         else:
             collator = self._get_collator_with_removed_columns(collator, description="extra batches")
-        return SecondPass(dataset, collator, seed, wanted_by)
+        return ExtraBatches(dataset, collator, seed, wanted_by)

@@ -12,7 +12,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
 from hf_recycle.batches.loaders import base_loader
-from hf_recycle.mlm.capacity import CountingCollator, counted, masked_tokens, usual_size
+from hf_recycle.mlm.capacity import CountingCollator, counted, masked_tokens, padded_count
 from hf_recycle.mlm.cross_entropy import compact_loss
 from hf_recycle.mlm.heads import MaskedHead, find_masked_head
 from hf_recycle.mlm.loss import IGNORED, masked_lm_loss, masked_positions, padded_positions
@@ -180,7 +180,7 @@ class MaskedLanguageModelingMixin(ReproducibleDataMixin):
             return *padded_positions(labels, masked), None
         share = getattr(self.data_collator, "mlm_probability", None)
         known = isinstance(share, int | float) and 0 <= share <= 1
-        size = usual_size(masked, labels.numel(), share) if known else None
+        size = padded_count(masked, labels.numel(), share) if known else None
         # Sizes 0 and 1 are never dynamic.
         positions, targets = padded_positions(labels, max(masked, 2) if size is None else size)
         padding = targets == IGNORED

@@ -31,7 +31,7 @@ from hf_recycle.methods.coordinator import NeuronCallback
 from hf_recycle.methods.overtraining.callback import Overtraining
 from hf_recycle.methods.recycling.callback import Recycling
 from hf_recycle.methods.settings import flat
-from hf_recycle.neurons.blocks import full_shape
+from hf_recycle.neurons.slices import full_shape
 from hf_recycle.neurons.table import NeuronTable
 from hf_recycle.records.recorder import HistoryRecorder
 from hf_recycle.speed.host_memory import sparse_tied_gradient
@@ -76,7 +76,7 @@ class RecyclingTrainer(RunStartMixin, HubMixin, CheckpointMixin, MaskedLanguageM
                 f"run `accelerate launch --num_processes {args.n_gpu} <your script>`, or set CUDA_VISIBLE_DEVICES=0."
             )
         self.neuron_methods = NeuronMethods(
-            loss_of=self.loss_of, attached=self.head_attached, second_pass=self.second_pass
+            loss_of=self.loss_of, attached=self.head_attached, extra_batches=self.extra_batches
         )
         self.tied_aliases = {}
         self.meter = RunMeter()
@@ -193,12 +193,12 @@ class RecyclingTrainer(RunStartMixin, HubMixin, CheckpointMixin, MaskedLanguageM
             for view in self.neuron_table().views:
                 view.learn_distribution()
         self.settle_loss()
-        self._economize()
+        self._enable_optimizations()
         if self.is_fsdp_enabled:
             leave_embeddings_ungrouped(self.accelerator.state.fsdp_plugin, self.model)
         return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
 
-    def _economize(self) -> None:
+    def _enable_optimizations(self) -> None:
         """Settles what saves memory and time in this training."""
         table, forwards = self.neuron_table(), {}
         if self.args.onednn_linear and can_use_onednn(self):

@@ -43,7 +43,7 @@ def steps_of(trainer, kind):
 
 
 def age(model):
-    return int(NeuronTable.of(model).states[0].transition.age[0])
+    return int(NeuronTable.of(model).states[0].fade_in.age[0])
 
 
 def test_recycling_happens_at_the_steps_it_is_on(tmp_path):

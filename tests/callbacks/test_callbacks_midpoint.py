@@ -103,18 +103,18 @@ def test_neurons_in_transition_are_left_out_of_sum_and_center(bert):
         1,
         smooth_steps=5,
     )
-    assert table.in_transition == 20
+    assert table.fading_in == 20
     before = copy.deepcopy(model.state_dict())
     callback = MidpointLossCallback(weight=1.0, distance="l2")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    step(callback, model, optimizer, state=Resumed)  # which does not forget the transitions
+    step(callback, model, optimizer, state=Resumed)  # which does not forget the fade-ins
     assert callback.table is table
-    assert table.in_transition == 20
+    assert table.fading_in == 20
     for layer, state in enumerate(table.states):
         prefix = f"bert.encoder.layer.{layer}"
         w_in = before[f"{prefix}.intermediate.dense.weight"].clone().requires_grad_()
         w_out = before[f"{prefix}.output.dense.weight"].clone().requires_grad_()
-        rest = [i for i in range(40) if i not in state.transition.index.tolist()]
+        rest = [i for i in range(40) if i not in state.fade_in.index.tolist()]
         magnitudes = torch.sqrt((w_in[rest] ** 2).sum(1) * (w_out[:, rest] ** 2).sum(0))
         ((magnitudes - magnitudes.mean().detach()) ** 2).sum().backward()
         after = model.state_dict()
@@ -125,14 +125,14 @@ def test_neurons_in_transition_are_left_out_of_sum_and_center(bert):
 
 
 def test_with_smooth_recycling_in_one_training(bert, train):
-    """Weights in transition are those without the midpoint loss right before its step: it never touches them."""
+    """Weights fading in are those without the midpoint loss right before its step: it never touches them."""
     before, after = Spy(), Spy()
     recycling = RecyclingCallback(steps=10, fraction=0.2, smooth_steps=8)
     seen = {}
 
     class Transitions(TrainerCallback):
         def on_step_end(self, args, state, control, model=None, **kwargs):
-            mask = NeuronTable.of(model).states[0].in_transition()
+            mask = NeuronTable.of(model).states[0].fading_in()
             seen[state.global_step] = mask.nonzero().flatten().tolist()
 
     train(bert.double(), [before, Transitions(), MidpointLossCallback(weight=0.3), after, recycling])

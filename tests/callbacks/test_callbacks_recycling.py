@@ -113,7 +113,7 @@ def test_scalars(bert, train):
     assert callback.scalars() == {
         "neurons_recycled": 16,
         "neurons_ever_recycled_share": 16 / 80,
-        "neurons_in_transition": 8,
+        "neurons_fading_in": 8,
         "neurons_immune": 8,
     }
 
@@ -127,7 +127,7 @@ def test_smooth_without_clipping_equals_the_recycling_trainer(bert, train, optim
     )
     table, expected = (NeuronTable.of(trainer.model) for trainer in (stock, ours))
     assert all(torch.equal(a, b) for a, b in zip(stock.model.parameters(), ours.model.parameters(), strict=True))
-    assert table.in_transition == expected.in_transition > 0
+    assert table.fading_in == expected.fading_in > 0
     assert all(torch.equal(table.counts[name], counts) for name, counts in expected.counts.items())
 
 
@@ -154,8 +154,8 @@ def test_gradient_accumulation_does_not_advance_the_transition(bert, train):
             self.seen = {}
 
         def on_step_end(self, args, state, control, model=None, **kwargs):
-            transition = NeuronTable.of(model).states[0].transition
-            self.seen[state.global_step] = None if transition is None else transition.age.tolist()
+            fade_in = NeuronTable.of(model).states[0].fade_in
+            self.seen[state.global_step] = None if fade_in is None else fade_in.age.tolist()
 
     ages = Ages()
     callback = RecyclingCallback(steps=10, end=10, fraction=0.05, smooth_steps=5)
@@ -166,7 +166,7 @@ def test_gradient_accumulation_does_not_advance_the_transition(bert, train):
 @pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused"])
 def test_skipped_steps_do_not_advance_the_transition(bert, train, monkeypatch, optim):
     """fp16 overflow at steps 12 and 13, as the gradient scaler does it: it does not call the optimizer, or, if that is
-    fused, tells it to do nothing. A transition of 5 steps takes 7."""
+    fused, tells it to do nothing. A fade-in of 5 steps takes 7."""
     stock_step = AcceleratedOptimizer.step
     weights = {}
 
@@ -188,7 +188,7 @@ def test_skipped_steps_do_not_advance_the_transition(bert, train, monkeypatch, o
         steps: ClassVar[list[int]] = []
 
         def on_step_end(self, args, state, control, model=None, **kwargs):
-            if NeuronTable.of(model).in_transition:
+            if NeuronTable.of(model).fading_in:
                 self.steps.append(state.global_step)
             weights[state.global_step] = [p.detach().clone() for p in model.parameters()]
 

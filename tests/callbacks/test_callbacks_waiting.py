@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_recycle import MidpointLossCallback
-from hf_recycle.methods.recycling.fade_in import scale_gradients, show_effective_weights, show_new_weights
+from hf_recycle.methods.recycling.fade_in import blend_weights, restore_new_weights, scale_gradients
 from hf_recycle.methods.recycling.phase import run_phase
 from hf_recycle.methods.schedule import PhaseSchedule
 from hf_recycle.methods.settings import RecyclingSettings
@@ -40,11 +40,11 @@ def model(plain_net):
     return made
 
 
-def in_transition(model, smooth_steps):
+def fading_in(model, smooth_steps):
     table = NeuronTable.of(model)
     settings = RecyclingSettings(steps=1, fraction=0.2, seed=0)
     run_phase(table, settings, PhaseSchedule(1, 1, 9, 10, 0.2), 1, smooth_steps=smooth_steps)
-    assert table.in_transition == 12
+    assert table.fading_in == 12
     return table
 
 
@@ -60,7 +60,7 @@ def test_it_would_be_seen():
 @pytest.mark.parametrize("center", ["mean", "median"])
 @pytest.mark.parametrize("log", [False, True])
 def test_a_midpoint_step_does_not_wait(model, center, log):
-    in_transition(model, 5)
+    fading_in(model, 5)
     callback = MidpointLossCallback(weight=0.1, center=center, log=log)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     state = SimpleNamespace(global_step=1, max_steps=9)
@@ -75,14 +75,14 @@ def test_a_midpoint_step_does_not_wait(model, center, log):
 
 
 def test_a_step_of_neurons_in_transition_does_not_wait(model):
-    table = in_transition(model, 5)
+    table = fading_in(model, 5)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(2):  # the first one looks up where the neurons lie
         before = model.blocks[0].second.weight.detach().clone()
         with Waits({torch.float32}) as waits:
             scale_gradients(table, 5)
-            show_new_weights(table)
+            restore_new_weights(table)
             optimizer.step()
-            show_effective_weights(table, 5, advance=True)
+            blend_weights(table, 5, advance=True)
         assert not torch.equal(before, model.blocks[0].second.weight)
     assert waits.found == []

@@ -61,7 +61,7 @@ class Watched(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         table, worst = self._trainer.neuron_table(), 0.0
         for block, neurons in zip(table.blocks, table.states, strict=True):
-            settled = (~neurons.in_transition()).nonzero().flatten()
+            settled = (~neurons.fading_in()).nonzero().flatten()
             for piece in block.slices:
                 pairs = zip(piece.storage.read(piece, settled), piece.storage.read_forward(piece, settled), strict=True)
                 for master, forward in pairs:

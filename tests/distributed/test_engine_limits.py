@@ -68,11 +68,11 @@ def test_what_is_communicated_and_held(method, measured, expected):
     assert_same_outcome(outcome(expected, f"wide_{method}"), outcome(measured, f"wide_{method}"))
     events = json.loads((measured / f"wide_{method}" / "measured.json").read_text())
     assert events["Magnitudes.after_step"]["communicated"] >= BLOCKS * 2 * D_FF  # something was measured
-    transitions = 2 * BLOCKS * 2 * (2 * WIDTH + 1)  # two generations of two neurons in each block
+    fade_ins = 2 * BLOCKS * 2 * (2 * WIDTH + 1)  # two generations of two neurons in each block
     norms = BLOCKS * 2 * D_FF
     for name, event in events.items():
         few = {"Recycling.after_optimizer_step": 0, "Recycling.before_step": 0}.get(name, norms)
-        assert event["communicated"] <= few + (transitions if method != "midpoint" else 0) + 32, name
+        assert event["communicated"] <= few + (fade_ins if method != "midpoint" else 0) + 32, name
         assert event["largest"] <= WIDTH * D_FF // 2, name
 
 

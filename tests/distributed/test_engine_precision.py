@@ -15,7 +15,7 @@ RECYCLING = ("plain", "immunity_matched", "smooth")
 
 # Engines cast at different places (autocast one operation, FSDP2 and DeepSpeed the whole model), so that they differ by
 # roundings to bf16, of 2⁻⁹ each. Logits stay below 0.5, which changes a loss by less than 2 · 0.5 · 2⁻⁹; magnitudes are
-# those of float32 masters, except that DeepSpeed computes with rounded weights while a neuron is in transition. Masters
+# those of float32 masters, except that DeepSpeed computes with rounded weights while a neuron is fading in. Masters
 # of the others were seen to differ by 1e-4 of a magnitude: choices with a gap of several times that are clear.
 LOSS, MAGNITUDE, MARGIN = 2**-9, 2**-8, 2**-11
 
@@ -72,10 +72,10 @@ def test_bf16_gives_what_one_process_gives(engine, method, runs):
 def test_bf16_resumes_in_mid_transition(engine, runs):
     whole, resumed = outcome(runs(engine), "smooth-bf16"), outcome(runs(engine), "smooth-bf16-resumed")
     assert whole[0]["losses"] == resumed[0]["losses"]
-    assert any("transition/new" in key for key in whole[0]["state"])
+    assert any("fade_in/new" in key for key in whole[0]["state"])
     for key, values in whole[0]["state"].items():
         assert torch.equal(values, resumed[0]["state"][key]), key
-        if "transition/new" in key:
+        if "fade_in/new" in key:
             assert values.dtype == torch.float32  # from the masters
     for key, values in whole[1].items():
         assert torch.equal(values, resumed[1][key]), key
@@ -84,7 +84,7 @@ def test_bf16_resumes_in_mid_transition(engine, runs):
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", list(ENGINES))
 def test_steps_that_a_loss_scaler_skips_are_as_if_their_batches_had_never_been(engine, runs):
-    """The first one when a phase is due, the others in mid-transition; the scaler halves its scale each time, a power
+    """The first one when a phase is due, the others in mid-fade-in; the scaler halves its scale each time, a power
     of two, which changes what is below the resolution of fp16 and nothing else."""
     found, weights = outcome(runs(engine), "smooth-fp16-skip", steps=12)
     expected, expected_weights = outcome(runs(engine), "smooth-fp16-without", steps=9)

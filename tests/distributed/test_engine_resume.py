@@ -1,7 +1,7 @@
 """Resuming with another number of processes, another engine, another kind of state dict: as if nothing had happened.
 
 One process, DDP and FSDP2 with full and with sharded state dicts take turns on one training; every switch falls into a
-transition. Real processes, gloo.
+fade-in. Real processes, gloo.
 """
 
 from pathlib import Path

@@ -16,7 +16,7 @@ from hf_recycle.speed.onednn import is_available
 
 SCRIPT = Path(__file__).with_name("engine_run.py")
 DISTRIBUTED = [name for name in ENGINES if name != "single"]
-# Resumed in mid-transition: the hardest case.
+# Resumed in mid-fade-in: the hardest case.
 RUNS = [name if name != "smooth" else "smooth:resume" for name in METHODS] + ["off:accumulate", "smooth:economical"]
 
 

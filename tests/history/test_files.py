@@ -41,7 +41,7 @@ def test_state_round_trip(tmp_path, counts, metadata):
     tensors = (
         neurons(counts, counts, counts)
         | {
-            "a/transition/new": torch.randn(2, 3).T,  # not contiguous
+            "a/fade_in/new": torch.randn(2, 3).T,  # not contiguous
             "trainer/flag": torch.tensor(True),
             "trainer/half": torch.ones(2, dtype=torch.bfloat16)[1:],  # a view
         }

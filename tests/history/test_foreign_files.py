@@ -128,15 +128,15 @@ def state(run, **changes) -> None:
     safetensors.torch.save_file(tensors, run / files.STATE_FILE, metadata)
 
 
-def transition(run, index=(1,), age=(2,), **more) -> None:
-    """Gives neurons of block a a transition, and the summary its number."""
+def fade_in(run, index=(1,), age=(2,), **more) -> None:
+    """Gives neurons of block a a fade-in, and the summary its number."""
     tensors = {"index": torch.tensor(index), "age": torch.tensor(age)}
     tensors |= {f"{side}/{role}": torch.ones(len(index), 3) for side in ("old", "new") for role in ("in", "out")}
     tensors |= more
-    changes = {f"a/transition/{key}": value for key, value in tensors.items() if value is not None}
+    changes = {f"a/fade_in/{key}": value for key, value in tensors.items() if value is not None}
     state(run, **{key: lambda _, value=value: value for key, value in changes.items()})
     stats = json.loads((run / files.STATS_FILE).read_text())
-    stats["neurons"]["in_transition"] = len(index)
+    stats["neurons"]["fading_in"] = len(index)
     (run / files.STATS_FILE).write_text(json.dumps(stats))
 
 
@@ -156,7 +156,7 @@ def recycled_at_30(run) -> int:
 
 
 def test_what_is_changed_below_is_accepted_before(run):
-    transition(run, index=(recycled_at_30(run),), age=(9,))
+    fade_in(run, index=(recycled_at_30(run),), age=(9,))
     state(run, trainer__phases=lambda _: torch.tensor([3]), trainer__skipped_steps=lambda _: torch.tensor([40]))
     RecyclingHistory.from_pretrained(run)
 
@@ -193,10 +193,10 @@ def test_a_history_of_steps_that_are_to_come(run):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"age": (11,)}, "ages that no transition can have"),
-        ({"age": (-1,)}, "ages that no transition can have"),
-        ({"age": (5, 5)}, "ages that no transition can have"),
-        ({"age": (2.0,)}, "the age of the transitions of block a is missing or has the wrong type"),
+        ({"age": (11,)}, "ages that no fade-in can have"),
+        ({"age": (-1,)}, "ages that no fade-in can have"),
+        ({"age": (5, 5)}, "ages that no fade-in can have"),
+        ({"age": (2.0,)}, "the age of the fade-ins of block a is missing or has the wrong type"),
         ({"index": (10,)}, "name neurons twice, or that it does not have"),
         ({"index": (1, 1), "age": (1, 1)}, "name neurons twice"),
         ({"old/in": torch.full((1, 3), torch.nan)}, "holds no finite weights"),
@@ -207,7 +207,7 @@ def test_a_history_of_steps_that_are_to_come(run):
     ],
 )
 def test_forged_transitions(run, changes, message):
-    transition(run, **({"index": (recycled_at_30(run),)} | changes))
+    fade_in(run, **({"index": (recycled_at_30(run),)} | changes))
     with pytest.raises(RecyclingFileError, match=message):
         check(run)
 
@@ -216,15 +216,15 @@ def test_a_transition_that_is_longer_than_any(run):
     config = json.loads((run / files.CONFIG_FILE).read_text())
     config["arguments"]["recycle_smooth_steps"] = 5
     (run / files.CONFIG_FILE).write_text(json.dumps(config))
-    transition(run, index=(recycled_at_30(run),), age=(5,))
-    with pytest.raises(RecyclingFileError, match="ages that no transition can have"):
+    fade_in(run, index=(recycled_at_30(run),), age=(5,))
+    with pytest.raises(RecyclingFileError, match="ages that no fade-in can have"):
         check(run)
 
 
 def test_neurons_in_transition_that_the_summary_does_not_know(run):
-    transition(run, index=(recycled_at_30(run),))
+    fade_in(run, index=(recycled_at_30(run),))
     stats = json.loads((run / files.STATS_FILE).read_text())
-    stats["neurons"]["in_transition"] = 0
+    stats["neurons"]["fading_in"] = 0
     (run / files.STATS_FILE).write_text(json.dumps(stats))
-    with pytest.raises(RecyclingFileError, match="1 neurons are in transition and the summary says otherwise"):
+    with pytest.raises(RecyclingFileError, match="1 neurons are fading in and the summary says otherwise"):
         check(run)

@@ -21,14 +21,14 @@ BLOCKS = st.dictionaries(
 @given(BLOCKS)
 def test_counts_agree_with_a_naive_computation(counts):
     tensors = {name: torch.tensor(values, dtype=torch.int32) for name, values in counts.items()}
-    stats = summarize(tensors, {}, HistoryRecorder(), step=7, in_transition=2, immune=3)
+    stats = summarize(tensors, {}, HistoryRecorder(), step=7, fading_in=2, immune=3)
     everything = [value for values in counts.values() for value in values]
     assert stats["neurons"] == {
         "total": len(everything),
         "ever_recycled": sum(value > 0 for value in everything),
         "share_ever_recycled": sum(value > 0 for value in everything) / max(1, len(everything)),
         "pruned": 0,
-        "in_transition": 2,
+        "fading_in": 2,
         "immune": 3,
     }
     assert stats["recycling_events"] == sum(everything)

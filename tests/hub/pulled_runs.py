@@ -10,7 +10,7 @@ from transformers import DataCollatorForLanguageModeling
 from hf_recycle import RecyclingArguments, RecyclingTrainer
 
 STEPS = 8
-# A checkpoint every second step, each in the middle of a transition.
+# A checkpoint every second step, each in the middle of a fade-in.
 SETTINGS = {
     "max_steps": STEPS,
     "per_device_train_batch_size": 4,

@@ -225,7 +225,7 @@ def test_neurons_in_transition_are_not_eligible(plain_net):
         assert record.eligible == expected
         assert not seen & set(record.recycled)
         seen |= set(record.recycled)
-    assert run.table.in_transition == 20
+    assert run.table.fading_in == 20
 
 
 def test_pruned_neurons_are_not_eligible(plain_net):
@@ -267,7 +267,7 @@ def test_non_finite_magnitudes_skip_the_phase(plain_net, poison, smooth_steps):
     assert all(torch.equal(after[name], value) for name, value in before.items())
     assert all(torch.equal(a, s["exp_avg_sq"]) for a, s in zip(moments, optimizer.state.values(), strict=True))
     assert run.table.phases == 0
-    assert run.table.in_transition == 0
+    assert run.table.fading_in == 0
     assert not any(state.counts.any() for state in run.table.states)
 
 

@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from hf_recycle.methods.recycling.fade_in import (
+    blend_weights,
     interpolation,
     mix,
+    restore_new_weights,
     scale_gradients,
-    show_effective_weights,
-    show_new_weights,
 )
 from hf_recycle.methods.recycling.phase import run_phase
 from hf_recycle.methods.schedule import PhaseSchedule
@@ -83,7 +83,7 @@ class Explicit:
 @pytest.mark.parametrize("state", ["keep", "reset", "zero"])
 @pytest.mark.parametrize("skipped", [(), (8, 9, 30)])
 def test_fifty_steps_of_clipped_adamw(state, skipped):
-    """Phases at steps 4, 11 and 20 overlap (15 steps of interpolation each), so that neurons are in transition with
+    """Phases at steps 4, 11 and 20 overlap (15 steps of interpolation each), so that neurons are fading in with
     different α; weights and losses agree to 1e-10, and clipping bites at every step."""
     model = net()
     optimizer = torch.optim.AdamW(model.parameters(), **ADAMW)
@@ -105,10 +105,10 @@ def test_fifty_steps_of_clipped_adamw(state, skipped):
 
         scale_gradients(table, SMOOTH)
         norm = float(nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM))
-        show_new_weights(table)
+        restore_new_weights(table)
         if advance:
             optimizer.step()
-        show_effective_weights(table, SMOOTH, advance=advance)
+        blend_weights(table, SMOOTH, advance=advance)
         if advance:
             assert norm == pytest.approx(explicit.step(), abs=1e-10)
             assert norm > MAX_NORM
@@ -120,23 +120,23 @@ def test_fifty_steps_of_clipped_adamw(state, skipped):
             assert len(record.recycled) == 3
             # Right after the phase the weights are still the old ones, exactly.
             assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
-            transition = table.states[0].transition
-            fresh = transition.age == 0
-            assert transition.index[fresh].tolist() == record.recycled
-            _, new = transition.lines(table.blocks[0])
+            fade_in = table.states[0].fade_in
+            fresh = fade_in.age == 0
+            assert fade_in.index[fresh].tolist() == record.recycled
+            _, new = fade_in.lines(table.blocks[0])
             values = {role: v[fresh] for role, v in new.items()}
             explicit.recycle(torch.tensor(record.recycled), values, state)
-        if table.states[0].transition is not None:
-            ages_together.add(len(table.states[0].transition.age.unique()))
+        if table.states[0].fade_in is not None:
+            ages_together.add(len(table.states[0].fade_in.age.unique()))
         for parameter, expected in zip(model.parameters(), explicit.effective().values(), strict=True):
             torch.testing.assert_close(parameter, expected, atol=1e-10, rtol=0, check_dtype=True)
-    assert {1, 2} <= ages_together, "transitions of different age must have overlapped"
-    assert table.states[0].transition is None
+    assert {1, 2} <= ages_together, "fade-ins of different age must have overlapped"
+    assert table.states[0].fade_in is None
     assert int((table.states[0].counts > 0).sum()) >= 6
 
 
 def start(model, age=0, smooth_steps=4):
-    """One transition of neurons 2 and 7 of `net`."""
+    """One fade-in of neurons 2 and 7 of `net`."""
     table = NeuronTable.of(model)
     settings = RecyclingSettings(steps=1, fraction=2 / 12, seed=0)
     schedule = PhaseSchedule(1, 1, 10, 100, 0.1667)
@@ -150,41 +150,41 @@ def test_alpha_reaches_one_after_exactly_the_steps_asked_for():
     model = net()
     table, index = start(model, smooth_steps=4)
     block, state = table.blocks[0], table.states[0]
-    old, new = block.read(index), state.transition.lines(block)[1]
+    old, new = block.read(index), state.fade_in.lines(block)[1]
     for j in (1, 2, 3):
-        show_new_weights(table)
+        restore_new_weights(table)
         assert all(torch.equal(v, new[role]) for role, v in block.read(index).items())
-        show_effective_weights(table, 4, advance=True)
+        blend_weights(table, 4, advance=True)
         for role, values in block.read(index).items():
             torch.testing.assert_close(values, j / 4 * new[role] + (1 - j / 4) * old[role], atol=1e-15, rtol=0)
-        assert state.in_transition().nonzero().flatten().tolist() == index.tolist()
-    show_new_weights(table)
-    show_effective_weights(table, 4, advance=True)
+        assert state.fading_in().nonzero().flatten().tolist() == index.tolist()
+    restore_new_weights(table)
+    blend_weights(table, 4, advance=True)
     assert all(torch.equal(v, new[role]) for role, v in block.read(index).items())
-    assert state.transition is None
-    assert not state.in_transition().any()
+    assert state.fade_in is None
+    assert not state.fading_in().any()
 
 
 def test_a_skipped_step_advances_nothing_and_changes_nothing():
     model = net()
     table, _ = start(model)
-    show_new_weights(table)
-    show_effective_weights(table, 4, advance=True)
+    restore_new_weights(table)
+    blend_weights(table, 4, advance=True)
     weights = [p.detach().clone() for p in model.parameters()]
-    age = table.states[0].transition.age.clone()
+    age = table.states[0].fade_in.age.clone()
     for _ in range(3):
-        show_new_weights(table)
-        show_effective_weights(table, 4, advance=False)
+        restore_new_weights(table)
+        blend_weights(table, 4, advance=False)
         assert all(torch.equal(a, b) for a, b in zip(weights, model.parameters(), strict=True))
-        assert torch.equal(table.states[0].transition.age, age)
+        assert torch.equal(table.states[0].fade_in.age, age)
 
 
 def test_only_gradients_of_neurons_in_transition_are_scaled():
     model = net()
     table, index = start(model)
     for _ in range(3):
-        show_new_weights(table)
-        show_effective_weights(table, 4, advance=True)
+        restore_new_weights(table)
+        blend_weights(table, 4, advance=True)
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     scale_gradients(table, 4)
@@ -207,10 +207,10 @@ def test_one_step_of_interpolation():
     """The forward pass right after the phase is the old one; after one optimizer step it is over."""
     model = net()
     table, index = start(model, smooth_steps=1)
-    _, new = table.states[0].transition.lines(table.blocks[0])
-    show_new_weights(table)
-    show_effective_weights(table, 1, advance=True)
-    assert table.states[0].transition is None
+    _, new = table.states[0].fade_in.lines(table.blocks[0])
+    restore_new_weights(table)
+    blend_weights(table, 1, advance=True)
+    assert table.states[0].fade_in is None
     assert all(torch.equal(v, new[role]) for role, v in table.blocks[0].read(index).items())
 
 

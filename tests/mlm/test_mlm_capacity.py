@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import BatchEncoding
 
-from hf_recycle.mlm.capacity import CountingCollator, counted, masked_tokens, usual_size
+from hf_recycle.mlm.capacity import CountingCollator, counted, masked_tokens, padded_count
 from hf_recycle.mlm.loss import masked_lm_loss, padded_positions
 
 LABELS = st.lists(st.lists(st.sampled_from([-100, 0, 3, 7]), min_size=5, max_size=5), min_size=1, max_size=6)
@@ -58,24 +58,24 @@ def test_padding_adds_exactly_nothing():
 @given(st.integers(1, 5000), st.floats(0, 1), st.floats(0, 1))
 def test_the_usual_size_is_large_enough_and_depends_on_the_shape_alone(tokens, masked, share):
     masked = round(masked * tokens)
-    size = usual_size(masked, tokens, share)
+    size = padded_count(masked, tokens, share)
     if size is not None:
         assert size >= masked
         assert size % 8 == 0
-        assert size == usual_size(size, tokens, share)
+        assert size == padded_count(size, tokens, share)
 
 
 @pytest.mark.parametrize(("tokens", "share"), [(48, 0.15), (4096, 0.15), (32768, 0.15), (512, 0.4)])
 def test_nearly_all_batches_have_the_usual_size(tokens, share):
     drawn = np.random.default_rng(0).binomial(tokens, share, 2000)
-    sizes = {usual_size(int(masked), tokens, share) for masked in drawn}
+    sizes = {padded_count(int(masked), tokens, share) for masked in drawn}
     [size] = sizes
     assert size <= tokens * share + 4 * math.sqrt(tokens * share * (1 - share)) + 8
 
 
 @pytest.mark.parametrize("masked", [200, 900])
 def test_much_padding_or_a_rare_large_batch_has_another_size(masked):
-    assert usual_size(masked, 4096, 0.15) is None
+    assert padded_count(masked, 4096, 0.15) is None
 
 
 LABELS_OF_THREE = torch.tensor([[1, -100, 2], [-100, -100, 0]])

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_recycle.batches.extra_batches import SecondPass
+from hf_recycle.batches.extra_batches import ExtraBatches
 from hf_recycle.batches.numbered import Numbered
 from hf_recycle.batches.seeded import SeededCollator
 from hf_recycle.mlm.masking import MaskedLanguageModelingCollator
@@ -31,10 +31,10 @@ def _places():
 @given(st.integers(1, 13), st.integers(0, 5), st.lists(st.integers(1, 9), min_size=1, max_size=8))
 def test_every_epoch_has_every_sample_once_however_it_is_cut(samples, seed, sizes):
     data = list(range(samples))
-    whole = SecondPass(data, None, seed).batch(0, sum(sizes) + 3 * samples)
+    whole = ExtraBatches(data, None, seed).batch(0, sum(sizes) + 3 * samples)
     cut, position = [], 0
     for size in sizes:
-        cut += SecondPass(data, None, seed).batch(position, size)  # nothing but the position is remembered
+        cut += ExtraBatches(data, None, seed).batch(position, size)  # nothing but the position is remembered
         position += size
     assert cut == whole[:position]
     for number in range(3):
@@ -44,7 +44,7 @@ def test_every_epoch_has_every_sample_once_however_it_is_cut(samples, seed, size
 
 def test_orders_differ_by_seed_and_epoch():
     data = list(range(50))
-    first, second = (SecondPass(data, None, seed).batch(0, 100) for seed in (0, 1))
+    first, second = (ExtraBatches(data, None, seed).batch(0, 100) for seed in (0, 1))
     order = [number for number, _ in first]
     assert order[:50] != order[50:]
     assert first != second
@@ -52,7 +52,7 @@ def test_orders_differ_by_seed_and_epoch():
 
 def test_an_empty_training_set_is_refused():
     with pytest.raises(ValueError, match="this one is empty"):
-        SecondPass([], None, 0)
+        ExtraBatches([], None, 0)
 
 
 def test_masks_are_not_those_of_the_main_run(tokenizer, monkeypatch):
@@ -60,7 +60,7 @@ def test_masks_are_not_those_of_the_main_run(tokenizer, monkeypatch):
     monkeypatch.setattr("hf_recycle.batches.extra_batches.SeededCollator", SeededCollator)
     words = [{"input_ids": [5 + number] * 40} for number in range(6)]
     collator = MaskedLanguageModelingCollator(tokenizer)
-    second = SecondPass(words, collator, 3)
+    second = ExtraBatches(words, collator, 3)
 
     def masks(position):
         batch = second.batch(position, 6)

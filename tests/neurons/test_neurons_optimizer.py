@@ -272,17 +272,17 @@ def test_highest_rate():
 
 def test_taken_since_the_last_reset():
     block, optimizer, watch = watched()
-    assert not watch.taken
+    assert not watch.stepped
     optimizer.zero_grad(set_to_none=False)
-    assert not watch.taken
+    assert not watch.stepped
     optimizer.step()
-    assert watch.taken
+    assert watch.stepped
     watch.reset()
-    assert not watch.taken
+    assert not watch.stepped
     assert rates(watch, block) == {"in": 0, "in.bias": 0, "out": 0}
     for _ in range(2):  # each later step is seen as the first was
         optimizer.step()
-        assert watch.taken
+        assert watch.stepped
         watch.reset()
 
 
@@ -291,8 +291,8 @@ def test_a_watch_that_was_removed_sees_nothing():
     other = StepWatch(optimizer)
     watch.remove()
     optimizer.step()
-    assert not watch.taken
-    assert other.taken
+    assert not watch.stepped
+    assert other.stepped
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -310,7 +310,7 @@ def test_a_step_that_the_gradient_scaler_skips_is_not_taken(fused):
         scaler.update()
         after = block["in"].parameter.detach().clone()
         assert torch.equal(before, after) is broken
-        assert watch.taken is not broken
+        assert watch.stepped is not broken
         assert rates(watch, block) == {"in": 0.0 if broken else 0.125, "in.bias": 0, "out": 0.0 if broken else 0.25}
         watch.reset()
         before = after
@@ -323,7 +323,7 @@ def test_found_inf_of_a_step_that_is_not_skipped():
     for verdict in (1.0, 0.0):
         optimizer.found_inf = torch.tensor(verdict)
         optimizer.step()
-        assert watch.taken is (verdict == 0.0)
+        assert watch.stepped is (verdict == 0.0)
 
 
 def largest_step(mode: str, beta2: float) -> tuple[float, int]:

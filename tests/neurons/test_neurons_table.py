@@ -6,7 +6,7 @@ import weakref
 import pytest
 import torch
 
-from hf_recycle.methods.recycling.fade_in import settle, show_effective_weights, show_new_weights
+from hf_recycle.methods.recycling.fade_in import blend_weights, restore_new_weights, resume_fade_ins
 from hf_recycle.methods.recycling.phase import run_phase
 from hf_recycle.methods.schedule import PhaseSchedule
 from hf_recycle.methods.settings import RecyclingSettings
@@ -14,12 +14,12 @@ from hf_recycle.neurons.table import NeuronTable
 
 
 def recycled(model, phases=2, smooth_steps=7) -> NeuronTable:
-    """A table with counts, and with transitions of two ages."""
+    """A table with counts, and with fade-ins of two ages."""
     table = NeuronTable.of(model)
     settings = RecyclingSettings(steps=1, fraction=0.2, seed=0)
     for step in range(1, phases + 1):
-        show_new_weights(table)
-        show_effective_weights(table, max(smooth_steps, 1), advance=True)
+        restore_new_weights(table)
+        blend_weights(table, max(smooth_steps, 1), advance=True)
         run_phase(table, settings, PhaseSchedule(1, 1, 99, 99, 0.2), step, smooth_steps=smooth_steps)
     return table
 
@@ -57,10 +57,10 @@ def test_fresh_and_reset(plain_net):
     table = recycled(model)
     weights = model.blocks[0].first.weight.clone()
     assert table.phases == 2
-    assert table.in_transition == 16
+    assert table.fading_in == 16
     table.reset()
     assert table.phases == 0
-    assert table.in_transition == 0
+    assert table.fading_in == 0
     assert all(not counts.any() for counts in table.counts.values())
     assert torch.equal(model.blocks[0].first.weight, weights)
 
@@ -80,16 +80,16 @@ def test_round_trip(family_named, name):
         assert torch.equal(mine.last_phase, theirs.last_phase)
         assert torch.equal(mine.last_step, theirs.last_step)
         assert mine.counts.any()
-        assert torch.equal(mine.transition.index, theirs.transition.index)
-        assert torch.equal(mine.transition.age, theirs.transition.age)
-        assert mine.transition.age.unique().tolist() == [0, 1]
-        for transition in (theirs.transition, theirs.transition.cut(block)):
-            sides = zip(transition.lines(block), mine.transition.lines(block), strict=True)
+        assert torch.equal(mine.fade_in.index, theirs.fade_in.index)
+        assert torch.equal(mine.fade_in.age, theirs.fade_in.age)
+        assert mine.fade_in.age.unique().tolist() == [0, 1]
+        for fade_in in (theirs.fade_in, theirs.fade_in.shard(block)):
+            sides = zip(fade_in.lines(block), mine.fade_in.lines(block), strict=True)
             for values, expected in sides:
                 assert values.keys() == expected.keys()
                 assert all(torch.equal(values[role], expected[role]) for role in values)
     again = restored.state_dict()
-    settle(restored, 7)
+    resume_fade_ins(restored, 7)
     settled = restored.state_dict()
     assert saved.keys() == again.keys() == settled.keys()
     assert all(torch.equal(saved[key], again[key]) for key in saved)
@@ -103,11 +103,11 @@ def test_what_is_saved_is_a_copy(plain_net):
     saved = table.state_dict()
     before = {key: value.clone() for key, value in saved.items()}
     table.states[0].counts += 1
-    table.states[0].transition.age += 1
+    table.states[0].fade_in.age += 1
     assert all(torch.equal(saved[key], before[key]) for key in saved)
     table.load_state_dict(saved)
     table.states[0].counts += 1
-    table.states[0].transition.age += 1
+    table.states[0].fade_in.age += 1
     assert all(torch.equal(saved[key], before[key]) for key in saved)
 
 
@@ -117,13 +117,13 @@ def test_continuing_from_a_saved_state_is_the_same_to_the_bit(plain_net):
     other.load_state_dict(model.state_dict())
     restored = NeuronTable.of(other)
     restored.load_state_dict(table.state_dict())
-    settle(restored, 7)
+    resume_fade_ins(restored, 7)
     # The weights of the checkpoint are the effective ones already.
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
     for step in range(3, 12):
         for each in (table, restored):
-            show_new_weights(each)
-            show_effective_weights(each, 7, advance=True)
+            restore_new_weights(each)
+            blend_weights(each, 7, advance=True)
             settings = RecyclingSettings(steps=1, fraction=0.2, immunity=2, selection="random", seed=0)
             run_phase(each, settings, PhaseSchedule(1, 1, 99, 99, 0.2), step, smooth_steps=7)
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
@@ -137,22 +137,22 @@ def test_continuing_from_a_saved_state_is_the_same_to_the_bit(plain_net):
         ("blocks.1/last_phase", lambda v: v[None]),
         ("blocks.1/last_step", lambda v: torch.cat([v, v])),
         ("blocks.1/last_step", None),
-        ("blocks.0/transition/index", lambda v: v.clone().index_fill_(0, torch.tensor([0]), int(v[1]))),
-        ("blocks.0/transition/index", lambda v: v + 20),
-        ("blocks.0/transition/index", lambda v: v - 100),
-        ("blocks.0/transition/index", lambda v: v[:-1]),
-        ("blocks.0/transition/index", lambda v: v.float()),
-        ("blocks.0/transition/index", lambda v: v[:0]),
-        ("blocks.0/transition/age", None),
-        ("blocks.0/transition/age", lambda v: v[1:]),
-        ("blocks.0/transition/age", lambda v: v - 5),
-        ("blocks.0/transition/age", lambda v: v.float()),
-        ("blocks.0/transition/old/in", None),
-        ("blocks.0/transition/old/in", lambda v: v[:, 1:]),
-        ("blocks.0/transition/old/in", lambda v: v.long()),
-        ("blocks.0/transition/new/in.bias", lambda v: v * float("nan")),
-        ("blocks.0/transition/new/out", lambda v: v / 0),
-        ("blocks.0/transition/new/out", lambda v: v[1:]),
+        ("blocks.0/fade_in/index", lambda v: v.clone().index_fill_(0, torch.tensor([0]), int(v[1]))),
+        ("blocks.0/fade_in/index", lambda v: v + 20),
+        ("blocks.0/fade_in/index", lambda v: v - 100),
+        ("blocks.0/fade_in/index", lambda v: v[:-1]),
+        ("blocks.0/fade_in/index", lambda v: v.float()),
+        ("blocks.0/fade_in/index", lambda v: v[:0]),
+        ("blocks.0/fade_in/age", None),
+        ("blocks.0/fade_in/age", lambda v: v[1:]),
+        ("blocks.0/fade_in/age", lambda v: v - 5),
+        ("blocks.0/fade_in/age", lambda v: v.float()),
+        ("blocks.0/fade_in/old/in", None),
+        ("blocks.0/fade_in/old/in", lambda v: v[:, 1:]),
+        ("blocks.0/fade_in/old/in", lambda v: v.long()),
+        ("blocks.0/fade_in/new/in.bias", lambda v: v * float("nan")),
+        ("blocks.0/fade_in/new/out", lambda v: v / 0),
+        ("blocks.0/fade_in/new/out", lambda v: v[1:]),
     ],
 )
 def test_what_does_not_fit_is_refused_whole(plain_net, key, change):
@@ -168,7 +168,7 @@ def test_what_does_not_fit_is_refused_whole(plain_net, key, change):
     with pytest.raises(ValueError, match=entry.replace(".", r"\.")):
         fresh.load_state_dict(saved)
     assert fresh.phases == 0
-    assert fresh.in_transition == 0
+    assert fresh.fading_in == 0
     assert not any(counts.any() for counts in fresh.counts.values())
 
 
@@ -179,8 +179,8 @@ def test_lines_in_transition_keep_the_precision_they_were_saved_in(plain_net):
     table.load_state_dict(saved)
     again = table.state_dict()
     assert all(torch.equal(saved[key], again[key]) for key in saved)
-    settle(table, 7)
-    for side in table.states[0].transition.lines(table.blocks[0]):
+    resume_fade_ins(table, 7)
+    for side in table.states[0].fade_in.lines(table.blocks[0]):
         assert {lines.dtype for lines in side.values()} == {torch.bfloat16}
 
 

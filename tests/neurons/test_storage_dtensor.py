@@ -96,7 +96,7 @@ def test_a_dtensor_is_as_good_as_a_plain_tensor(mesh, make, placement):
     lines = storage.read_full(piece, INDEX)
     assert not isinstance(lines, DTensor)
     assert torch.equal(lines, plain.read_full(plain_piece, INDEX))
-    assert torch.equal(storage.join(piece, INDEX, storage.cut(piece, INDEX, 2 * lines)), 2 * lines)
+    assert torch.equal(storage.gather(piece, INDEX, storage.shard(piece, INDEX, 2 * lines)), 2 * lines)
     same()
 
     new, factors = torch.randn(lines.shape), torch.rand(D_FF)
@@ -254,7 +254,7 @@ def test_an_empty_shard_takes_part_in_everything():
             storage.mean_std(piece)
             lines = storage.read_full(piece, index)
             assert lines.shape == (2, *values.shape[1:])
-            assert storage.cut(piece, index, lines) == []
+            assert storage.shard(piece, index, lines) == []
             storage.write_full(piece, index, lines)
             storage.scale(piece, torch.ones(3))
             storage.mean_of_others(piece, [], index, piece.width)

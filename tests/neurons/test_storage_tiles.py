@@ -183,10 +183,10 @@ def test_cut_and_join(cut, data):
     lines = torch.randn((len(index),) if piece.is_bias else (len(index), piece.width), dtype=torch.float64)
     processes = [Process(part, piece.parameter) for part in parts]
     before = assembled(processes, piece.parameter)
-    joined = together(processes, lambda p: p.join(piece, index, p.cut(piece, index, lines)))
+    joined = together(processes, lambda p: p.gather(piece, index, p.shard(piece, index, lines)))
     assert torch.equal(same_everywhere(joined), lines)
     assert torch.equal(assembled(processes, piece.parameter), before)
-    cuts = [process.cut(piece, index, lines) for process in processes]
+    cuts = [process.shard(piece, index, lines) for process in processes]
     for process, fragments in zip(processes, cuts, strict=True):
         process.write(piece, index, fragments)
         assert all(torch.equal(a, b) for a, b in zip(process.read(piece, index), fragments, strict=True))
@@ -268,7 +268,7 @@ class Masters(Process):
 
 @given(cut_slices(torch.bfloat16), st.data())
 def test_masters_are_read_and_written_in_their_own_precision(cut, data):
-    """A run that is resumed in mid-transition goes on from whole lines of masters: to the bit."""
+    """A run that is resumed in mid-fade-in goes on from whole lines of masters: to the bit."""
     piece, parts = cut
     index = some_neurons(data, piece)
     masters = torch.randn(piece.parameter.shape)

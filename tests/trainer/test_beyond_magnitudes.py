@@ -122,7 +122,7 @@ def test_births_fade_in(train, at_phases, reinit):
     trainer = train(model=tiny_bert(0.0), max_steps=9, recycle_reinit=reinit, **settings, **FIXED)
     before, after, _, records = at_phases[0]
     assert after == before
-    assert trainer.neuron_table().in_transition == 0
+    assert trainer.neuron_table().fading_in == 0
     for block, record in zip(trainer.neuron_table().blocks, records, strict=True):
         assert (block.read(torch.tensor(record.recycled))["out"].abs().amax(1) > 0).all()
 

@@ -115,7 +115,7 @@ def test_neurons_of_a_block_that_is_frozen_do_not_fade_in_meanwhile(arguments):
     trainer.train()
     changed = [not all(map(torch.equal, *pair)) for pair in zip(spy.weights, spy.weights[1:], strict=False)]
     assert changed == [True, True, False, False, True, True, True]  # after steps 2 to 8
-    assert trainer.neuron_table().in_transition == 0
+    assert trainer.neuron_table().fading_in == 0
 
 
 def test_a_phase_that_finds_all_blocks_frozen_is_skipped(arguments):

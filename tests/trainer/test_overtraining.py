@@ -225,7 +225,7 @@ def test_resume_is_exact(at, train):
 
 
 class Untouched:
-    """Compares neurons that are pruned or in transition before and after overtraining."""
+    """Compares neurons that are pruned or fading in before and after overtraining."""
 
     def __init__(self):
         self.rows, self.free_rows = [], 0
@@ -236,7 +236,7 @@ class Untouched:
 
     def compare(self):
         for block, state, before in zip(self.table.blocks, self.table.states, self.weights, strict=True):
-            off = state.pruned | state.in_transition()
+            off = state.pruned | state.fading_in()
             now = block.read(torch.arange(block.num_neurons))
             same = torch.stack([(now[r] == before[r]).reshape(len(off), -1).all(1) for r in now]).all(0)
             self.rows.append((int(off.sum()), bool(same[off].all())))

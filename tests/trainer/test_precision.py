@@ -44,9 +44,9 @@ class Fresh(TrainerCallback):
             if not len(index):
                 continue
             values = block.read(index)
-            if neurons.transition is not None:
-                rows = [neurons.transition.index.tolist().index(i) for i in index.tolist()]
-                values = {role: v[rows] for role, v in neurons.transition.lines(block)[1].items()}
+            if neurons.fade_in is not None:
+                rows = [neurons.fade_in.index.tolist().index(i) for i in index.tolist()]
+                values = {role: v[rows] for role, v in neurons.fade_in.lines(block)[1].items()}
             self.values[state.global_step, name] = values
 
 
@@ -206,7 +206,7 @@ def test_the_end_of_a_transition_is_exactly_x_new(precision, run):
     dtype, autocast = PRECISIONS[precision]
     trainer, fresh = run(dtype, bf16=autocast, **SMOOTH | {"learning_rate": 0.0})
     assert len(fresh) == 4
-    assert not trainer.neuron_table().in_transition
+    assert not trainer.neuron_table().fading_in
     table = trainer.neuron_table()
     for (step, layer), values in fresh.items():
         block, state = table.blocks[LAYERS.index(layer)], table.states[LAYERS.index(layer)]

@@ -53,7 +53,7 @@ def test_equals_a_model_with_masked_activations(train, arguments, optimizer, tmp
         assert torch.equal(reference.masks[block] == 0, torch.from_numpy(off))
     zeroed = masked.neuron_table()
     for block in zeroed.blocks:
-        block.switch_off(torch.from_numpy(history.pruned[block.name]).nonzero().flatten())
+        block.zero_(torch.from_numpy(history.pruned[block.name]).nonzero().flatten())
     for name, value in pruned.model.state_dict().items():
         torch.testing.assert_close(value, masked.model.state_dict()[name], rtol=1e-4, atol=2e-6, msg=name)
 
@@ -120,12 +120,12 @@ def test_everything_pruned_from_the_start_leaves_the_bias(train, others):
 
 
 class LivingNeurons(TrainerCallback):
-    """Sums the midpoint loss of the neurons that are neither pruned nor in transition, before the midpoint step."""
+    """Sums the midpoint loss of the neurons that are neither pruned nor fading in, before the midpoint step."""
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         table, self.expected = NeuronTable.of(model), 0.0
         for block, neurons in zip(table.blocks, table.states, strict=True):
-            living = block.magnitudes()[~neurons.pruned & ~neurons.in_transition()]
+            living = block.magnitudes()[~neurons.pruned & ~neurons.fading_in()]
             self.expected += float((living - living.mean()).abs().sum())
 
 
@@ -138,9 +138,9 @@ def test_pruned_neurons_are_not_recycled_and_not_in_the_midpoint_loss(train):
     events = [(row.step, row.block, neuron) for row in history.events.itertuples() for neuron in row.recycled]
     assert len(events) > 40
     assert all(when.get((block, neuron), 100) > step for step, block, neuron in events)
-    assert any((block, neuron) in when for _, block, neuron in events)  # some were pruned later, in transition or after
+    assert any((block, neuron) in when for _, block, neuron in events)  # some were pruned later, fading in or after
     for state in trainer.neuron_table().states:
-        assert state.transition is None or not state.pruned[state.transition.index].any()
+        assert state.fade_in is None or not state.pruned[state.fade_in.index].any()
     assert trainer.neuron_methods.scalars()["midpoint_loss"] == pytest.approx(spy.expected, rel=1e-5)
 
 

@@ -17,7 +17,7 @@ from hf_recycle.checkpoints.file_list import LIST_FILE
 from hf_recycle.records.files import RecyclingFileError
 
 EVERYTHING = {
-    # A phase every 3 steps that takes 3.2 of 32 neurons, so that fractions accumulate; transitions last longer than
+    # A phase every 3 steps that takes 3.2 of 32 neurons, so that fractions accumulate; fade-ins last longer than
     # the gap between phases, so that every checkpoint lies in one; immunity.
     "recycle_steps": 3,
     "recycle_fraction": 0.1,
@@ -327,11 +327,11 @@ def test_a_hand_edited_state_is_refused(train):
 
 
 def test_a_checkpoint_loads_with_plain_transformers(train):
-    """In mid-transition the parameters hold the effective weights: those that were evaluated."""
+    """In mid-fade-in the parameters hold the effective weights: those that were evaluated."""
     from transformers import AutoModelForMaskedLM
 
     trainer = train(max_steps=8, save_strategy="steps", save_steps=8, evaluation=sentences(8, seed=9), **EVERYTHING)
-    assert trainer.neuron_table().in_transition
+    assert trainer.neuron_table().fading_in
     loaded = AutoModelForMaskedLM.from_pretrained(f"{trainer.args.output_dir}/checkpoint-8")
     for (name, a), b in zip(trainer.model.named_parameters(), loaded.parameters(), strict=True):
         assert torch.equal(a, b), name

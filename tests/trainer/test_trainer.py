@@ -212,7 +212,7 @@ def test_scalars_reach_the_log_history_and_the_trackers(arguments, tmp_path):
     assert row["neurons_recycled"] == 12
     assert row["neurons_ever_recycled_share"] == 12 / 64
     assert row["neurons_immune"] == 6
-    assert row["neurons_in_transition"] == 6
+    assert row["neurons_fading_in"] == 6
     assert row["magnitude_p10"] <= row["magnitude_p50"] <= row["magnitude_p90"]
     assert row["midpoint_loss"] > 0
     [folder] = {path.parent for path in tmp_path.rglob("events.out.tfevents*")}
@@ -239,9 +239,9 @@ def test_recycling_leaves_data_and_dropout_of_the_baseline_alone(train):
 
 
 def test_gradients_are_scaled_before_they_are_clipped(arguments):
-    """The clipping norm of a step counts the gradient of a neuron in transition times α: at α = 0, not at all."""
+    """The clipping norm of a step counts the gradient of a neuron fading in times α: at α = 0, not at all."""
     norms = {}
-    for name, smooth in (("whole", 0), ("in transition", 100)):
+    for name, smooth in (("whole", 0), ("fading in", 100)):
         trainer = RecyclingTrainer(
             model=tiny_bert(dropout=0.0),
             args=arguments(
@@ -267,8 +267,8 @@ def test_gradients_are_scaled_before_they_are_clipped(arguments):
         trainer.train()
         norms[name] = seen
     # Step 2 is the first after the phase: α = 0, so no gradient is left in the FF weights; step 3 has α = 0.01.
-    assert norms["in transition"][1][1] == [0.0, 0.0, 0.0]
-    assert all(norm > 0 for norm in norms["in transition"][2][1])
+    assert norms["fading in"][1][1] == [0.0, 0.0, 0.0]
+    assert all(norm > 0 for norm in norms["fading in"][2][1])
     assert all(norm > 0 for norm in norms["whole"][1][1])
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from hf_recycle.batches.extra_batches import SecondPass
+from hf_recycle.batches.extra_batches import ExtraBatches
 from hf_recycle.methods.base import Method, Run, StepInfo
 from hf_recycle.methods.coordinator import NeuronCallback
 from hf_recycle.methods.overtraining.subsets import subset_size
@@ -32,7 +32,7 @@ class Overtraining(Method):
         self._check_subset()
         # One is made at every overtraining; what can't be made is said now.
         fresh_optimizer(run.optimizer, (p for block in run.table.blocks for p in block.parameters()))
-        self._data = (run.second_pass or second_pass_of(run.train_dataloader))(settings.seed, "overtrain_steps")
+        self._data = (run.extra_batches or extra_batches_of(run.train_dataloader))(settings.seed, "overtrain_steps")
         self._last_loss = _last_loss(run.recorder)
 
     def _check_subset(self) -> None:
@@ -103,11 +103,11 @@ class OvertrainingCallback(NeuronCallback):
     """Overtraining: every `steps` optimizer steps, the FF weights alone are trained on `batches` extra batches.
 
     Source: *Neuron Recycling*, section "Understanding neuron magnitudes". Everything else is frozen, the
-    out-projections' biases too; so are pruned neurons, neurons in transition and, with `subset` smallest, largest or
+    out-projections' biases too; so are pruned neurons, neurons that fade in and, with `subset` smallest, largest or
     random, all but `fraction` of each layer's neurons. Blocks that are frozen at that time stay as they are.
 
     A batch is `per_device_train_batch_size` samples on each process and one optimizer step, without accumulation. The
-    batches come from a second pass over the training set, in an order and with masks of its own. The optimizer is a
+    batches come from the training set, in an order and with masks of their own. The optimizer is a
     fresh one of the class and hyper-parameters of the main one, at the learning rate that the main schedule has come
     to; over the first tenth of the batches (at least one), w in all, the rate of batch b is b / (w + 1) of that.
     Gradients are clipped as in the main run, over the weights that are trained. Afterwards the main run goes on where
@@ -118,7 +118,7 @@ class OvertrainingCallback(NeuronCallback):
     Takes the settings of `RecyclingArguments` whose names begin with `overtrain_`, without that prefix. On a stock
     `Trainer` it works with these limits, which `RecyclingTrainer` does not have: the loss is the one the model returns,
     each process averaging over its own batch; the extra tokens are in `callback.table` and `callback.recorder` only;
-    and a resumed run begins the second pass anew.
+    and a resumed run begins the extra batches anew.
     """
 
     method_class = Overtraining
@@ -137,9 +137,9 @@ def model_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     return outputs["loss"] if isinstance(outputs, dict) else outputs[0]
 
 
-def second_pass_of(loader) -> Callable[[int, str], SecondPass]:
+def extra_batches_of(loader) -> Callable[[int, str], ExtraBatches]:
     """Over the data of a stock Trainer's loader."""
-    return lambda seed, wanted_by: SecondPass(loader.dataset, loader.collate_fn, seed, wanted_by)
+    return lambda seed, wanted_by: ExtraBatches(loader.dataset, loader.collate_fn, seed, wanted_by)
 
 
 def _count_tokens(batch: Mapping[str, Any]) -> int:

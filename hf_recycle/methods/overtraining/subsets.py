@@ -27,7 +27,7 @@ def choose(
 
     Args:
         magnitudes: float32 `(d_ff,)` on the CPU.
-        available: bool `(d_ff,)`, false for neurons that are pruned or in transition.
+        available: bool `(d_ff,)`, false for neurons that are pruned or fading in.
         subset: one of `SUBSETS`.
         fraction: share of the `d_ff` neurons; "all" takes every available one.
         generator: for "random".

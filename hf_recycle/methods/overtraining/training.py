@@ -9,8 +9,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from hf_recycle.engines.replica_checksum import check_agreement
-from hf_recycle.methods.isolated_training import aside
+from hf_recycle.engines.replica_checksum import compare_replicas
+from hf_recycle.methods.isolated_training import isolated_training
 from hf_recycle.methods.overtraining.subsets import choose, warm_up
 from hf_recycle.methods.settings import OvertrainingSettings
 from hf_recycle.neurons.fresh_optimizer import fresh_optimizer
@@ -70,7 +70,7 @@ def overtrain(
     neurons = sum(map(len, chosen))
     if not neurons:
         return None
-    blocks = (block for position, block in enumerate(table.blocks) if position not in frozen)
+    blocks = (block for block_index, block in enumerate(table.blocks) if block_index not in frozen)
     fresh = fresh_optimizer(optimizer, (parameter for block in blocks for parameter in block.parameters()))
     rates = [group["lr"] for group in fresh.param_groups]
     if not any(rates):
@@ -81,7 +81,7 @@ def overtrain(
     scale = scaler.get_scale() if scaler is not None and scaler.is_enabled() else 1.0
     losses, skipped = [], 0
     seed = generator_for(settings.seed, step, process, "overtrain dropout").initial_seed()
-    with aside(model, trained, device, seed):
+    with isolated_training(model, trained, device, seed):
         for number, batch in enumerate(batches, start=1):
             loss = loss_of(model, batch)
             losses.append(loss.detach().float())
@@ -110,14 +110,14 @@ def _choose(
     chosen = [
         choose(
             magnitudes[block.name],
-            ~(state.pruned | state.in_transition()) & (position not in frozen),
+            ~(state.pruned | state.fading_in()) & (block_index not in frozen),
             settings.subset,
             settings.fraction,
-            generator_for(settings.seed, step, position, "overtrain subset"),
+            generator_for(settings.seed, step, block_index, "overtrain subset"),
         )
-        for position, (block, state) in enumerate(zip(table.blocks, table.states, strict=True))
+        for block_index, (block, state) in enumerate(zip(table.blocks, table.states, strict=True))
     ]
-    check_agreement(chosen, f"the neurons overtrained at step {step}", device)
+    compare_replicas(chosen, f"the neurons overtrained at step {step}", device)
     return chosen
 
 

@@ -7,11 +7,11 @@ from hf_recycle.methods.coordinator import NeuronCallback
 from hf_recycle.methods.folding import check_can_fold
 from hf_recycle.methods.probe import Probe
 from hf_recycle.methods.recycling.fade_in import (
+    blend_weights,
     hook_gradients,
+    restore_new_weights,
+    resume_fade_ins,
     scale_gradients,
-    settle,
-    show_effective_weights,
-    show_new_weights,
 )
 from hf_recycle.methods.recycling.phase import needs_of_settings, run_phase
 from hf_recycle.methods.recycling.selection import is_immune
@@ -54,8 +54,8 @@ class Recycling(Method):
         self._check_initial_distribution()
         if self.smooth_steps:
             self._hooks = hook_gradients(self.table, self.smooth_steps)
-            settle(self.table, self.smooth_steps)
-        self._say_what_is_odd()
+            resume_fade_ins(self.table, self.smooth_steps)
+        self._warn_about_settings()
         if run.step > 0 and self.table.phases == 0 and len(self.schedule.phases_until(run.step)):
             logger.warning(
                 f"Recycling starts at step {run.step} of a resumed run without recycling state: "
@@ -95,7 +95,7 @@ class Recycling(Method):
             roles = drawn.get(self.settings.reinit, [])
             view.sample_initial(1, generator_for(0, 0, index, "check"), roles)
 
-    def _say_what_is_odd(self) -> None:
+    def _warn_about_settings(self) -> None:
         settings, schedule = self.settings, self.schedule
         phases = len(schedule.phases_until(schedule.end))
         if not phases:
@@ -111,7 +111,7 @@ class Recycling(Method):
         if self.smooth_steps > schedule.every:
             logger.warning(
                 f"recycle_smooth_steps={self.smooth_steps} is longer than the {schedule.every} steps between phases: "
-                "neurons still in transition are not eligible in the next phase."
+                "neurons that still fade in are not eligible in the next phase."
             )
 
     def before_clipping(self) -> None:
@@ -122,12 +122,12 @@ class Recycling(Method):
     def before_step(self) -> None:
         if self.smooth_steps:
             self.before_clipping()  # nobody could before, on a stock Trainer
-            show_new_weights(self.table)
+            restore_new_weights(self.table)
 
     def after_optimizer_step(self, stepped: bool) -> None:
         if self.smooth_steps:
             self._gradients_scaled = False
-            show_effective_weights(self.table, self.smooth_steps, advance=stepped)
+            blend_weights(self.table, self.smooth_steps, advance=stepped)
         if stepped and not self._state_checked:
             # Optimizers make their state at the first step; what is unknown in it is said now, not at the first phase.
             check_state(self.run.optimizer, self.table.blocks, self.settings.optimizer_state)
@@ -158,14 +158,14 @@ class Recycling(Method):
         self._hooks = ()
 
     def scalars(self) -> dict[str, float]:
-        """Recycling events so far, share of neurons ever recycled, neurons in transition and immune neurons."""
+        """Recycling events so far, share of neurons ever recycled, neurons that fade in and immune neurons."""
         if self.table is None:
             return {}
         counts = list(self.table.counts.values())
         return {
             "neurons_recycled": sum(int(block.sum()) for block in counts),
             "neurons_ever_recycled_share": sum(int((block > 0).sum()) for block in counts) / sum(map(len, counts)),
-            "neurons_in_transition": self.table.in_transition,
+            "neurons_fading_in": self.table.fading_in,
             "neurons_immune": self.immune(self.table),
         }
 
@@ -189,7 +189,7 @@ class RecyclingCallback(NeuronCallback):
     `RecyclingCallback(steps=1000, fraction=0.1, immunity=2)`.
 
     On a stock `Trainer` it works with these limits, which `RecyclingTrainer` does not have: a resumed run has forgotten
-    which neurons were recycled, immune or in transition (it says so), nothing is saved with checkpoints, and with
+    which neurons were recycled, immune or fading in (it says so), nothing is saved with checkpoints, and with
     `smooth_steps` the gradients of fading-in neurons are scaled after gradients were clipped instead of before, so that
     the clipping norm counts them in full (no difference without clipping).
     """

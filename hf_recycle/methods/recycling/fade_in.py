@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from hf_recycle.neurons.blocks import FeedForward, NeuronSlice
-from hf_recycle.neurons.fading import Transition
+from hf_recycle.neurons.fading import FadeIn
 from hf_recycle.neurons.storage import Fragments
 from hf_recycle.neurons.storage.plain import whole
 from hf_recycle.neurons.table import BlockState, NeuronTable
 
 
 def interpolation(age: Tensor, steps: int) -> Tensor:
-    """α after `age` `(n,)` optimizer steps of a transition over `steps`: min(1, age / steps), float64 `(n,)`."""
+    """α after `age` `(n,)` optimizer steps of a fade-in over `steps`: min(1, age / steps), float64 `(n,)`."""
     return (age.to(torch.float64) / steps).clamp(max=1.0)
 
 
@@ -31,113 +31,113 @@ def mix(new: Tensor, old: Tensor, alpha: Tensor) -> Tensor:
 
 
 def begin(block: FeedForward, state: BlockState, index: Tensor, values: dict[str, Tensor]) -> None:
-    """Starts the transition of neurons `index` `(n,)` to `values` `{role: (n, width)}`; the model computes on with the
+    """Starts the fade-in of neurons `index` `(n,)` to `values` `{role: (n, width)}`; the model computes on with the
     old weights."""
     old, new = {}, {}
     for piece in block.slices:
         storage = piece.storage
         old[piece.role] = storage.read_forward(piece, index)
-        new[piece.role] = storage.cut(piece, index, values[piece.role])
+        new[piece.role] = storage.shard(piece, index, values[piece.role])
         if storage.separate_masters:
             storage.write(piece, index, new[piece.role])
-    started = Transition(index, torch.zeros_like(index), old, new)
-    state.transition = started if state.transition is None else state.transition.joined_with(started)
+    started = FadeIn(index, torch.zeros_like(index), old, new)
+    state.fade_in = started if state.fade_in is None else state.fade_in.merged_with(started)
 
 
-def settle(table: NeuronTable, smooth_steps: int) -> None:
-    """Takes transitions that were just loaded from a checkpoint into use, once the engine has taken over the model."""
+def resume_fade_ins(table: NeuronTable, smooth_steps: int) -> None:
+    """Takes fade-ins that were just loaded from a checkpoint into use, once the engine has taken over the model."""
     for block, state in zip(table.blocks, table.states, strict=True):
-        if state.transition is None or not state.transition.whole:
+        if state.fade_in is None or not state.fade_in.whole:
             continue
-        transition = state.transition = state.transition.cut(block)
+        fade_in = state.fade_in = state.fade_in.shard(block)
         for piece in block.slices:
             if piece.storage.separate_masters:
-                piece.storage.write(piece, transition.index, transition.new[piece.role])
-        _show(block, transition, smooth_steps)
+                piece.storage.write(piece, fade_in.index, fade_in.new[piece.role])
+        _write_blended(block, fade_in, smooth_steps)
 
 
 @torch.no_grad()
 def scale_gradients(table: NeuronTable, smooth_steps: int) -> None:
     """Turns the gradients of x into those of x_new: times α. To be called once, before gradients are clipped. Gradients
     of separate masters are scaled by `hook_gradients`."""
-    for block, state in _in_transition(table):
-        alpha = interpolation(state.transition.age, smooth_steps)
+    for block, state in _fading_in(table):
+        alpha = interpolation(state.fade_in.age, smooth_steps)
         for piece in block.slices:
             if not piece.storage.separate_masters:
-                piece.storage.scale_gradient(piece, state.transition.index, alpha)
+                piece.storage.scale_gradient(piece, state.fade_in.index, alpha)
 
 
 def hook_gradients(table: NeuronTable, smooth_steps: int) -> list[torch.utils.hooks.RemovableHandle]:
-    """Where masters are separate, scales the gradients of neurons in transition as they come out of the backward pass,
+    """Where masters are separate, scales the gradients of neurons that fade in as they come out of the backward pass,
     before the engine cuts and clips them."""
     handles = []
-    for position, block in enumerate(table.blocks):
+    for block_index, block in enumerate(table.blocks):
         for parameter in block.parameters():
             pieces = [piece for piece in block.slices if piece.parameter is parameter]
             if pieces[0].storage.separate_masters:
-                handles.append(parameter.register_hook(_ScaledGradient(pieces, table, position, smooth_steps)))
+                handles.append(parameter.register_hook(_ScaledGradient(pieces, table, block_index, smooth_steps)))
     return handles
 
 
 class _ScaledGradient:
     """A hook on a parameter; the gradient it sees is whole on each process."""
 
-    def __init__(self, pieces: list[NeuronSlice], table: NeuronTable, position: int, smooth_steps: int):
-        self._pieces, self._table, self._position, self._smooth_steps = pieces, table, position, smooth_steps
+    def __init__(self, pieces: list[NeuronSlice], table: NeuronTable, block_index: int, smooth_steps: int):
+        self._pieces, self._table, self._block_index, self._smooth_steps = pieces, table, block_index, smooth_steps
 
     @torch.no_grad()
     def __call__(self, gradient: Tensor) -> Tensor | None:
-        transition = self._table.states[self._position].transition
-        if transition is None:
+        fade_in = self._table.states[self._block_index].fade_in
+        if fade_in is None:
             return None
         gradient = gradient.clone()
-        alpha = interpolation(transition.age, self._smooth_steps)
+        alpha = interpolation(fade_in.age, self._smooth_steps)
         for piece in self._pieces:
             for tile in whole(piece, gradient):
-                tile.scale(tile.rows(transition.index)[1], alpha)
+                tile.scale(tile.rows(fade_in.index)[1], alpha)
         return gradient
 
 
 @torch.no_grad()
-def show_new_weights(table: NeuronTable) -> None:
+def restore_new_weights(table: NeuronTable) -> None:
     """Puts x_new into the parameters. To be called right before the optimizer steps."""
-    for block, state in _in_transition(table):
+    for block, state in _fading_in(table):
         for piece in block.slices:
             if not piece.storage.separate_masters:
-                piece.storage.write(piece, state.transition.index, state.transition.new[piece.role])
+                piece.storage.write(piece, state.fade_in.index, state.fade_in.new[piece.role])
 
 
 @torch.no_grad()
-def show_effective_weights(table: NeuronTable, smooth_steps: int, *, advance: bool) -> None:
+def blend_weights(table: NeuronTable, smooth_steps: int, *, advance: bool) -> None:
     """Reads x_new back and gives the model the effective weights. To be called right after the optimizer stepped;
-    neurons whose α reaches 1 leave their transition with exactly x_new.
+    neurons whose α reaches 1 leave their fade-in with exactly x_new.
 
     Args:
         advance: False for a skipped step, which α does not count.
     """
-    for block, state in _in_transition(table):
-        transition = state.transition
+    for block, state in _fading_in(table):
+        fade_in = state.fade_in
         for piece in block.slices:
-            new = transition.new[piece.role]
-            transition.new[piece.role] = piece.storage.read(piece, transition.index, into=new)
-        transition.age += int(advance)
-        alpha = _show(block, transition, smooth_steps)
+            new = fade_in.new[piece.role]
+            fade_in.new[piece.role] = piece.storage.read(piece, fade_in.index, into=new)
+        fade_in.age += int(advance)
+        alpha = _write_blended(block, fade_in, smooth_steps)
         if (alpha == 1).any():
-            state.transition = transition.only(block, alpha < 1)
+            state.fade_in = fade_in.only(block, alpha < 1)
 
 
-def _show(block: FeedForward, transition: Transition, smooth_steps: int) -> Tensor:
+def _write_blended(block: FeedForward, fade_in: FadeIn, smooth_steps: int) -> Tensor:
     """Writes the effective weights where the model reads them; returns α `(n,)`."""
-    alpha = interpolation(transition.age, smooth_steps)
+    alpha = interpolation(fade_in.age, smooth_steps)
     for piece in block.slices:
-        sides = transition.new[piece.role], transition.old[piece.role], transition.held(piece, alpha)
+        sides = fade_in.new[piece.role], fade_in.old[piece.role], fade_in.held(piece, alpha)
         mixed: Fragments = [mix(*side) for side in zip(*sides, strict=True)]
-        piece.storage.write_forward(piece, transition.index, mixed)
+        piece.storage.write_forward(piece, fade_in.index, mixed)
     return alpha
 
 
-def _in_transition(table: NeuronTable) -> Iterator[tuple[FeedForward, BlockState]]:
-    """The blocks with neurons in transition. Those of a block that is frozen now wait where they are."""
+def _fading_in(table: NeuronTable) -> Iterator[tuple[FeedForward, BlockState]]:
+    """The blocks with neurons that fade in. Those of a block that is frozen now wait where they are."""
     for block, state in zip(table.blocks, table.states, strict=True):
-        if state.transition is not None and not block.is_frozen:
+        if state.fade_in is not None and not block.is_frozen:
             yield block, state

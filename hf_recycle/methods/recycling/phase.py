@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from hf_recycle.engines.replica_checksum import Agreement
+from hf_recycle.engines.replica_checksum import ReplicaChecksum
 from hf_recycle.methods.folding import FOLDED, fold
 from hf_recycle.methods.probe import Gather, Statistics
 from hf_recycle.methods.recycling.births import REINITIALIZATIONS, Options
@@ -90,54 +90,57 @@ def run_phase(
         One record for each block that takes part or is left out.
     """
     asked = range(len(table.blocks)) if settings.layers is None else sorted(set(settings.layers))
-    positions = [position for position in asked if position not in frozen]
-    left_out = _left_out(table, [position for position in asked if position in frozen], step, nothing=not positions)
-    if not positions:
+    block_indices = [block_index for block_index in asked if block_index not in frozen]
+    left_out = _left_out(
+        table, [block_index for block_index in asked if block_index in frozen], step, nothing=not block_indices
+    )
+    if not block_indices:
         return left_out
-    magnitudes = on_cpu(magnitudes_of([table.blocks[position] for position in positions]))
-    phase, taken = table.phases + 1, table.optimizer_steps(step)
+    magnitudes = on_cpu(magnitudes_of([table.blocks[block_index] for block_index in block_indices]))
+    phase, optimizer_steps = table.phases + 1, table.optimizer_steps(step)
     if settings.scope == "global":
-        quotas = [schedule.quota(taken, sum(len(values) for values in magnitudes))]
+        quotas = [schedule.quota(optimizer_steps, sum(len(values) for values in magnitudes))]
     else:
-        by_size = {size: schedule.quota(taken, size) for size in {len(values) for values in magnitudes}}
+        by_size = {size: schedule.quota(optimizer_steps, size) for size in {len(values) for values in magnitudes}}
         quotas = [by_size[len(values)] for values in magnitudes]
-    states = [table.states[position] for position in positions]
+    states = [table.states[block_index] for block_index in block_indices]
     eligible = _eligible(states, phase, step, settings)
 
     reason = _reason_to_skip(magnitudes, loss_is_finite)
     names = needs_of_settings(settings)
-    statistics: list[Statistics] = [{} for _ in positions]
+    statistics: list[Statistics] = [{} for _ in block_indices]
     if names and not reason:
-        statistics = gather(positions, names, taken)
+        statistics = gather(block_indices, names, optimizer_steps)
         if not all(value.isfinite().all() for each in statistics for value in each.values()):
             reason = f"{SKIPPED}some statistics of the extra batches are not finite"
     if reason:
         requested = quotas
         if settings.scope == "global":
-            requested, reason = [0] * len(positions), f"{reason} ({quotas[0]} requested over all blocks)"
+            requested, reason = [0] * len(block_indices), f"{reason} ({quotas[0]} requested over all blocks)"
         return left_out + [
-            PhaseRecord(step, phase, table.blocks[position].name, request, int(mask.count_nonzero()), [], reason)
-            for position, request, mask in zip(positions, requested, eligible, strict=True)
+            PhaseRecord(step, phase, table.blocks[block_index].name, request, int(mask.count_nonzero()), [], reason)
+            for block_index, request, mask in zip(block_indices, requested, eligible, strict=True)
         ]
 
-    # Where activations are multiplied with each other, for one block at a time: the last one first, because it comes
-    # first again when the others take over what was recycled.
+    limits = quotas if settings.scope == "layer" else quotas * len(block_indices)
+    # The last block last: if activations are multiplied with each other, which is known of one block at a time, that is
+    # where the folds begin.
     scores = [
         CRITERIA[settings.selection](
             Signals(
                 values,
-                partial(generator_for, settings.seed, taken, position, "select"),
-                table.blocks[position].out_columns,
+                partial(generator_for, settings.seed, optimizer_steps, block_index, "select"),
+                table.blocks[block_index].out_columns,
                 known,
                 mask,
-                quotas[0] if settings.scope == "global" else quota,
+                limit,
             )
         )
-        for position, values, known, mask, quota in zip(
-            positions, magnitudes, statistics, eligible, quotas * len(positions), strict=False
+        for block_index, values, known, mask, limit in zip(
+            block_indices, magnitudes, statistics, eligible, limits, strict=True
         )
     ]
-    refused = [""] * len(positions)
+    refused = [""] * len(block_indices)
     if settings.threshold is not None:
         refused, quotas = _apply_threshold(settings, scores, eligible, states, quotas)
     if settings.scope == "global":
@@ -153,38 +156,34 @@ def run_phase(
         notes = [each or note for each, note in zip(refused, short, strict=True)]
 
     table.phases = phase
-    agreement = Agreement()
-    agreement.note(chosen)
-    generators = [generator_for(settings.seed, taken, position, "reinit") for position in positions]
+    checksum = ReplicaChecksum()
+    checksum.note(chosen)
+    generators = [generator_for(settings.seed, optimizer_steps, block_index, "reinit") for block_index in block_indices]
     # One block at a time: every process draws the new weights of all recycled neurons, whatever its share of the model.
     # The last one first, because it was read last and may still be in a cache.
-    for position, index, generator, known in reversed(
-        list(zip(positions, chosen, generators, statistics, strict=True))
+    for block_index, index, generator, known in reversed(
+        list(zip(block_indices, chosen, generators, statistics, strict=True))
     ):
-        agreement.note(_recycle(table, position, index, settings, generator, smooth_steps, optimizer, known))
-    for position, index in zip(positions, chosen, strict=True):
-        table.states[position].note(index, phase, step)
-    agreement.check(f"the neurons recycled at step {step}", table.blocks[positions[0]].out_slice.device)
+        checksum.note(_recycle(table, block_index, index, settings, generator, smooth_steps, optimizer, known))
+    for block_index, index in zip(block_indices, chosen, strict=True):
+        table.states[block_index].note(index, phase, step)
+    checksum.check(f"the neurons recycled at step {step}", table.blocks[block_indices[0]].out_slice.device)
+    edits = [FOLDED[settings.fold] if len(index) else "" for index in chosen]
     return left_out + [
         PhaseRecord(
-            step,
-            phase,
-            table.blocks[position].name,
-            request,
-            int(mask.count_nonzero()),
-            index.tolist(),
-            note,
-            FOLDED[settings.fold] if len(index) else "",
+            step, phase, table.blocks[block_index].name, request, int(mask.count_nonzero()), index.tolist(), *said
         )
-        for position, request, mask, index, note in zip(positions, requested, eligible, chosen, notes, strict=True)
+        for block_index, request, mask, index, *said in zip(
+            block_indices, requested, eligible, chosen, notes, edits, strict=True
+        )
     ]
 
 
-def _left_out(table: NeuronTable, positions: list[int], step: int, nothing: bool) -> list[PhaseRecord]:
+def _left_out(table: NeuronTable, block_indices: list[int], step: int, nothing: bool) -> list[PhaseRecord]:
     """Records of blocks that the next phase leaves out; a phase that has `nothing` else is skipped."""
     note = f"{SKIPPED if nothing else ''}the weights of some blocks are frozen"
     phase = table.phases + 1
-    return [PhaseRecord(step, phase, table.blocks[position].name, 0, 0, [], note) for position in positions]
+    return [PhaseRecord(step, phase, table.blocks[block_index].name, 0, 0, [], note) for block_index in block_indices]
 
 
 def _eligible(states: list[BlockState], phase: int, step: int, settings: RecyclingSettings) -> list[Tensor]:
@@ -198,8 +197,8 @@ def _eligible(states: list[BlockState], phase: int, step: int, settings: Recycli
         excluded |= young & (last_phase > 0)
     eligible = list((~excluded).split([state.num_neurons for state in states]))
     for mask, state in zip(eligible, states, strict=True):
-        if state.transition is not None:
-            mask[state.transition.index] = False
+        if state.fade_in is not None:
+            mask[state.fade_in.index] = False
     return eligible
 
 
@@ -235,7 +234,7 @@ def _reason_to_skip(magnitudes: list[Tensor], loss_is_finite: bool) -> str:
 
 def _recycle(
     table: NeuronTable,
-    position: int,
+    block_index: int,
     index: Tensor,
     settings: RecyclingSettings,
     generator: torch.Generator,
@@ -243,16 +242,16 @@ def _recycle(
     optimizer,
     statistics: Statistics,
 ) -> list[Tensor]:
-    """Gives neurons `index` of one block new weights, at once or as a transition, and returns what was written."""
+    """Gives neurons `index` of one block new weights, at once or as a fade-in, and returns what was written."""
     if not len(index):
         return []
-    block, state = table.blocks[position], table.states[position]
-    others = ~(state.pruned | state.in_transition())
+    block, state = table.blocks[block_index], table.states[block_index]
+    others = ~(state.pruned | state.fading_in())
     others[index] = False
     others = others.nonzero().flatten()
     folded = fold(settings.fold, block, statistics, index, others)
     options = Options(settings.noise_scale, others, statistics)
-    birth = REINITIALIZATIONS[settings.reinit](table.views[position], index, generator, options)
+    birth = REINITIALIZATIONS[settings.reinit](table.views[block_index], index, generator, options)
     if optimizer is not None and settings.optimizer_state != "keep":
         reset_state(optimizer, block, index, settings.optimizer_state)
     changed, values = birth.together(index)

@@ -1,31 +1,28 @@
 """Parameters that are DTensors: FSDP2 (`fully_shard`), tensor parallelism, or both."""
 
 from collections.abc import Hashable
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
+from hf_recycle.neurons.slices import ParameterSlice
 from hf_recycle.neurons.storage.base import Storage
 from hf_recycle.neurons.storage.tiles import Tile, runs, tiles_of_rectangle
-
-if TYPE_CHECKING:
-    from hf_recycle.neurons.blocks import NeuronSlice
 
 
 class DTensorStorage(Storage):
     """The tiles are what `to_local()` holds; it is edited in place, because DTensor refuses indexed assignment."""
 
-    def tiles(self, piece: "NeuronSlice") -> list[Tile]:
+    def tiles(self, piece: ParameterSlice) -> list[Tile]:
         return _local_tiles(piece, piece.parameter)
 
-    def gradient_tiles(self, piece: "NeuronSlice") -> list[Tile]:
+    def gradient_tiles(self, piece: ParameterSlice) -> list[Tile]:
         gradient = piece.parameter.grad
         return [] if gradient is None else _local_tiles(piece, gradient)
 
-    def optimizer_state(self, optimizer, piece: "NeuronSlice") -> dict[str, list[Tile] | Tensor]:
+    def optimizer_state(self, optimizer, piece: ParameterSlice) -> dict[str, list[Tile] | Tensor]:
         state = optimizer.state.get(piece.parameter, {})
         alike = piece.parameter.shape
         return {
@@ -33,7 +30,7 @@ class DTensorStorage(Storage):
             for key, value in state.items()
         }
 
-    def sum_over_processes(self, piece: "NeuronSlice", values: Tensor) -> Tensor:
+    def sum_over_processes(self, piece: ParameterSlice, values: Tensor) -> Tensor:
         # Over the mesh dimensions that cut the parameter; along the others there are copies.
         parameter = piece.parameter
         for dimension, placement in enumerate(parameter.placements):
@@ -41,12 +38,12 @@ class DTensorStorage(Storage):
                 dist.all_reduce(values, group=parameter.device_mesh.get_group(dimension))
         return values
 
-    def processes(self, piece: "NeuronSlice") -> Hashable:
+    def processes(self, piece: ParameterSlice) -> Hashable:
         parameter = piece.parameter
         return parameter.device_mesh, tuple(isinstance(placement, Replicate) for placement in parameter.placements)
 
 
-def _local_tiles(piece: "NeuronSlice", tensor: DTensor) -> list[Tile]:
+def _local_tiles(piece: ParameterSlice, tensor: DTensor) -> list[Tile]:
     local = tensor.to_local().detach()
     # Rows are counted through the matrices of all experts; a bias is a column.
     split = tensor.dim() if piece.is_bias else 1 if piece.expert is None else 2

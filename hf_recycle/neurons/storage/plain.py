@@ -1,15 +1,11 @@
 """Parameters that are ordinary tensors, whole on each process: one process, or DDP."""
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
+from hf_recycle.neurons.slices import ParameterSlice
 from hf_recycle.neurons.storage.base import Storage
 from hf_recycle.neurons.storage.tiles import MANY, Tile, to_device
-
-if TYPE_CHECKING:
-    from hf_recycle.neurons.blocks import NeuronSlice
 
 
 class PlainStorage(Storage):
@@ -17,14 +13,14 @@ class PlainStorage(Storage):
 
     sharded = False
 
-    def tiles(self, piece: "NeuronSlice") -> list[Tile]:
+    def tiles(self, piece: ParameterSlice) -> list[Tile]:
         return whole(piece, piece.parameter)
 
-    def gradient_tiles(self, piece: "NeuronSlice") -> list[Tile]:
+    def gradient_tiles(self, piece: ParameterSlice) -> list[Tile]:
         gradient = piece.parameter.grad
         return [] if gradient is None else whole(piece, gradient)
 
-    def optimizer_state(self, optimizer, piece: "NeuronSlice") -> dict[str, list[Tile] | Tensor]:
+    def optimizer_state(self, optimizer, piece: ParameterSlice) -> dict[str, list[Tile] | Tensor]:
         state = optimizer.state.get(piece.parameter, {})
         alike = piece.parameter.shape
         return {
@@ -32,7 +28,7 @@ class PlainStorage(Storage):
             for key, value in state.items()
         }
 
-    def write_full(self, piece: "NeuronSlice", index: Tensor, lines: Tensor) -> None:
+    def write_full(self, piece: ParameterSlice, index: Tensor, lines: Tensor) -> None:
         # As the general way does, in fewer operations: a phase does this for every slice.
         memory = _part(piece, piece.parameter)
         index, lines = to_device(index, memory.device), to_device(lines.to(memory.dtype), memory.device)
@@ -43,7 +39,7 @@ class PlainStorage(Storage):
         else:
             memory.index_copy_(0, index, lines)
 
-    def sum_over_processes(self, piece: "NeuronSlice", values: Tensor) -> Tensor:
+    def sum_over_processes(self, piece: ParameterSlice, values: Tensor) -> Tensor:
         return values
 
 
@@ -61,7 +57,7 @@ def _is_for_numpy(memory: Tensor, index: Tensor, count: int) -> bool:
     return index.shape[0] * MANY < count and memory.is_cpu and memory.is_contiguous() and memory.element_size() >= 4
 
 
-def whole(piece: "NeuronSlice", tensor: torch.Tensor) -> list[Tile]:
+def whole(piece: ParameterSlice, tensor: torch.Tensor) -> list[Tile]:
     """The one tile of a tensor laid out like the slice's parameter."""
     part = _part(piece, tensor)
     if piece.is_bias:
@@ -69,7 +65,7 @@ def whole(piece: "NeuronSlice", tensor: torch.Tensor) -> list[Tile]:
     return [Tile(part.T if piece.dim else part, 0, 0, has_all_neurons=True)]
 
 
-def _part(piece: "NeuronSlice", tensor: torch.Tensor) -> torch.Tensor:
+def _part(piece: ParameterSlice, tensor: torch.Tensor) -> torch.Tensor:
     """What belongs to the slice, of a tensor laid out like its parameter; a view."""
     tensor = tensor.detach()
     if piece.expert is not None:

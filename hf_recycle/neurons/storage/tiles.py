@@ -1,4 +1,4 @@
-"""Tiles: what one process holds of the lines of a `NeuronSlice`.
+"""Tiles: what one process holds of the lines of a `ParameterSlice`.
 
 A slice is a matrix of `d_ff` lines × `width` features, whatever the parameter's own layout. A process holds some
 rectangles of it: the whole, a band of neurons, a band of features, or the pieces that a range of the flattened
@@ -8,14 +8,12 @@ parameter cuts out. All the work of the storage classes is to say which; everyth
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-if TYPE_CHECKING:
-    from hf_recycle.neurons.blocks import NeuronSlice
+from hf_recycle.neurons.slices import ParameterSlice
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ class Tile:
         """Where in `index` `(n,)`, on the CPU, the neurons stand that the tile holds, int64 `(k,)` (a full slice if it
         holds them all), and in which of its rows they are, int64 `(k,)`, both on the tile's device.
 
-        Remembered as long as `index` lives, which must not be edited: the neurons in transition are looked up at every
+        Remembered as long as `index` lives, which must not be edited: the neurons that fade in are looked up at every
         step.
         """
         if self.has_all_neurons and self.values.is_cpu:
@@ -118,7 +116,7 @@ def to_device(values: Tensor, device: torch.device) -> Tensor:
     return values.to(device, non_blocking=device.type != "cpu")
 
 
-def tiles_of_rectangle(piece: "NeuronSlice", values: Tensor, row: int, column: int) -> Iterator[Tile]:
+def tiles_of_rectangle(piece: ParameterSlice, values: Tensor, row: int, column: int) -> Iterator[Tile]:
     """The tile that a rectangle of a slice's parameter holds, if any.
 
     Args:
@@ -142,7 +140,7 @@ def tiles_of_rectangle(piece: "NeuronSlice", values: Tensor, row: int, column: i
         yield Tile(values[start : stop + 1 : piece.stride], first, column, last - first == piece.length)
 
 
-def tiles_of_range(piece: "NeuronSlice", flat: Tensor, start: int, columns: int) -> Iterator[Tile]:
+def tiles_of_range(piece: ParameterSlice, flat: Tensor, start: int, columns: int) -> Iterator[Tile]:
     """The tiles that a range of the flattened parameter holds: the end of a row, whole rows, the beginning of a row.
 
     Args:

@@ -5,18 +5,14 @@ keep a whole copy of the model on each process, stage 3 a partition of it. In bo
 one range of its flattened master.
 """
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hf_recycle.neurons.slices import ParameterSlice
 from hf_recycle.neurons.storage.base import Fragments, Storage
 from hf_recycle.neurons.storage.plain import whole
 from hf_recycle.neurons.storage.tiles import Tile, tiles_of_range
-
-if TYPE_CHECKING:
-    from hf_recycle.neurons.blocks import NeuronSlice
 
 
 class ZeroStorage(Storage):
@@ -24,11 +20,11 @@ class ZeroStorage(Storage):
 
     separate_masters = True
 
-    def gradient_tiles(self, piece: "NeuronSlice") -> list[Tile]:
+    def gradient_tiles(self, piece: ParameterSlice) -> list[Tile]:
         # DeepSpeed steps inside backward: gradients are scaled by hooks on the parameters, before they are cut.
         raise NotImplementedError("DeepSpeed gives no access to gradients between backward and the step")
 
-    def sum_over_processes(self, piece: "NeuronSlice", values: Tensor) -> Tensor:
+    def sum_over_processes(self, piece: ParameterSlice, values: Tensor) -> Tensor:
         dist.all_reduce(values)
         return values
 
@@ -36,37 +32,37 @@ class ZeroStorage(Storage):
 class ReplicatedZeroStorage(ZeroStorage):
     """Stages 1 and 2: cut masters, whole copies."""
 
-    def tiles(self, piece: "NeuronSlice") -> list[Tile]:
+    def tiles(self, piece: ParameterSlice) -> list[Tile]:
         return _mapped(piece, None)
 
-    def optimizer_state(self, optimizer, piece: "NeuronSlice") -> dict[str, list[Tile] | Tensor]:
+    def optimizer_state(self, optimizer, piece: ParameterSlice) -> dict[str, list[Tile] | Tensor]:
         # By key on every process, though some hold nothing of this parameter: means are taken together.
         mapping = piece.parameter._hp_mapping
         held = {} if mapping is None else mapping.optim_fragment
         keys = {key for state in optimizer.state.values() for key, value in state.items() if _is_flat(value)}
         return {key: _mapped(piece, key) for key in sorted(keys | set(held))}
 
-    def group_of(self, piece: "NeuronSlice", optimizer) -> int:
+    def group_of(self, piece: ParameterSlice, optimizer) -> int:
         groups = _with(optimizer, "bit16_groups").bit16_groups
         return next((i for i, group in enumerate(groups) if any(p is piece.parameter for p in group)), -1)
 
-    def publish(self, piece: "NeuronSlice", index: Tensor) -> None:
+    def publish(self, piece: ParameterSlice, index: Tensor) -> None:
         self.write_forward(piece, index, self.read(piece, index))
 
-    def write_forward(self, piece: "NeuronSlice", index: Tensor, fragments: Fragments) -> None:
-        lines = self.join(piece, index, fragments).reshape(len(index), -1)
+    def write_forward(self, piece: ParameterSlice, index: Tensor, fragments: Fragments) -> None:
+        lines = self.gather(piece, index, fragments).reshape(len(index), -1)
         [tile] = whole(piece, piece.parameter)
         tile.write(tile.rows(index)[1], lines)
 
-    def read_forward(self, piece: "NeuronSlice", index: Tensor) -> Fragments:
+    def read_forward(self, piece: ParameterSlice, index: Tensor) -> Fragments:
         [tile] = whole(piece, piece.parameter)
-        return self.cut(piece, index, tile.read(tile.rows(index)[1]))
+        return self.shard(piece, index, tile.read(tile.rows(index)[1]))
 
-    def clear(self, piece: "NeuronSlice", index: Tensor) -> None:
+    def clear(self, piece: ParameterSlice, index: Tensor) -> None:
         super().clear(piece, index)
         self.fill(whole(piece, piece.parameter), index, 0.0)
 
-    def scale(self, piece: "NeuronSlice", factors: Tensor) -> None:
+    def scale(self, piece: ParameterSlice, factors: Tensor) -> None:
         super().scale(piece, factors)
         # Each process scales its own copy. In half precision that rounds once more than a copy of the scaled master
         # would, until the engine's next step copies the masters again; in float32 it is the same.
@@ -78,10 +74,10 @@ class ReplicatedZeroStorage(ZeroStorage):
 class PartitionedZeroStorage(ZeroStorage):
     """Stage 3: cut masters, copies cut alike."""
 
-    def tiles(self, piece: "NeuronSlice") -> list[Tile]:
+    def tiles(self, piece: ParameterSlice) -> list[Tile]:
         return _partitioned(piece, _master(piece.parameter))
 
-    def optimizer_state(self, optimizer, piece: "NeuronSlice") -> dict[str, list[Tile] | Tensor]:
+    def optimizer_state(self, optimizer, piece: ParameterSlice) -> dict[str, list[Tile] | Tensor]:
         parameter = piece.parameter
         group, _, _ = _position(parameter)
         flat = parameter._z3_optimizer.fp32_partitioned_groups_flat[group]
@@ -91,27 +87,27 @@ class PartitionedZeroStorage(ZeroStorage):
             for key, value in state.items()
         }
 
-    def group_of(self, piece: "NeuronSlice", optimizer) -> int:
+    def group_of(self, piece: ParameterSlice, optimizer) -> int:
         zero = getattr(piece.parameter, "_z3_optimizer", None)  # a parameter that was frozen from the start has none
         return -1 if zero is None else zero.sub_group_to_group_id[_position(piece.parameter)[0]]
 
-    def publish(self, piece: "NeuronSlice", index: Tensor) -> None:
+    def publish(self, piece: ParameterSlice, index: Tensor) -> None:
         self.write_forward(piece, index, self.read(piece, index))
 
-    def write_forward(self, piece: "NeuronSlice", index: Tensor, fragments: Fragments) -> None:
+    def write_forward(self, piece: ParameterSlice, index: Tensor, fragments: Fragments) -> None:
         for tile, values in zip(_partitioned(piece, piece.parameter.ds_tensor), fragments, strict=True):
             tile.write(tile.rows(index)[1], values)
         _refresh(piece.parameter)
 
-    def read_forward(self, piece: "NeuronSlice", index: Tensor) -> Fragments:
+    def read_forward(self, piece: ParameterSlice, index: Tensor) -> Fragments:
         return [tile.read(tile.rows(index)[1]) for tile in _partitioned(piece, piece.parameter.ds_tensor)]
 
-    def clear(self, piece: "NeuronSlice", index: Tensor) -> None:
+    def clear(self, piece: ParameterSlice, index: Tensor) -> None:
         super().clear(piece, index)
         self.fill(_partitioned(piece, piece.parameter.ds_tensor), index, 0.0)
         _refresh(piece.parameter)
 
-    def scale(self, piece: "NeuronSlice", factors: Tensor) -> None:
+    def scale(self, piece: ParameterSlice, factors: Tensor) -> None:
         super().scale(piece, factors)
         copies = _partitioned(piece, piece.parameter.ds_tensor)
         for master, copied in zip(self.tiles(piece), copies, strict=True):
@@ -130,7 +126,7 @@ def _is_flat(value: object) -> bool:
     return isinstance(value, Tensor) and value.dim() == 1 and value.numel() > 1
 
 
-def _mapped(piece: "NeuronSlice", key: str | None) -> list[Tile]:
+def _mapped(piece: ParameterSlice, key: str | None) -> list[Tile]:
     """Tiles of this process' fragment of the master (or of one optimizer state) of a parameter, stages 1 and 2."""
     parameter = piece.parameter
     mapping = parameter._hp_mapping
@@ -155,7 +151,7 @@ def _master(parameter, key: str | None = None) -> Tensor:
     return (flat if key is None else zero.optimizer.state[flat][key]).detach().narrow(0, offset, length)
 
 
-def _partitioned(piece: "NeuronSlice", partition: Tensor) -> list[Tile]:
+def _partitioned(piece: ParameterSlice, partition: Tensor) -> list[Tile]:
     """Tiles of a stage 3 partition, without the padding behind the last one."""
     parameter = piece.parameter
     partition = partition.detach()

@@ -54,9 +54,9 @@ def check_content(
     if len(table) and (latest := int(table["step"].to_numpy().max())) > stats["step"]:
         fail(folder / _HISTORY, f"it records step {latest} and the summary was made at step {stats['step']}")
     _check_counters(folder / _STATE, config, tensors, stats)
-    in_transition = sum(_check_transition(folder / _STATE, block, config, tensors, stats) for block in config["blocks"])
-    if in_transition != stats["neurons"]["in_transition"]:
-        fail(folder, f"{in_transition} neurons are in transition and the summary says otherwise")
+    fading_in = sum(_check_fade_in(folder / _STATE, block, config, tensors, stats) for block in config["blocks"])
+    if fading_in != stats["neurons"]["fading_in"]:
+        fail(folder, f"{fading_in} neurons are fading in and the summary says otherwise")
 
 
 def _check_counters(
@@ -79,35 +79,35 @@ def _check_counters(
                 fail(path, f"{kind} of block {block['name']} holds {largest} after {limit} {unit}")
 
 
-def _check_transition(
+def _check_fade_in(
     path: Path,
     block: Mapping[str, Any],
     config: Mapping[str, Any],
     tensors: Mapping[str, torch.Tensor],
     stats: Mapping[str, Any],
 ) -> int:
-    """Checks the neurons of a block that are in transition; returns how many they are."""
-    name, prefix = block["name"], f"{block['name']}/transition/"
+    """Checks the neurons of a block that are fading in; returns how many they are."""
+    name, prefix = block["name"], f"{block['name']}/fade_in/"
     found = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
     if not found:
         return 0
     index, age = found.pop("index", None), found.pop("age", None)
     for key, values in (("index", index), ("age", age)):
         if values is None or values.dtype != torch.int64 or values.dim() != 1 or not len(values):
-            fail(path, f"the {key} of the transitions of block {name} is missing or has the wrong type")
+            fail(path, f"the {key} of the fade-ins of block {name} is missing or has the wrong type")
     if not (((index >= 0) & (index < block["num_neurons"])).all() and len(index.unique()) == len(index)):
-        fail(path, f"the transitions of block {name} name neurons twice, or that it does not have")
-    # A neuron leaves its transition at the end, and an optimizer takes at most one step in one of the Trainer's.
+        fail(path, f"the fade-ins of block {name} name neurons twice, or that it does not have")
+    # A neuron leaves its fade-in at the end, and an optimizer takes at most one step in one of the Trainer's.
     since = stats["step"] - tensors[f"{name}/last_step"][index]
     steps = config["arguments"].get("recycle_smooth_steps")
     beyond = age >= steps if isinstance(steps, int | float) and steps >= 1 else torch.zeros_like(age, dtype=torch.bool)
     if len(age) != len(index) or (age < 0).any() or (age > since).any() or beyond.any():
-        fail(path, f"the transitions of block {name} have ages that no transition can have")
+        fail(path, f"the fade-ins of block {name} have ages that no fade-in can have")
     for key, values in found.items():
         side, _, role = key.partition("/")
         other = found.get(f"{'new' if side == 'old' else 'old'}/{role}")
         if side not in ("old", "new") or other is None or other.shape != values.shape:
-            fail(path, f"{prefix}{key} has no weights on the other side of the transition")
+            fail(path, f"{prefix}{key} has no weights on the other side of the fade-in")
         if not (values.is_floating_point() and values.shape[:1] == index.shape and values.isfinite().all()):
             fail(path, f"{prefix}{key} holds no finite weights for {len(index)} neurons")
     return len(index)
