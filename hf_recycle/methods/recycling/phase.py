@@ -169,13 +169,10 @@ def run_phase(
         table.states[block_index].note(index, phase, step)
     checksum.check(f"the neurons recycled at step {step}", table.blocks[block_indices[0]].out_slice.device)
     edits = [FOLDED[settings.fold] if len(index) else "" for index in chosen]
+    columns = block_indices, requested, eligible, chosen, notes, edits
     return left_out + [
-        PhaseRecord(
-            step, phase, table.blocks[block_index].name, request, int(mask.count_nonzero()), index.tolist(), *said
-        )
-        for block_index, request, mask, index, *said in zip(
-            block_indices, requested, eligible, chosen, notes, edits, strict=True
-        )
+        PhaseRecord(step, phase, table.blocks[number].name, request, int(mask.count_nonzero()), index.tolist(), *said)
+        for number, request, mask, index, *said in zip(*columns, strict=True)
     ]
 
 
