@@ -83,7 +83,8 @@ class Probe:
         scaler = getattr(run.optimizer, "scaler", None) if wants_gradients else None
         scale = scaler.get_scale() if scaler is not None and scaler.is_enabled() else 1.0
         loss_of, seed = run.loss_of or model_loss, generator_for(self._seed, step, 0, "probe dropout").initial_seed()
-        hooks = [hook for each in sums for hook in each.register(scale)]
+        # The loss is the mean over processes.
+        hooks = [hook for each in sums for hook in each.register(scale * args.world_size)]
         try:
             with (
                 run.attached() if wants_gradients else nullcontext(),
@@ -138,7 +139,7 @@ class _Sums:
         self._input: Tensor | None = None
 
     def register(self, scale: float) -> list[Any]:
-        """Hooks on the block's projections."""
+        """Hooks on the block's projections; they meet gradients that are `scale` times too large."""
         out = self._block.out_slice.module
         hooks = [out.register_forward_pre_hook(_Hook(partial(self._see_activations, scale)))]
         if "descent" in self._names:

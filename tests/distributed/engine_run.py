@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "trainer"))
 sys.path.insert(0, str(Path(__file__).parent))
 import overflow
 import precision
-from matrix import ENGINES, GLOBAL_BATCH, METHODS, PRECISIONS, VARIANTS
+from matrix import ENGINES, GLOBAL_BATCH, GRADIENT_METHODS, METHODS, PRECISIONS, VARIANTS
 from processes import run_in_processes
 
 from hf_recycle.speed import onednn
@@ -92,7 +92,7 @@ def run(
             "magnitude_steps": MIDDLE,
         }
         | (ENGINES | VARIANTS)[engine_name].arguments(str(folder))
-        | METHODS[method]
+        | (METHODS | GRADIENT_METHODS)[method]
         | PRECISIONS[precision_name]
         | (precision.bf16_settings(method) if precision_name == "bf16" else {})
         | overflow.ARGUMENTS.get(how, {})
