@@ -34,7 +34,6 @@ from hf_recycle.methods.settings import flat
 from hf_recycle.neurons.slices import full_shape
 from hf_recycle.neurons.table import NeuronTable
 from hf_recycle.records.recorder import HistoryRecorder
-from hf_recycle.speed.host_memory import sparse_tied_gradient
 from hf_recycle.speed.onednn import is_available, onednn_forwards
 from hf_recycle.speed.recomputation import recomputing_forwards
 from hf_recycle.trainer.masked_lm import MaskedLanguageModelingMixin
@@ -206,8 +205,6 @@ class RecyclingTrainer(RunStartMixin, HubMixin, CheckpointMixin, MaskedLanguageM
         if self.args.recompute_activations and not self.steps_aside and table is not None and can_recompute(self):
             forwards |= recomputing_forwards(table.blocks, forwards)
         self._savings = [partial(replaced_forwards, forwards), self.head_attached]
-        if self.can_sum_sparsely():
-            self._savings.append(partial(sparse_tied_gradient, self.model))
 
     @contextmanager
     def _saving(self) -> Iterator[None]:

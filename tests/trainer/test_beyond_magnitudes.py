@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from tiny_runs import assert_same_weights, losses, masked_sentences, tiny_bert, tiny_modernbert
+from support.tiny_runs import assert_same_weights, losses, masked_sentences, tiny_bert, tiny_modernbert
 from transformers import default_data_collator
 
 from hf_recycle.methods import pruning

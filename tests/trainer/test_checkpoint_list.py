@@ -19,7 +19,8 @@ SETTINGS = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "recycle_
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """The folder of a run with `checkpoint-2` and `checkpoint-4`. Not to be changed."""
-    from tiny_runs import sentences, tiny_bert, word_tokenizer
+    from support.tiny_runs import sentences, tiny_bert
+    from support.words import word_tokenizer
     from transformers import DataCollatorForLanguageModeling
 
     from hf_recycle import RecyclingArguments, RecyclingTrainer
@@ -118,7 +119,7 @@ def test_a_checkpoint_under_the_name_of_another_step_is_refused(checkpoint):
         check_list(checkpoint.with_name("best").rename(checkpoint.with_name("checkpoint-7")))
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"format_version": 1, "files": [1]}'])
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"format_version": 2, "files": [1]}'])
 def test_a_damaged_list_is_named(content, checkpoint):
     (checkpoint / LIST_FILE).write_text(content)
     with pytest.raises(RecyclingFileError, match=LIST_FILE):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_runs import losses, masked_sentences, tiny_bert, tiny_modernbert
+from support.tiny_runs import losses, masked_sentences, tiny_bert, tiny_modernbert
 from torch.utils.data import IterableDataset
 from transformers import default_data_collator
 
