@@ -43,6 +43,9 @@ class Overtraining(Method):
                 f"{smallest.name} is less than one: raise it."
             )
 
+    def acting_steps(self, max_steps: int) -> range:
+        return range(self.settings.steps, max_steps + 1, self.settings.steps)
+
     def after_step(self, info: StepInfo) -> None:
         if not info.stepped or info.optimizer_steps % self.settings.steps:
             return
