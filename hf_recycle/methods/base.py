@@ -34,7 +34,8 @@ class Run:
         train_dataloader: the Trainer's.
         loss_of: the loss of a batch, to be averaged over processes; None: the one that the model returns.
         attached: within this context, the backward pass of `loss_of` may compute parts of the forward pass again.
-        extra_batches: extra batches of the training data, by their seed; None: over the data of the loader.
+        extra_batches: extra batches of the training data, by their seed and the argument that asks for them; None: over
+            the data of the loader.
     """
 
     model: nn.Module
@@ -49,7 +50,7 @@ class Run:
     train_dataloader: Any
     loss_of: LossOf | None
     attached: Callable[[], AbstractContextManager]
-    extra_batches: Callable[[int], ExtraBatches] | None
+    extra_batches: Callable[[int, str], ExtraBatches] | None
 
     def is_trained(self, block: FeedForward) -> bool:
         """Whether the optimizer changes a block's weights now: they may be frozen, also for a while only."""

@@ -50,7 +50,7 @@ class NeuronMethods(TrainerCallback):
         ff_blocks: str | None = None,
         loss_of: LossOf | None = None,
         attached: Callable[[], AbstractContextManager] = nullcontext,
-        extra_batches: Callable[[int], ExtraBatches] | None = None,
+        extra_batches: Callable[[int, str], ExtraBatches] | None = None,
     ):
         self.ff_pattern, self.ff_blocks = ff_pattern, ff_blocks
         self.methods: list[Method] = []

@@ -103,6 +103,9 @@ class BlockView:
     def read(self, index: Tensor) -> dict[str, Tensor]:
         return self.block.read(index)
 
+    def norms(self) -> tuple[Tensor, Tensor]:
+        return self.block.norms()
+
 
 @dataclass
 class NeuronTable:

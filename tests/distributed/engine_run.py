@@ -18,7 +18,7 @@ from unittest import mock
 
 import precision
 import torch
-from matrix import ENGINES, GLOBAL_BATCH, LAYOUTS, METHODS, ON_LAYOUTS, PRECISIONS, VARIANTS
+from matrix import ENGINES, GLOBAL_BATCH, GRADIENT_METHODS, LAYOUTS, METHODS, ON_LAYOUTS, PRECISIONS, VARIANTS
 from support import overflow
 from support.processes import run_in_processes
 from torch._dynamo.utils import counters
@@ -87,7 +87,7 @@ def run(
             "magnitude_steps": MIDDLE,
         }
         | (ENGINES | VARIANTS)[engine_name].arguments(str(folder))
-        | METHODS[method]
+        | (METHODS | GRADIENT_METHODS)[method]
         | PRECISIONS[precision_name]
         | (precision.bf16_settings(method) if precision_name == "bf16" else {})
         | overflow.ARGUMENTS.get(how, {})

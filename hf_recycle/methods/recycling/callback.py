@@ -4,6 +4,8 @@ from transformers.utils import logging
 
 from hf_recycle.methods.base import Method, Run, StepInfo
 from hf_recycle.methods.coordinator import NeuronCallback
+from hf_recycle.methods.folding import check_can_fold
+from hf_recycle.methods.probe import Probe
 from hf_recycle.methods.recycling.fade_in import (
     blend_weights,
     hook_gradients,
@@ -11,7 +13,7 @@ from hf_recycle.methods.recycling.fade_in import (
     resume_fade_ins,
     scale_gradients,
 )
-from hf_recycle.methods.recycling.phase import run_phase
+from hf_recycle.methods.recycling.phase import needs_of_settings, run_phase
 from hf_recycle.methods.recycling.selection import is_immune
 from hf_recycle.methods.schedule import PhaseSchedule
 from hf_recycle.methods.settings import RecyclingSettings
@@ -44,6 +46,9 @@ class Recycling(Method):
         self.smooth_steps = settings.smooth_steps or 0
         check_optimizer(run.optimizer, "recycle_steps", settings.steps)
         check_can_reset(run.optimizer, settings.optimizer_state, run.table.blocks)
+        check_can_fold(settings.fold, [self.table.blocks[index] for index in self._layers], "recycle_fold")
+        wanted = needs_of_settings(settings)
+        self.probe = Probe(run, settings.seed, settings.probe_batches, wanted, "recycling") if wanted else None
         self._gradients_scaled = self._state_checked = False
         self._check_weights()
         self._check_initial_distribution()
@@ -85,7 +90,9 @@ class Recycling(Method):
         # What can't be drawn is said now rather than at the first phase.
         for index in self._layers:
             view = self.table.views[index]
-            roles = {"initial": None, "matched_normal": view.bias_roles}.get(self.settings.reinit, [])
+            inner = [piece.role for piece in view.block.slices if piece.role != "out"]
+            drawn = {"initial": None, "matched_normal": view.bias_roles, "zero_out": inner, "gradmax": inner}
+            roles = drawn.get(self.settings.reinit, [])
             view.sample_initial(1, generator_for(0, 0, index, "check"), roles)
 
     def _warn_about_settings(self) -> None:
@@ -142,6 +149,7 @@ class Recycling(Method):
             optimizer=self.run.optimizer,
             loss_is_finite=info.loss_is_finite(),
             frozen=self.run.frozen(),
+            gather=self.probe and self.probe.gather,
         )
         for record in records:
             self.run.recorder.phase(**vars(record))
