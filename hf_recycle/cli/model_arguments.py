@@ -15,8 +15,8 @@ def add_trust_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trust_pickle",
         action="store_true",
-        help="Read the pytorch_model.bin of a repository without safetensors: whoever wrote it may be able to run code on "
-        "this machine.",
+        help="Read the pytorch_model.bin of a repository without safetensors: whoever wrote it may be able to run code "
+        "on this machine.",
     )
 
 
