@@ -49,6 +49,14 @@ class FeedForward:
         """The columns of the out-projection."""
         return self.slices[-1]
 
+    @property
+    def out_bias(self) -> NeuronSlice | None:
+        """The out-projection's bias, which belongs to no neuron, as a slice of `d_model` lines; None without one."""
+        module, expert = self.out_slice.module, self.out_slice.expert
+        if expert is not None or getattr(module, "bias", None) is None:
+            return None
+        return NeuronSlice("out.bias", module, "bias", dim=0, offset=0, length=self.out_slice.width)
+
     @cached_property
     def weight_slices(self) -> tuple[NeuronSlice, ...]:
         """All but the biases."""
@@ -75,6 +83,10 @@ class FeedForward:
         Source: *Neuron Recycling*, section "Magnitude".
         """
         return magnitudes_of([self])[0]
+
+    def out_columns(self) -> Tensor:
+        """A copy of the out-projection, a row for each neuron: `(d_ff, d_model)`."""
+        return self.out_slice.storage.read_full(self.out_slice, torch.arange(self.num_neurons))
 
     def read(self, index: Tensor) -> dict[str, Tensor]:
         """Copies of the weights of neurons `index` `(n,)`: `{role: (n, width)}`, biases `(n,)`."""
