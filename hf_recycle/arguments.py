@@ -2,13 +2,18 @@
 
 import math
 import os
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from transformers import TrainingArguments
+from transformers.training_args import OptimizerNames
 
 from hf_recycle.methods.arguments import OwnArguments
 from hf_recycle.methods.settings import LARGEST, METHODS, MOST, Settings
+
+MUON = "muon"
+"""An optimizer that transformers has no name for, see `hf_recycle.trainer.muon`."""
+OPTIMIZERS = [*(each.value for each in OptimizerNames), MUON]
 
 
 def check_training_numbers(arguments: TrainingArguments) -> None:
@@ -36,9 +41,25 @@ class RecyclingArguments(OwnArguments, TrainingArguments):
     off. A value that is not allowed raises a `ValueError` that names the field, the value and what is allowed.
     """
 
+    optim: str = field(
+        default=TrainingArguments.optim,
+        metadata={
+            "help": "The optimizer: one that transformers names (OptimizerNames), or muon: Muon for the matrices in "
+            "layers, AdamW for everything else; optim_args takes momentum, nesterov, ns_steps and adjust_lr_fn.",
+            "choices": OPTIMIZERS,
+        },
+    )
+
     def __post_init__(self):
         check_training_numbers(self)
+        chosen = self.optim
+        if chosen not in OPTIMIZERS:
+            raise ValueError(f"optim={chosen!r} is not allowed: it must be one of {', '.join(OPTIMIZERS)}.")
+        if chosen == MUON:
+            self.optim = TrainingArguments.optim  # one that the parent class knows
         super().__post_init__()
+        if chosen == MUON:
+            self.optim = MUON
         self.output_dir = os.path.abspath(self.output_dir)  # also where the working directory changes later
         for method in METHODS:
             self.method_settings(method)

@@ -1,6 +1,6 @@
 """Model and data arguments of the command line; their names are those of transformers' `run_mlm.py`."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from hf_recycle.errors import UserError
@@ -91,7 +91,9 @@ class ModelArguments:
 class DataArguments:
     """Which texts are trained on, and how they become sequences."""
 
-    dataset_name: str | None = _argument(None, "Dataset of the Hub or local dataset folder.")
+    dataset_name: str | None = _argument(
+        None, "Dataset of the Hub or local dataset folder; or facts: the built-in task of learning facts by heart."
+    )
     dataset_config_name: str | None = _argument(None, "Configuration of dataset_name.")
     text_column: str | None = _argument(None, "Column that holds the text; 'text' or the only column of strings.")
     train_file: str | None = _argument(
@@ -123,6 +125,11 @@ class DataArguments:
     preprocessing_num_workers: int | None = _argument(None, "Processes that tokenise.")
     max_train_samples: int | None = _argument(None, "Train on at most so many sequences.")
     max_eval_samples: int | None = _argument(None, "Evaluate on at most so many sequences.")
+    facts_keys: int = _argument(64, "dataset_name=facts: number of keys; a fact says which value two of them have.")
+    facts_values: int = _argument(64, "dataset_name=facts: number of values.")
+    facts_number: int | None = _argument(None, "dataset_name=facts: number of facts. None: one for each pair of keys.")
+    facts_tasks: int = _argument(1, "dataset_name=facts: tasks one after the other, with the same keys and new values.")
+    facts_epochs: int = _argument(1, "dataset_name=facts: epochs of a task before the next one comes.")
 
     def __post_init__(self) -> None:
         """Check what can be checked without loading anything."""
@@ -154,6 +161,7 @@ class DataArguments:
             value = getattr(self, name)
             if value is not None:
                 check_text_file(name, value)
+        self._check_facts()
 
     def mask_rates(self) -> MaskRates | None:
         """The schedule of the share that is masked, if there is one.
@@ -168,6 +176,33 @@ class DataArguments:
         except ValueError as error:
             raise UserError(str(error)) from None
 
+    @property
+    def are_facts(self) -> bool:
+        """Whether the data is the built-in task of facts. (A folder of that name is `./facts`.)"""
+        return self.dataset_name == FACTS
+
+    def _check_facts(self) -> None:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if not item.name.startswith("facts_") or value == item.default:
+                continue
+            if not self.are_facts:
+                raise UserError(f"{item.name}={value} is a setting of dataset_name={FACTS!r}; pass that too")
+            if value < 1:
+                raise UserError(f"{item.name}={value} must be at least 1")
+        if self.facts_number is not None and self.facts_number > self.facts_keys**2:
+            raise UserError(
+                f"facts_number={self.facts_number} is more than the {self.facts_keys**2} pairs of facts_keys="
+                f"{self.facts_keys} keys; lower it, or raise facts_keys"
+            )
+        if self.are_facts and self.streaming:
+            raise UserError(
+                f"streaming=True can't be used with dataset_name={FACTS!r}, which is built in; leave it out"
+            )
+
+
+FACTS = "facts"
+"""The name of the built-in task of facts."""
 
 # The endings that name a builder of `datasets`, and those of compression it sees through by itself.
 BUILDERS = {

@@ -86,3 +86,11 @@ class OwnArguments(_OfMethods):
         default=False,
         metadata={"help": "Tag the commit of each published checkpoint as step-N. With push_to_hub."},
     )
+    hub_license: str | None = field(
+        default=None,
+        metadata={"help": "License of the model, for its card, as the Hub names it: apache-2.0, mit, cc-by-4.0, ..."},
+    )
+    hub_language: list[str] | None = field(
+        default=None,
+        metadata={"help": "Languages of the training data, for the model's card, by their ISO 639 codes: en, de, ..."},
+    )

@@ -63,10 +63,11 @@ class _Places:
 
 
 def _is_watched(model: nn.Module) -> bool:
-    """Whether the model has hooks that are of none of the libraries that train it."""
+    """Whether the model has hooks that look at the block's positions: of none of the libraries that train it, or ours
+    that say so."""
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     hooks = (hook for module in model.modules() for kind in kinds for hook in getattr(module, kind).values())
-    return not all(map(is_hook_of_a_library, hooks))
+    return any(getattr(hook, "sees_all_positions", False) or not is_hook_of_a_library(hook) for hook in hooks)
 
 
 def _in_backward() -> bool:

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, IterableDataset
-from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, set_seed
+from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, default_data_collator, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_recycle.checkpoints.claims import claimed
 from hf_recycle.data.arguments import DataArguments, ModelArguments
+from hf_recycle.data.facts import Facts, facts_tokenizer
 from hf_recycle.data.loading import load_data, unigram_entropy
 from hf_recycle.data.model import load_model, pin_revision
 from hf_recycle.data.sources import load_texts
@@ -57,6 +58,7 @@ class Run:
         args = arguments.training
         check_process_count(args.world_size)
         check_same(asdict(arguments.model) | asdict(arguments.data) | shared_arguments(args))
+        check_facts(arguments)
         _check_folder(args.output_dir)
         # A second run in the folder is refused before its data is prepared, and what a killed one left is put right.
         with claimed(Path(args.output_dir), args):
@@ -127,10 +129,12 @@ def prepare_data(
 ) -> tuple[PreTrainedTokenizerBase, Dataset | IterableDataset, Dataset | IterableDataset | None]:
     """The tokenizer (loaded, or trained on the texts), and the training and validation sequences."""
     for name in ("whole_word_mask", "mlm_probability_schedule"):
-        if getattr(data, name) and model.task != "mlm":
-            raise UserError(
-                f"{name}={getattr(data, name)} says what is masked, and task={model.task!r} masks nothing; leave it out"
-            )
+        if getattr(data, name) and (model.task != "mlm" or data.are_facts):
+            why = "the facts say so themselves" if data.are_facts else f"task={model.task!r} masks nothing"
+            raise UserError(f"{name}={getattr(data, name)} says what is masked, and {why}; leave it out")
+    if data.are_facts:
+        facts = Facts.of(data)
+        return facts_tokenizer(facts.keys, facts.values), facts, facts.last_task()
     texts = load_texts(data)
     name = model.tokenizer_name or model.model_name_or_path or model.config_name
     if name:
@@ -145,6 +149,8 @@ def prepare_data(
 
 def make_collator(arguments: RunArguments, tokenizer: PreTrainedTokenizerBase) -> Callable[[Any], Any]:
     """The collator of the task: masks tokens, or repeats them as labels."""
+    if arguments.data.are_facts:
+        return default_data_collator  # what is masked, and what belongs there, is in the data
     masking = {
         "mlm_probability": arguments.data.mlm_probability,
         "mask_rates": arguments.data.mask_rates(),
@@ -213,6 +219,25 @@ def find_checkpoint(output_dir: str, resume: str | None) -> str | None:
             "checkpoint-N folders, or pass true for the last one in output_dir"
         )
     return resume
+
+
+def check_facts(arguments: RunArguments) -> None:
+    """Raises a UserError for what can't be used with the built-in task of facts."""
+    model, data, training = arguments.model, arguments.data, arguments.training
+    if not data.are_facts:
+        return
+    if model.task != "mlm":
+        raise UserError(f"task={model.task!r} can't be used with dataset_name={data.dataset_name!r}; use task=mlm")
+    if model.tokenizer_name:
+        raise UserError(
+            f"tokenizer_name={model.tokenizer_name!r} can't be used with dataset_name={data.dataset_name!r}, which has "
+            "words of its own; leave it out"
+        )
+    if data.facts_tasks > 1 and training.train_sampling_strategy != "sequential":
+        raise UserError(
+            f"facts_tasks={data.facts_tasks} needs train_sampling_strategy=sequential, so that tasks come one after "
+            "the other (within one, facts are shuffled anyway)"
+        )
 
 
 def check_evaluation(args: Any, validation: Any) -> None:

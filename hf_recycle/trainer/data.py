@@ -178,15 +178,18 @@ class ReproducibleDataMixin(Trainer):
 
     # ---- Extra batches ----
 
-    def extra_batches(self, seed: int) -> ExtraBatches:
+    def extra_batches(self, seed: int, wanted_by: str) -> ExtraBatches:
         """Extra batches of the training set, with an order and masks of their own.
+
+        Args:
+            wanted_by: the argument that asks for it, for messages.
 
         Raises:
             ValueError: if the training set is a stream.
         """
         dataset, collator = self.train_dataset, self.data_collator
         if isinstance(dataset, datasets.Dataset):
-            dataset = self._remove_unused_columns(dataset, description="overtraining")
+            dataset = self._remove_unused_columns(dataset, description="extra batches")
         else:
-            collator = self._get_collator_with_removed_columns(collator, description="overtraining")
-        return ExtraBatches(dataset, collator, seed)
+            collator = self._get_collator_with_removed_columns(collator, description="extra batches")
+        return ExtraBatches(dataset, collator, seed, wanted_by)

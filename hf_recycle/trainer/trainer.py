@@ -10,7 +10,7 @@ import torch
 from transformers import Trainer
 from transformers.utils import logging
 
-from hf_recycle.arguments import RecyclingArguments, check_training_numbers
+from hf_recycle.arguments import MUON, RecyclingArguments, check_training_numbers
 from hf_recycle.card.run_meter import RunMeter
 from hf_recycle.checkpoints.resuming import CheckpointMixin
 from hf_recycle.checkpoints.run_start import RunStartMixin
@@ -37,6 +37,7 @@ from hf_recycle.records.recorder import HistoryRecorder
 from hf_recycle.speed.onednn import is_available, onednn_forwards
 from hf_recycle.speed.recomputation import recomputing_forwards
 from hf_recycle.trainer.language_modeling import LanguageModelingMixin
+from hf_recycle.trainer.muon import MuonWithAdamW, muon_arguments
 from hf_recycle.utils.forwards import replaced_forwards
 
 logger = logging.get_logger(__name__)
@@ -82,6 +83,8 @@ class RecyclingTrainer(RunStartMixin, HubMixin, CheckpointMixin, LanguageModelin
         self.meter = RunMeter()
         # What the caller knows of the run and the trainer can't, for its card: keys of `run_schema.RUN_SCHEMA`.
         self.run_context: dict[str, Any] = {}
+        words = {"license": args.hub_license, "language": args.hub_language}
+        self.card_words = {name: value for name, value in words.items() if value}
         super().__init__(model, args, *positional, **kwargs)
         check_engine(self)
         self._settle_arguments()
@@ -225,6 +228,12 @@ class RecyclingTrainer(RunStartMixin, HubMixin, CheckpointMixin, LanguageModelin
         start |= {f"the model's {name}": value for name, value in (config.to_dict() if config else {}).items()}
         start |= {f"the shape of {name}": full_shape(value) for name, value in self.model.named_parameters()}
         return start | {"the number of training examples": getattr(self.train_dataset, "__len__", lambda: None)()}
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args, model=None):
+        if args.optim != MUON:
+            return Trainer.get_optimizer_cls_and_kwargs(args, model)
+        return MuonWithAdamW, muon_arguments(args, model)
 
     def create_optimizer(self, model=None):
         optimizer = super().create_optimizer(model)

@@ -9,6 +9,7 @@ from hf_recycle.analysis.evaluation import LanguageModel
 from hf_recycle.analysis.pruning import PruneSettings, measure_curve
 from hf_recycle.errors import UserError
 from hf_recycle.methods.recycling.selection import CRITERIA
+from hf_recycle.methods.registry import by_weights
 from hf_recycle.mlm.tasks import TASKS
 
 
@@ -41,7 +42,7 @@ def loss_by_hand(model, task, made):
     return total / count
 
 
-@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("criterion", list(by_weights(CRITERIA)))
 @pytest.mark.parametrize("name", ["bert", "gpt2", "modernbert", "albert"])
 def test_a_curve_is_the_loss_with_the_out_columns_masked(name, criterion, family_named, perturb):
     family = family_named(name)
@@ -86,9 +87,9 @@ def test_an_interrupted_measurement_leaves_the_model_whole(family_named, perturb
 def test_settings_in_words():
     settings = PruneSettings.parse("random, low_magnitude", "1,0.25,0", 3, None)
     assert (settings.criteria, settings.shares) == (("random", "low_magnitude"), (0, 0.25, 1))
-    assert PruneSettings.parse(None, None, 0, None).criteria == tuple(CRITERIA)
+    assert PruneSettings.parse(None, None, 0, None).criteria == tuple(by_weights(CRITERIA))
     for shares in ("1.5", "-0.1", "half", "", str(math.nan)):
         with pytest.raises(UserError, match="must be numbers in"):
             PruneSettings.parse(None, shares, 0, None)
-    with pytest.raises(UserError, match=r"unknown criterion 'low'; .*low_magnitude"):
+    with pytest.raises(UserError, match=r"criterion 'low', which is unknown; .*low_magnitude"):
         PruneSettings.parse("low", None, 0, None)

@@ -111,7 +111,9 @@ class PartitionedZeroStorage(ZeroStorage):
         super().scale(piece, factors)
         copies = _partitioned(piece, piece.parameter.ds_tensor)
         for master, copied in zip(self.tiles(piece), copies, strict=True):
-            copied.values.copy_(master.values)
+            # The copies of others may hold something else, as those of neurons that fade in do.
+            changed = (factors != 1)[copied.neurons].to(copied.values.device).unsqueeze(1)
+            copied.values.copy_(torch.where(changed, master.values, copied.values))
         _refresh(piece.parameter)
 
 
