@@ -77,6 +77,6 @@ class RecyclingArguments(OwnArguments, TrainingArguments):
     def method_arguments(self) -> dict[str, Any]:
         """All settings of all methods, flat: what `recycling_config.json` records."""
         names = [method.prefix + item.name for method in METHODS for item in fields(method)]
-        names += ["masked_head", "recompute_activations", "onednn_linear", "deterministic_masking"]
+        names += ["masked_head", "chunked_head", "recompute_activations", "onednn_linear", "deterministic_masking"]
         names += ["ff_pattern", "ff_blocks"]
         return {name: getattr(self, name) for name in names}

@@ -102,7 +102,7 @@ def prune_curves(source: Source, settings: PruneSettings, evaluation: Evaluation
     except ValueError as error:
         raise UserError(f"{source.name}: {error}") from error
     losses = {name: measure_curve(subject, blocks, name, settings) for name in settings.criteria}
-    return PruneCurves(source.label, subject.task, subject.tokens, settings.shares, losses)
+    return PruneCurves(source.label, subject.task.name, subject.tokens, settings.shares, losses)
 
 
 def measure_curve(

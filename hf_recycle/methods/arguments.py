@@ -22,6 +22,13 @@ class OwnArguments(_OfMethods):
         default=True,
         metadata={"help": "Compute the head of a masked language model on masked positions only: same loss, faster."},
     )
+    chunked_head: bool = field(
+        default=True,
+        metadata={
+            "help": "Compute the head of a causal language model in chunks of tokens: the same loss, and memory for "
+            "the logits of one chunk."
+        },
+    )
     recompute_activations: bool = field(
         default=True,
         metadata={
@@ -42,7 +49,7 @@ class OwnArguments(_OfMethods):
         default=None,
         metadata={
             "help": "Masks as a pure function of (seed, pass over the data, sample), so that a resumed run sees the "
-            "masks of an uninterrupted one. None: yes, unless every method and masked_head are off; then the collator "
+            "masks of an uninterrupted one. None: yes, unless every method and our head are off; then the collator "
             "is left as it is, and training is that of the stock Trainer."
         },
     )

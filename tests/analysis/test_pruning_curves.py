@@ -10,6 +10,7 @@ from hf_recycle.analysis.pruning import PruneSettings, measure_curve
 from hf_recycle.errors import UserError
 from hf_recycle.methods.recycling.selection import CRITERIA
 from hf_recycle.methods.registry import by_weights
+from hf_recycle.mlm.tasks import TASKS
 
 
 def batches(task):
@@ -25,7 +26,7 @@ def subject(family, perturb):
     made = list(batches(task))
     shift = task == "clm"
     tokens = sum(int((batch["labels"][:, shift:] != -100).sum()) for batch in made)
-    return LanguageModel(perturb(family.build()), task, made, tokens)
+    return LanguageModel(perturb(family.build()), TASKS[task], made, tokens)
 
 
 def loss_by_hand(model, task, made):
@@ -52,17 +53,17 @@ def test_a_curve_is_the_loss_with_the_out_columns_masked(name, criterion, family
     losses = measure_curve(model, blocks, criterion, PruneSettings(shares=(0, 0.5, 1), seed=3))
 
     with torch.no_grad():
-        assert losses[0] == pytest.approx(loss_by_hand(model.model, model.task, model.batches), rel=1e-5)
+        assert losses[0] == pytest.approx(loss_by_hand(model.model, model.task.name, model.batches), rel=1e-5)
         assert all(torch.equal(value, before[key]) for key, value in model.model.state_dict().items())
         for block in blocks:
             order = block.magnitudes().argsort(descending=criterion == "high_magnitude")
             if criterion != "random":
                 family.matrices(model.model, block.name)[2][:, order[:21]] = 0
         if criterion != "random":
-            assert losses[1] == pytest.approx(loss_by_hand(model.model, model.task, model.batches), rel=1e-5)
+            assert losses[1] == pytest.approx(loss_by_hand(model.model, model.task.name, model.batches), rel=1e-5)
         for block in blocks:
             family.matrices(model.model, block.name)[2][:] = 0
-        assert losses[2] == pytest.approx(loss_by_hand(model.model, model.task, model.batches), rel=1e-5)
+        assert losses[2] == pytest.approx(loss_by_hand(model.model, model.task.name, model.batches), rel=1e-5)
 
 
 def test_random_depends_on_its_seed_alone(family_named, perturb):
