@@ -163,19 +163,6 @@ class DataArguments:
                 check_text_file(name, value)
         self._check_facts()
 
-    def mask_rates(self) -> MaskRates | None:
-        """The schedule of the share that is masked, if there is one.
-
-        Raises:
-            UserError: it is none.
-        """
-        if self.mlm_probability_schedule is None:
-            return None
-        try:
-            return MaskRates(self.mlm_probability_schedule, self.mlm_probability_shape)
-        except ValueError as error:
-            raise UserError(str(error)) from None
-
     @property
     def are_facts(self) -> bool:
         """Whether the data is the built-in task of facts. (A folder of that name is `./facts`.)"""
@@ -200,9 +187,23 @@ class DataArguments:
                 f"streaming=True can't be used with dataset_name={FACTS!r}, which is built in; leave it out"
             )
 
+    def mask_rates(self) -> MaskRates | None:
+        """The schedule of the share that is masked, if there is one.
+
+        Raises:
+            UserError: it is none.
+        """
+        if self.mlm_probability_schedule is None:
+            return None
+        try:
+            return MaskRates(self.mlm_probability_schedule, self.mlm_probability_shape)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+
 
 FACTS = "facts"
 """The name of the built-in task of facts."""
+
 
 # The endings that name a builder of `datasets`, and those of compression it sees through by itself.
 BUILDERS = {
