@@ -11,7 +11,20 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 LEVELS = (
-    *("errors", "utils", "neurons", "hub.checks", "hub", "records", "engines", "speed", "batches", "mlm", "methods"),
+    *(
+        "errors",
+        "utils",
+        "internals",
+        "neurons",
+        "hub.checks",
+        "hub",
+        "records",
+        "engines",
+        "speed",
+        "batches",
+        "mlm",
+        "methods",
+    ),
     *("arguments", "plots", "card", "hub.push", "hub.pull", "checkpoints", "trainer", "data", "runs", "analysis"),
     *("studies", "cli", "train"),
 )

@@ -22,6 +22,7 @@ from hf_recycle.data.loading import load_data
 from hf_recycle.data.model import load_model, positions_needed
 from hf_recycle.data.tokenizer import load_tokenizer
 from hf_recycle.errors import UserError
+from hf_recycle.internals.of_transformers import has_class_for
 from hf_recycle.mlm.heads import find_masked_head
 from hf_recycle.mlm.loss import IGNORED, masked_positions, token_losses
 from hf_recycle.mlm.masking import MaskedLanguageModelingCollator
@@ -153,11 +154,11 @@ def _task(config: PreTrainedConfig, source: Source) -> str:
     architecture = (config.architectures or ["no architecture"])[0]
     if not config.is_encoder_decoder:
         causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()) - set(MODEL_FOR_MASKED_LM_MAPPING_NAMES.values())
-        if architecture in causal and type(config) in AutoModelForCausalLM._model_mapping:
+        if architecture in causal and has_class_for(AutoModelForCausalLM, config):
             return "clm"
         heads = {*MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()}
         if (architecture in heads or architecture.endswith("ForPreTraining")) and (
-            type(config) in AutoModelForMaskedLM._model_mapping
+            has_class_for(AutoModelForMaskedLM, config)
         ):
             return "mlm"
     raise UserError(

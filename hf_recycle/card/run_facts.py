@@ -16,6 +16,8 @@ import torch
 from transformers import Trainer
 
 from hf_recycle.hub.scrub import Secrets, is_private
+from hf_recycle.internals.of_transformers import is_from_files
+from hf_recycle.neurons.slices import full_shape
 from hf_recycle.records.files import package_version
 from hf_recycle.records.run_schema import MAX_TEXT
 
@@ -102,7 +104,7 @@ def _same_by_derivation(name: str, value: Any, arguments: Any) -> bool:
 
 def _model(model: torch.nn.Module) -> dict[str, Any]:
     # A parameter sharded by DeepSpeed's stage 3 is empty and keeps its size elsewhere.
-    sizes = {id(p): getattr(p, "ds_numel", p.numel()) for p in model.parameters()}
+    sizes = {id(p): full_shape(p).numel() for p in model.parameters()}
     # FSDP2 puts its name before that of the class.
     return {"architecture": type(model).__name__.removeprefix("FSDP"), "parameters": int(sum(sizes.values()))}
 
@@ -110,8 +112,7 @@ def _model(model: torch.nn.Module) -> dict[str, Any]:
 def _base_model(model: torch.nn.Module) -> dict[str, Any] | None:
     """The model of the Hub whose weights were loaded; None for a model from scratch or from a local folder."""
     name = getattr(model, "name_or_path", "")
-    # `from_pretrained` leaves this behind; a model that only took its configuration from elsewhere lacks it.
-    if not hasattr(model, "_weight_conversions") or not is_repo_id(name) or os.path.isdir(name):
+    if not is_from_files(model) or not is_repo_id(name) or os.path.isdir(name):
         return None
     return {"name": name, "revision": None}  # which one it was, transformers does not keep
 

@@ -17,6 +17,7 @@ from hf_recycle.data.cache import cache_folder
 from hf_recycle.data.packing import Frame, pack, truncate
 from hf_recycle.data.sources import Texts, load_texts
 from hf_recycle.errors import UserError
+from hf_recycle.internals.of_datasets import fingerprint, with_features
 
 # Raise it when the steps below change what they write, so that cached sequences are not taken for new ones.
 _VERSION = 1
@@ -94,7 +95,7 @@ def _sequences(
     frame = Frame.of(tokenizer)
     length = arguments.max_seq_length
     if isinstance(documents, IterableDataset):
-        columns = documents.column_names or list(documents._resolve_features().column_names)
+        columns = documents.column_names or list(with_features(documents).column_names)
         stream = documents.map(
             _Tokenise(tokenizer, column, arguments.line_by_line),
             batched=True,
@@ -104,7 +105,7 @@ def _sequences(
         return stream.map(
             _Shape(frame, length, arguments.line_by_line), batched=True, batch_size=_BATCH, features=_FEATURES
         )
-    key = _key(documents._fingerprint, column, tokenizer_key(tokenizer), frame, arguments.line_by_line)
+    key = _key(fingerprint(documents), column, tokenizer_key(tokenizer), frame, arguments.line_by_line)
     shaped_key = _key(key, length)
     path = cache_folder("sequences") / f"{shaped_key}.arrow"
     if path.exists():

@@ -23,6 +23,7 @@ from hf_recycle.errors import UserError
 from hf_recycle.hub.checks.configuration import configuration_problem
 from hf_recycle.hub.fetch import check_small_files, fetch_file
 from hf_recycle.hub.retry import RetryPolicy, insist, say
+from hf_recycle.internals.of_transformers import has_class_for, note_commit
 from hf_recycle.utils.suggest import nearest
 
 logger = logging.get_logger(__name__)
@@ -51,7 +52,7 @@ def load_model(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase, ma
         scale_width(config, arguments.ff_factor)
     _check_fit(config, arguments, tokenizer, max_seq_length)
     auto_class = _AUTO_CLASSES[arguments.task]
-    if type(config) not in auto_class._model_mapping:
+    if not has_class_for(auto_class, config):
         other = "clm" if arguments.task == "mlm" else "mlm"
         raise UserError(f"a {config.model_type} model cannot be trained with task={arguments.task!r}; try task={other}")
     try:
@@ -70,8 +71,7 @@ def load_model(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase, ma
             or f"a {config.model_type} with config_overrides={arguments.config_overrides!r}"
         )
         raise UserError(f"{source} could not be built: {_first_line(error)}") from error
-    # The ancestry: transformers keeps it no longer, and never writes it to config.json.
-    model.config._commit_hash = getattr(arguments.model_revision, "resolved", None)
+    note_commit(model.config, getattr(arguments.model_revision, "resolved", None))
     return model
 
 

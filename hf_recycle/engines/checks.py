@@ -9,6 +9,7 @@ from transformers import Trainer
 
 from hf_recycle.engines.launch import check_process_count
 from hf_recycle.errors import UserError
+from hf_recycle.internals.of_transformers import unsplit_classes
 
 
 def check_engine(trainer: Trainer) -> None:
@@ -94,12 +95,12 @@ def leave_embeddings_ungrouped(plugin, model: nn.Module) -> None:
     Args:
         plugin: Accelerate's FSDP plugin, which is changed.
     """
-    if plugin.transformer_cls_names_to_wrap is not None or not getattr(model, "_no_split_modules", None):
+    if plugin.transformer_cls_names_to_wrap is not None or not unsplit_classes(model):
         return
     embeddings = model.get_input_embeddings()
     present = {type(module).__name__ for module in model.modules()}
     holders = {type(module).__name__ for module in model.modules() if any(m is embeddings for m in module.modules())}
-    plugin.transformer_cls_names_to_wrap = sorted((present & set(model._no_split_modules)) - holders)
+    plugin.transformer_cls_names_to_wrap = sorted((present & set(unsplit_classes(model))) - holders)
 
 
 def check_deepspeed(config: dict[str, Any]) -> None:
@@ -160,7 +161,7 @@ def drop_tied_aliases(model: nn.Module) -> dict[str, str]:
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if id(parameter) in held and id(module) not in kept:
-                del module._parameters[name]
+                delattr(module, name)
     stayed = dict(model.named_parameters(remove_duplicate=False))
     return {
         name: next(other for other in tied if other in stayed)

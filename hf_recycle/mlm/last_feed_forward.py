@@ -13,6 +13,7 @@ import weakref
 import torch
 from torch import Tensor, nn
 
+from hf_recycle.internals.of_torch import all_hooks, is_in_backward
 from hf_recycle.mlm.plain_loss import comes_with_a_library, is_hook_of_a_library
 from hf_recycle.neurons.find import find_feed_forwards
 from hf_recycle.utils.hooks import PassingHook
@@ -64,13 +65,11 @@ class _Places:
 
 def _is_watched(model: nn.Module) -> bool:
     """Whether the model has hooks that are of none of the libraries that train it."""
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    hooks = (hook for module in model.modules() for kind in kinds for hook in getattr(module, kind).values())
-    return not all(map(is_hook_of_a_library, hooks))
+    return not all(map(is_hook_of_a_library, all_hooks(model.modules())))
 
 
 def _in_backward() -> bool:
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+    return not torch.compiler.is_compiling() and is_in_backward()
 
 
 class _Hook:

@@ -6,6 +6,8 @@ import torch
 from torch.nn import functional as F
 from transformers.loss.loss_utils import ForMaskedLMLoss
 
+from hf_recycle.internals.of_torch import assert_on_device
+
 IGNORED = -100
 """The label of a token that is not predicted."""
 
@@ -32,7 +34,7 @@ def padded_positions(labels: torch.Tensor, size: int) -> tuple[torch.Tensor, tor
     """
     labels = labels.reshape(-1)
     masked = labels != IGNORED
-    torch._assert_async(masked.sum() <= size, "labels changed after their masked tokens were counted")
+    assert_on_device(masked.sum() <= size, "labels changed after their masked tokens were counted")
     positions = masked.nonzero_static(size=size, fill_value=-1).squeeze(-1)
     padding = positions < 0
     positions = positions.masked_fill(padding, 0)

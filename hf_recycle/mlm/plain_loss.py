@@ -15,6 +15,8 @@ from transformers.loss.loss_utils import ForMaskedLMLoss
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import is_peft_available
 
+from hf_recycle.internals.of_accelerate import has_forward_of_accelerate
+from hf_recycle.internals.of_torch import forward_hooks
 from hf_recycle.utils.forwards import Forward
 
 _FAMILIES = """
@@ -122,14 +124,12 @@ def _class_forward_is_used(module: nn.Module) -> bool:
     own = vars(module).get("forward")
     if isinstance(own, Forward):
         return True
-    original = getattr(vars(module).get("_original_forward"), "__func__", None)
-    return own is None or (original is type(module).forward and own.__module__.startswith("accelerate."))
+    return own is None or has_forward_of_accelerate(module)
 
 
 def _is_untouched(model: nn.Module) -> bool:
     """Whether nothing of the user's comes before or after the forward of `model`."""
-    hooks = [*model._forward_hooks.values(), *model._forward_pre_hooks.values()]
-    return type(model).__call__ is nn.Module.__call__ and all(map(is_hook_of_a_library, hooks))
+    return type(model).__call__ is nn.Module.__call__ and all(map(is_hook_of_a_library, forward_hooks(model)))
 
 
 _LIBRARIES = ("torch", "accelerate", "deepspeed", "transformers", __name__.partition(".")[0])

@@ -55,11 +55,11 @@ def experts_of(path: str, holder: nn.Module, layout: Layout) -> list[FeedForward
 def _locate(holder: nn.Module, name: str) -> tuple[nn.Module, str] | None:
     """The module and the attribute of a parameter with a matrix for each expert."""
     *path, attribute = name.split(".")
-    module: nn.Module | None = holder
+    module = holder
     for child in path:
-        module = module._modules.get(child) if module is not None else None
-    parameter = module._parameters.get(attribute) if module is not None else None
-    if parameter is None or not parameter.is_floating_point():
+        module = getattr(module, child, None)
+    parameter = getattr(module, attribute, None)
+    if not isinstance(parameter, nn.Parameter) or not parameter.is_floating_point():
         return None
     shape = full_shape(parameter)
     return (module, attribute) if len(shape) == 3 and all(shape) else None
@@ -67,7 +67,7 @@ def _locate(holder: nn.Module, name: str) -> tuple[nn.Module, str] | None:
 
 def _bias(module: nn.Module, name: str) -> str | None:
     bias = "bias" if name == "weight" else f"{name}_bias"
-    return bias if module._parameters.get(bias) is not None else None
+    return bias if isinstance(getattr(module, bias, None), nn.Parameter) else None
 
 
 def _is_transposed(holder: nn.Module, shapes: list, halves: int) -> bool | None:

@@ -99,8 +99,9 @@ def _by_layout(layers: Layers, layouts: Iterable[Layout], *, anywhere: bool) -> 
     # A gated block has the layers of a plain one too.
     layouts = sorted(layouts, key=lambda layout: not layout.gated)
     for path, module in layers.modules.items():
+        children = dict(module.named_children())
         for layout in layouts:
-            if layout.out.partition(".")[0] not in module._modules:
+            if layout.out.partition(".")[0] not in children:
                 continue  # most are settled here
             for block in _build(layers, path, layout, whole=True):
                 if anywhere or layers.layer_of(block.name):
@@ -190,5 +191,5 @@ def _describe(model: nn.Module) -> str:
 
 def _submodule(holder: nn.Module | None, relative: str) -> nn.Module | None:
     for name in relative.split("."):
-        holder = holder._modules.get(name) if holder is not None else None
-    return holder
+        holder = getattr(holder, name, None)
+    return holder if isinstance(holder, nn.Module) else None

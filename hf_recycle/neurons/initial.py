@@ -17,10 +17,11 @@ from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from hf_recycle.internals.of_torch import TorchDispatchMode, is_mutating, rebuilt
+from hf_recycle.internals.of_transformers import INITIALIZED, initialize
 from hf_recycle.neurons.blocks import FeedForward
 from hf_recycle.neurons.slices import full_shape
 from hf_recycle.neurons.storage.plain import whole
@@ -121,9 +122,9 @@ class FreshModules:
             if owner is None:
                 return
             if position:
-                owner._init_weights(self._hollow.get_submodule(place))
+                initialize(owner, self._hollow.get_submodule(place))
             else:
-                fresh.apply(owner._init_weights)
+                fresh.apply(partial(initialize, owner))
 
 
 class InitialDistribution:
@@ -192,7 +193,7 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        if function._schema.is_mutable and args and isinstance(args[0], Tensor):
+        if is_mutating(function) and args and isinstance(args[0], Tensor):
             self._note(function, args[0], args[1:], kwargs or {})
         return result
 
@@ -215,7 +216,7 @@ class _Recorder(TorchDispatchMode):
 
 
 def _storage_key(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return tensor.untyped_storage().data_ptr()
 
 
 def _upwards(path: str) -> list[str]:
@@ -229,22 +230,14 @@ def _hollow_copy(module: nn.Module, memo: dict[int, object]) -> nn.Module:
     shared, but for hooks and functions, which may hold the model."""
     if id(module) in memo:
         return memo[id(module)]
-    fresh = memo[id(module)] = module.__class__.__new__(module.__class__)
-    fresh.__dict__.update(
-        {
-            name: {} if name.endswith("_hooks") else value
-            for name, value in vars(module).items()
-            # The flag says "loaded or initialised already", and makes the initialiser skip the module.
-            if name != "_is_hf_initialized" and not isinstance(value, types.FunctionType | types.MethodType | partial)
-        }
-    )
-    for kind in ("_parameters", "_buffers"):
-        tensors = vars(module)[kind].items()
-        fresh.__dict__[kind] = {name: None if value is None else _hollow(value, memo) for name, value in tensors}
-    children = module._modules.items()
-    fresh.__dict__["_modules"] = {
-        name: None if child is None else _hollow_copy(child, memo) for name, child in children
+    attributes = {
+        name: value
+        for name, value in vars(module).items()
+        if name != INITIALIZED and not isinstance(value, types.FunctionType | types.MethodType | partial)
     }
+    fresh = memo[id(module)] = rebuilt(
+        module, attributes, partial(_hollow, memo=memo), partial(_hollow_copy, memo=memo)
+    )
     return fresh
 
 

@@ -17,6 +17,7 @@ from hf_recycle.batches.loaders import base_loader, make_reproducible, set_sampl
 from hf_recycle.batches.numbered import NumberedStream, SharedNumber
 from hf_recycle.batches.seeded import EVALUATION_SEED
 from hf_recycle.batches.stream_state import StreamState
+from hf_recycle.internals.of_datasets import is_split_by_node
 
 logger = logging.get_logger(__name__)
 
@@ -84,7 +85,7 @@ class ReproducibleDataMixin(Trainer):
 
     def _check_stream(self, dataset, is_training: bool) -> None:
         processes = self.args.world_size
-        if getattr(dataset, "_distributed", None) is not None:
+        if is_split_by_node(dataset):
             raise ValueError(
                 f"The stream was split by split_dataset_by_node, and the Trainer splits it once more over {processes} "
                 "processes, so that most examples would never be seen: pass the whole stream."

@@ -12,6 +12,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
 from hf_recycle.batches.loaders import base_loader
+from hf_recycle.internals.of_torch import may_be_dynamic
 from hf_recycle.mlm.capacity import CountingCollator, counted, masked_tokens, padded_count
 from hf_recycle.mlm.cross_entropy import compact_loss
 from hf_recycle.mlm.heads import MaskedHead, find_masked_head
@@ -185,8 +186,8 @@ class MaskedLanguageModelingMixin(ReproducibleDataMixin):
         positions, targets = padded_positions(labels, max(masked, 2) if size is None else size)
         padding = targets == IGNORED
         if size is None:
-            torch._dynamo.maybe_mark_dynamic(positions, 0)
-            torch._dynamo.maybe_mark_dynamic(padding, 0)
+            may_be_dynamic(positions, 0)
+            may_be_dynamic(padding, 0)
         return positions, targets, padding
 
     def head_attached(self) -> AbstractContextManager:
