@@ -3,7 +3,7 @@
 import math
 import os
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, TypeVar
 
 from transformers import TrainingArguments
 
@@ -19,6 +19,8 @@ from hf_recycle.methods.settings import (
     Settings,
     flat_field,
 )
+
+SettingsT = TypeVar("SettingsT", bound=Settings)
 
 
 def check_training_numbers(arguments: TrainingArguments) -> None:
@@ -163,11 +165,11 @@ class RecyclingArguments(TrainingArguments):
     def __post_init__(self):
         check_training_numbers(self)
         super().__post_init__()
-        self.output_dir = os.path.abspath(self.output_dir)  # also where the working directory changes later
+        self.output_dir = os.path.abspath(self.output_dir or "")  # also where the working directory changes later
         for method in METHODS:
             self.method_settings(method)
 
-    def method_settings(self, method: type[Settings]) -> Settings:
+    def method_settings(self, method: type[SettingsT]) -> SettingsT:
         """The settings of one method as they are now, without their prefix.
 
         Raises:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -213,12 +213,13 @@ class Stored:
     @property
     def is_stacked(self) -> bool:
         """Whether the parts lie one below the other in the matrix: in that of each expert, if there are experts."""
-        steps = [(type(step), getattr(step, "dim", None)) for step in self.converter.operations]
+        operations = [] if self.converter is None else self.converter.operations
+        steps = [(type(step), getattr(step, "dim", None)) for step in operations]
         merge = (MergeModulelist, 0)
         return steps in ([merge], [merge, (Concatenate, 1)], [(Concatenate, 0)])
 
 
-def stored_names(model: nn.Module, stored: Iterable[str]) -> dict[str, Stored]:
+def stored_names(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, Stored]:
     """How each parameter of a model is stored, by its name.
 
     The renamings and conversions are those that `from_pretrained` applies: old names, a base model's prefix,

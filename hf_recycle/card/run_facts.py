@@ -65,7 +65,9 @@ def run_facts(trainer: Trainer) -> dict[str, Any]:
         "arguments": {**context.get("arguments", {}), **changed},
         "defaults": {**context.get("defaults", {}), **unchanged},
     }
-    return _clipped(Secrets.of_this_machine(trainer.args.hub_token, output_dir=trainer.args.output_dir).facts(facts))
+    return _clipped(
+        Secrets.of_this_machine(trainer.args.hub_token, output_dir=trainer.args.output_dir or "").facts(facts)
+    )
 
 
 def split_arguments(arguments: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -143,7 +145,7 @@ def _hardware(trainer: Trainer) -> dict[str, Any]:
         engine = "FSDP2"
     else:
         engine = "one process" if args.world_size == 1 else "DistributedDataParallel"
-    precision = "fp16 mixed" if args.fp16 else "bf16 mixed" if args.bf16 else str(_dtype(trainer.model))
+    precision = "fp16 mixed" if args.fp16 else "bf16 mixed" if args.bf16 else _dtype(trainer.model)
     return {"device": name, "processes": args.world_size, "engine": engine, "precision": precision}
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from transformers import Trainer, TrainerState
+from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import SaveStrategy, get_last_checkpoint
 from transformers.utils import logging
@@ -18,11 +18,12 @@ from hf_recycle.checkpoints.file_list import check_list
 from hf_recycle.checkpoints.unreadable import unreadable_file
 from hf_recycle.engines.replica_checksum import on_every_process
 from hf_recycle.errors import UserError, first_line
+from hf_recycle.trainer.base import NeuronTrainer
 
 logger = logging.get_logger(__name__)
 
 
-class RunStartMixin(Trainer):
+class RunStartMixin(NeuronTrainer):
     """Claims the run's folder and checks the checkpoint, before anything of either is used."""
 
     def train(self, resume_from_checkpoint=None, trial=None, *args, **kwargs):

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import nested_gather
@@ -18,14 +17,14 @@ from transformers.training_args import ParallelMode
 from transformers.utils import logging
 
 from hf_recycle.card.run_facts import run_facts
-from hf_recycle.card.run_meter import RunMeter
 from hf_recycle.card.words import Words, told_facts
+from hf_recycle.checkpoints.continuation import ContinuationMixin
 from hf_recycle.checkpoints.file_list import write_list
 from hf_recycle.checkpoints.run_folder import checkpoint_folder, install, keep_only, rotate, staging_folder
 from hf_recycle.records.file_set import FileSet, write_files
-from hf_recycle.records.recorder import HistoryRecorder
 from hf_recycle.records.run_schema import run_problem
 from hf_recycle.records.summary import summarize
+from hf_recycle.trainer.base import NeuronTrainer
 from hf_recycle.utils.whole_files import sync_tree
 
 logger = logging.get_logger(__name__)
@@ -34,16 +33,11 @@ logger = logging.get_logger(__name__)
 RUNNING_LOSS, LAST_LOGGED = "trainer/running_loss", "trainer/last_logged_step"
 
 
-class CheckpointWritingMixin(Trainer):
+class CheckpointWritingMixin(ContinuationMixin, NeuronTrainer):
     """Writes each checkpoint under another name and renames it last, with the recycling files and a list of all files
     inside.
-
-    Expects `self.recorder`, `self.meter`, `self.neuron_table()`, `self.recycling_arguments()`,
-    `self.resolved_arguments()`, `self.made_with` and `self.model_step`.
     """
 
-    recorder: HistoryRecorder
-    meter: RunMeter
     card_words: Words
 
     def _save_checkpoint(self, model, trial) -> None:

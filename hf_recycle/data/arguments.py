@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from hf_recycle.errors import UserError
 
 
-def _argument(default: object, help: str) -> object:
+def _argument(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import PreTrainedConfig, Trainer, __version__
 from transformers.core_model_loading import WeightTransform
 from transformers.trainer import SCHEDULER_NAME
@@ -43,6 +44,7 @@ class EngineCheckpointMixin(Trainer):
     Expects `self.tied_aliases`, see `drop_tied_aliases`.
     """
 
+    model: nn.Module
     tied_aliases: dict[str, str]
     _conversions: list[WeightTransform] | None = None
 

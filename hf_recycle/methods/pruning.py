@@ -18,6 +18,7 @@ from hf_recycle.engines.replica_checksum import compare_replicas
 from hf_recycle.methods.base import Method, Run, StepInfo
 from hf_recycle.methods.coordinator import NeuronCallback
 from hf_recycle.methods.recycling.selection import CRITERIA, Signals, select
+from hf_recycle.methods.schedule import resolved
 from hf_recycle.methods.settings import PruningSettings
 from hf_recycle.neurons.optimizer_state import check_optimizer
 from hf_recycle.neurons.table import NeuronTable
@@ -52,7 +53,9 @@ class PruningSchedule:
         """How many of a layer's `neurons` are to be pruned at `step`: the share, rounded down, exactly."""
         if step < self.start:
             return 0
-        progress = min(Fraction(step - self.start, self.end - self.start), 1) if self.end > self.start else 1
+        progress = Fraction(1)
+        if step < self.end:
+            progress = Fraction(step - self.start, self.end - self.start)
         if self.shape == "cubic":
             progress = 1 - (1 - progress) ** 3
         return math.floor(Fraction(str(self.fraction)) * progress * neurons)
@@ -112,7 +115,9 @@ def prune(
         if reason:
             records.append(replace(record, note=f"put off: {reason}"))
             continue
-        signals = Signals(magnitudes[block.name], partial(generator_for, settings.seed, step, block_index, "prune"))
+        signals = Signals(
+            magnitudes[block.name], partial(generator_for, resolved(settings.seed), step, block_index, "prune")
+        )
         index = select(CRITERIA[settings.selection](signals), eligible, requested)
         state.pruned[index] = True
         if state.fade_in is not None:
@@ -135,11 +140,10 @@ def hold_at_zero(table: NeuronTable) -> None:
 logger = logging.get_logger(__name__)
 
 
-class Pruning(Method):
+class Pruning(Method[PruningSettings]):
     """Prunes neurons by its schedule, and keeps them at zero."""
 
     settings_class = PruningSettings
-    settings: PruningSettings
 
     def start(self, run: Run, settings: PruningSettings) -> None:
         super().start(run, settings)
@@ -167,7 +171,7 @@ class Pruning(Method):
 
     def scalars(self) -> dict[str, float]:
         """Share of the neurons that are pruned."""
-        if self.table is None:
+        if not self.has_started:
             return {}
         pruned = list(self.table.pruned.values())
         return {"neurons_pruned_share": sum(int(block.sum()) for block in pruned) / sum(map(len, pruned))}
@@ -197,7 +201,7 @@ def make_schedule(settings: PruningSettings, max_steps: int) -> PruningSchedule:
     Raises:
         ValueError: if pruning starts after it ends, or would not reach its share within the training.
     """
-    start, end = settings.start or 0, settings.end
+    start, end = resolved(settings.start or 0), resolved(settings.end)
     if start > end:
         raise ValueError(f"prune_start={start} is after prune_end={end}: nothing would be pruned.")
     if end > max_steps:
@@ -205,4 +209,4 @@ def make_schedule(settings: PruningSettings, max_steps: int) -> PruningSchedule:
             f"prune_end={end} is after the last of {max_steps} steps: prune_fraction={settings.fraction} would not be "
             "reached; lower it or train longer."
         )
-    return PruningSchedule(settings.steps, start, end, settings.fraction, settings.schedule)
+    return PruningSchedule(resolved(settings.steps), start, end, settings.fraction, settings.schedule)

@@ -52,8 +52,9 @@ def core_model(model: nn.Module) -> nn.Module:
     from peft import PeftModel
 
     # Other classes and prompts change what goes in or comes out, and so may the tuners that they call.
-    passes_on = isinstance(model, PeftModel) and type(model).forward is PeftModel.forward
-    return model.base_model.model if passes_on and not model.active_peft_config.is_prompt_learning else model
+    if not isinstance(model, PeftModel) or type(model).forward is not PeftModel.forward:
+        return model
+    return model if model.active_peft_config.is_prompt_learning else model.base_model.model
 
 
 def has_plain_loss(model: nn.Module) -> bool:

@@ -23,10 +23,11 @@ def find_experts(path: str, holder: nn.Module) -> list[FeedForward]:
 def experts_of(path: str, holder: nn.Module, layout: Layout) -> list[FeedForward]:
     """The experts that `layout` describes under `holder`, at `path`, in their own order; none if its parameters are
     missing or do not fit together."""
-    *ins, out = (_locate(holder, name) for name in (*layout.ins, layout.out))
-    if None in ins or out is None:
+    found = [place for name in (*layout.ins, layout.out) if (place := _locate(holder, name)) is not None]
+    if len(found) <= len(layout.ins):
         return []
-    shapes = [full_shape(getattr(*place)) for place in (*ins, out)]
+    *ins, out = found
+    shapes = [full_shape(getattr(*place)) for place in found]
     halves = 2 if layout.fused else 1
     transposed = _is_transposed(holder, shapes, halves)
     if transposed is None:

@@ -144,8 +144,9 @@ def _build(layers: Layers, path: str, layout: Layout, *, whole: bool = False) ->
 
 def _linears(layers: Layers, path: str, layout: Layout) -> list[nn.Module] | None:
     """The linear layers that `layout` names, its out-projection last; None if one is missing or shapes do not fit."""
-    linears = [_submodule(layers.modules[path], relative) for relative in (*layout.ins, layout.out)]
-    if not all(map(is_linear, linears)):
+    found = (_submodule(layers.modules[path], relative) for relative in (*layout.ins, layout.out))
+    linears = [module for module in found if is_linear(module)]
+    if len(linears) <= len(layout.ins):
         return None
     *ins, out = linears
     shape = out_features(out), in_features(out) * (2 if layout.fused else 1)

@@ -141,14 +141,14 @@ def reset_state(optimizer, block: FeedForward, index: Tensor, mode: str) -> None
             # With every neuron reborn there are no others to learn the scale of gradients from but the old ones.
             mean = kind != FIRST and mode == "reset"
             width = 1 if kind in (_ROWS, _COLUMNS) else piece.width
-            value = piece.storage.mean_of_others(piece, tiles, index, width) if mean else 0.0
-            piece.storage.fill(tiles, index, value)
+            fresh = piece.storage.mean_of_others(piece, tiles, index, width) if mean else 0.0
+            piece.storage.fill(tiles, index, fresh)
 
 
 def _tiles(piece: NeuronSlice, kind: str | None, value: list[Tile] | Tensor | None) -> list[Tile] | None:
     """The part of one state entry that belongs to the slice's neurons; None if it has none."""
     if kind in (_ROWS, _COLUMNS):
-        if (piece.dim == 0) != (kind == _ROWS) or value is None:
+        if (piece.dim == 0) != (kind == _ROWS) or not isinstance(value, Tensor):
             return None  # averaged over neurons: it belongs to no single one
         lines = (value if piece.expert is None else value[piece.expert]).view(-1)
         return [Tile(lines[piece.offset :: piece.stride][: piece.length].unsqueeze(1), 0, 0)]

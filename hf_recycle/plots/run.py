@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -69,7 +70,7 @@ def figure_images(history: RecyclingHistory, *, unigram_entropy: float | None = 
 def loss_figure(history: RecyclingHistory, unigram_entropy: float | None = None) -> Figure | None:
     """Training and evaluation loss over steps, with the selection phases marked; None without losses."""
     logs = history.logs
-    curves = [
+    curves: list[tuple[str, np.ndarray, dict[str, Any]]] = [
         (label, logs.loc[np.isfinite(logs[column]), ["step", column]].to_numpy(), style)
         for column, label, style in (
             ("loss", "training", {"color": BLUE, "lw": 1.2}),
@@ -134,7 +135,6 @@ def magnitudes_figure(history: RecyclingHistory) -> Figure | None:
     images = {block: _density(records[records["block"] == block], grid) for block in blocks}
     # One colour scale as well; the densest of all cells is often a single early record.
     top = max(1e-6, float(np.quantile(np.concatenate([image[1].ravel() for image in images.values()]), 0.999)))
-    mesh = None
     for panel, block in zip(panels.ravel(), blocks, strict=False):
         edges, shares, steps, middle, inner = images[block]
         mesh = panel.pcolormesh(edges, grid, shares, cmap="cividis", norm=PowerNorm(0.5, 0, top), rasterized=True)
@@ -231,8 +231,8 @@ def ages_figure(history: RecyclingHistory) -> Figure | None:
     if not len(recycled):
         return None
     figure, axes = _one_panel(8, 4)
-    bins = np.linspace(0, max(1, int(recycled.max())), 31)
-    numbers, _, _ = axes.hist(recycled, bins=bins, color=BLUE)
+    numbers, edges = np.histogram(recycled, np.linspace(0, max(1, int(recycled.max())), 31))
+    axes.bar(edges[:-1], numbers, np.diff(edges), align="edge", color=BLUE)
     if numbers.max() > 20 * numbers[numbers > 0].min():
         axes.set_yscale("symlog", linthresh=1)
     axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
@@ -297,7 +297,7 @@ def _one_panel(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _figure(width: float, height: float, layout: str | None = "constrained") -> Figure:
+def _figure(width: float, height: float, layout: Literal["constrained"] | None = "constrained") -> Figure:
     figure = Figure(figsize=(width, height), layout=layout, facecolor="white")
     FigureCanvasAgg(figure)
     return figure

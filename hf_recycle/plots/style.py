@@ -1,6 +1,7 @@
 """What the figures of analyses share. Colours are the Okabe-Ito palette, which colour-blind readers can tell apart."""
 
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -25,7 +26,7 @@ def save(figure: Figure, path: Path) -> Path:
     return path
 
 
-def line_style(number: int) -> dict[str, object]:
+def line_style(number: int) -> dict[str, Any]:
     """How the line of the `number`-th model is drawn, a different one for each of 28."""
     return {"color": PALETTE[number % len(PALETTE)], "ls": _STYLES[number // len(PALETTE) % len(_STYLES)]}
 

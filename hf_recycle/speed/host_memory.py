@@ -10,6 +10,7 @@ from functools import cache
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 _WORTH_IT = 64 * 2**20
 """Bytes. With fewer in holes, small models are not held up."""
@@ -44,7 +45,7 @@ def _glibc() -> ctypes.CDLL | None:
 
 
 @contextmanager
-def sparse_tied_gradient(model: nn.Module) -> Iterator[None]:
+def sparse_tied_gradient(model: PreTrainedModel) -> Iterator[None]:
     """Within the context, the gradient of input embeddings that an output layer is tied to is added to that layer's row
     by row; else two more arrays of their size are made at the end of the backward pass.
 

@@ -42,7 +42,7 @@ def losses(results: StudyResults, plan: FigurePlan) -> Figure | None:
         return None
     panel.set(xlabel="optimizer steps", ylabel="evaluation loss (nats per predicted token)")
     # The fall of the first steps would flatten what tells the arms apart. A run that diverged has no losses to show.
-    drawn = [line.get_ydata() for line in panel.lines]
+    drawn = [np.asarray(line.get_ydata(), dtype=float) for line in panel.lines]
     lines = [finite for line in drawn if len(finite := line[np.isfinite(line)])]
     if lines:
         low, high = min(line.min() for line in lines), max(line[len(line) // 4] for line in lines)
@@ -54,7 +54,9 @@ def losses(results: StudyResults, plan: FigurePlan) -> Figure | None:
 def differences(results: StudyResults, plan: FigurePlan) -> Figure | None:
     """difference of the final evaluation loss from the baseline: each seed, and the 95% interval of the mean"""
     base = results.study.baseline
-    arms = [arm for arm in _present(results, plan) if arm != base and results.paired(arm, base)] if base else []
+    if base is None:
+        return None
+    arms = [arm for arm in _present(results, plan) if arm != base and results.paired(arm, base)]
     if not arms:
         return None
     figure, panel = _panel(8, 1.4 + 0.36 * len(arms))
@@ -63,7 +65,7 @@ def differences(results: StudyResults, plan: FigurePlan) -> Figure | None:
         values = [one.eval_loss - two.eval_loss for one, two in pairs]
         found = paired_difference([one.eval_loss for one, _ in pairs], [two.eval_loss for _, two in pairs])
         panel.plot(values, [row] * len(values), "o", color="#0072B2", ms=4, alpha=0.6)
-        if found.low is not None:
+        if found.low is not None and found.high is not None:
             panel.plot([found.low, found.high], [row, row], "-", color="#D55E00", lw=1.6)
         panel.plot([found.mean], [row], "|", color="#D55E00", ms=14, mew=2)
     panel.axvline(0, color="#666666", lw=1)
@@ -77,19 +79,20 @@ def differences(results: StudyResults, plan: FigurePlan) -> Figure | None:
 @FIGURES.register
 def recycle_counts(results: StudyResults, plan: FigurePlan) -> Figure | None:
     """how many neurons were recycled how often, by arm (the first seed)"""
-    runs = [run for run in _first_runs(results, plan) if run.history is not None and len(run.history.events)]
-    if not runs:
+    histories = [(run.arm, run.history) for run in _first_runs(results, plan) if run.history is not None]
+    recycled = [(arm, history) for arm, history in histories if len(history.events)]
+    if not recycled:
         return None
-    figure = _figure(3.2 * len(runs) + 0.6, 3.6)
-    panels = figure.subplots(1, len(runs), sharey=True, squeeze=False)[0]
-    for panel, run in zip(panels, runs, strict=True):
-        counts = np.concatenate(list(run.history.counts.values()))
+    figure = _figure(3.2 * len(recycled) + 0.6, 3.6)
+    panels = figure.subplots(1, len(recycled), sharey=True, squeeze=False)[0]
+    for panel, (arm, history) in zip(panels, recycled, strict=True):
+        counts = np.concatenate(list(history.counts.values()))
         times, neurons = np.unique(counts, return_counts=True)
         panel.bar(times, 100 * neurons / len(counts), color="#0072B2", width=0.8)
         for time, number in zip(times, neurons, strict=True):
             if len(times) <= 10:
                 panel.annotate(f"{number:,}", (time, 100 * number / len(counts)), ha="center", va="bottom", fontsize=7)
-        panel.set_title(run.arm, fontsize=10)
+        panel.set_title(arm, fontsize=10)
         panel.set_xlabel("times recycled")
         panel.xaxis.get_major_locator().set_params(integer=True)
         panel.spines[["top", "right"]].set_visible(False)

@@ -7,7 +7,7 @@ from pathlib import Path
 import datasets
 import torch
 from torch.utils.data import IterableDataset
-from transformers import Trainer, TrainerState
+from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
@@ -18,20 +18,17 @@ from hf_recycle.batches.numbered import NumberedStream, SharedNumber
 from hf_recycle.batches.seeded import EVALUATION_SEED
 from hf_recycle.batches.stream_state import StreamState
 from hf_recycle.internals.of_datasets import is_split_by_node
+from hf_recycle.trainer.base import NeuronTrainer
 
 logger = logging.get_logger(__name__)
 
 
-class ReproducibleDataMixin(Trainer):
+class ReproducibleDataMixin(NeuronTrainer):
     """Batches as a pure function of (seed, epoch, example), so that a resumed run gets those of an uninterrupted one.
 
     The collator stays the user's own object and does what it would do at that moment; so do the datasets and the
     samplers. Only their random numbers are others: see `make_reproducible`. Evaluations get the same masks always.
-
-    Expects `self.steps_aside`.
     """
-
-    steps_aside: bool
 
     def set_up_data(self) -> None:
         """To be called once, at the end of `__init__`."""

@@ -95,9 +95,6 @@ class MaskedLanguageModelingMixin(ReproducibleDataMixin):
             accepts = self._stock_accepts_loss_kwargs and (users or not ignores_item_count(model))
         self.model_accepts_loss_kwargs = self._settled_accepts_loss_kwargs = accepts
 
-    def _unwrapped_model(self) -> nn.Module:
-        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-
     def loss_of(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         """The loss of one batch of all processes, as in training: to be averaged over processes, not backpropagated."""
         items = self._get_num_items_in_batch([batch], self.args.device)

@@ -29,11 +29,8 @@ from hf_recycle.methods.all import CALLBACKS, NeuronMethods
 from hf_recycle.methods.base import Method
 from hf_recycle.methods.coordinator import NeuronCallback
 from hf_recycle.methods.overtraining.callback import Overtraining
-from hf_recycle.methods.recycling.callback import Recycling
-from hf_recycle.methods.settings import flat
 from hf_recycle.neurons.slices import full_shape
 from hf_recycle.neurons.table import NeuronTable
-from hf_recycle.records.recorder import HistoryRecorder
 from hf_recycle.speed.host_memory import sparse_tied_gradient
 from hf_recycle.speed.onednn import is_available, onednn_forwards
 from hf_recycle.speed.recomputation import recomputing_forwards
@@ -107,8 +104,9 @@ class RecyclingTrainer(RunStartMixin, HubMixin, CheckpointMixin, MaskedLanguageM
         self.neuron_methods.ff_pattern, self.neuron_methods.ff_blocks = where
         self.neuron_methods.use(methods, fronts)
         table = self.neuron_table()  # a model without blocks is refused here
-        for method in methods:
-            method.check_blocks(table.blocks)
+        if table is not None:
+            for method in methods:
+                method.check_blocks(table.blocks)
         if any(isinstance(method, Overtraining) for method in methods):
             check_can_overtrain(self)
         # Among the callbacks only while there is something to run.
@@ -140,57 +138,13 @@ class RecyclingTrainer(RunStartMixin, HubMixin, CheckpointMixin, MaskedLanguageM
         methods = self.neuron_methods.methods if self.is_in_train else self._asked_for()[0]
         return not (self.args.masked_head or methods)
 
-    # ---- Neurons ----
-
-    @property
-    def recorder(self) -> HistoryRecorder:
-        """What happened to the neurons so far."""
-        return self.neuron_methods.recorder
-
-    @property
-    def recycling(self) -> Recycling | None:
-        """The method that recycles, or None if recycling is off."""
-        return next((method for method in self.neuron_methods.methods if isinstance(method, Recycling)), None)
-
-    def neuron_table(self) -> NeuronTable | None:
-        """The state of the current model's neurons; None if it has no feed-forward blocks and no method needs any.
-
-        Raises:
-            ValueError: if a method is on and the model has no feed-forward block.
-        """
-        methods = self.neuron_methods
-        try:
-            return NeuronTable.of(self._unwrapped_model(), methods.ff_pattern, methods.ff_blocks)
-        except ValueError:
-            if methods.methods or methods.ff_pattern or methods.ff_blocks:
-                raise
-            return None
-
-    def recycling_arguments(self) -> dict[str, Any]:
-        """The settings as they were given, flat."""
-        where = {"ff_pattern": self.neuron_methods.ff_pattern, "ff_blocks": self.neuron_methods.ff_blocks}
-        arguments = self.args.method_arguments() | where
-        for method in self.neuron_methods.methods:
-            arguments |= flat(method.given)
-        return arguments
-
-    def resolved_arguments(self) -> dict[str, Any]:
-        """The settings in force of the methods that are on, flat, with steps instead of shares of the training; empty
-        before training."""
-        methods = [method for method in self.neuron_methods.methods if method.run is not None]
-        return {name: value for method in methods for name, value in flat(method.settings).items()}
-
-    def immune_neurons(self) -> int:
-        """Neurons that the next selection phase may not take because of their immunity."""
-        return self.recycling.immune(self.neuron_table()) if self.recycling is not None else 0
-
     # ---- Training ----
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         check_same(self._start(max_steps, resume_from_checkpoint))
         # The last moment at which the model is not wrapped or sharded.
-        if self.recycling is not None:
-            for view in self.neuron_table().views:
+        if self.recycling is not None and (table := self.neuron_table()) is not None:
+            for view in table.views:
                 view.learn_distribution()
         self.settle_loss()
         self._enable_optimizations()
@@ -277,14 +231,14 @@ class RecyclingTrainer(RunStartMixin, HubMixin, CheckpointMixin, MaskedLanguageM
     # ---- Logging ----
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs and self.neuron_methods.methods:
-            logs |= self._neuron_scalars()
+        if "loss" in logs and self.neuron_methods.methods and (table := self.neuron_table()) is not None:
+            logs |= self._neuron_scalars(table)
         super().log(logs, start_time)
         self.recorder.log(self.model_step, logs)
 
-    def _neuron_scalars(self) -> dict[str, float]:
+    def _neuron_scalars(self, table: NeuronTable) -> dict[str, float]:
         scalars = self.neuron_methods.scalars()
-        magnitudes = torch.cat(list(self.neuron_table().magnitudes().values()))
+        magnitudes = torch.cat(list(table.magnitudes().values()))
         for name, level in _LOGGED_QUANTILES.items():
             # kthvalue, because torch.quantile refuses more than 16 million values.
             scalars[name] = float(magnitudes.kthvalue(max(1, round(level * len(magnitudes)))).values)

@@ -41,7 +41,7 @@ def replaced_forwards(forwards: Mapping[nn.Module, Forward]) -> Iterator[None]:
     }
     try:
         for module, forward in free.items():
-            module.forward = forward
+            module.forward = forward  # type: ignore[method-assign, assignment]
         yield
     finally:
         for module, forward in free.items():

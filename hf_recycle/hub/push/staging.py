@@ -25,7 +25,7 @@ from hf_recycle.hub.push.layout import checkpoint_files
 try:
     import fcntl
 except ImportError:  # not on Windows; there only one process may publish from a folder at a time
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 FOLDER = "unpublished"
 _TEMPORARY, _NAME = "tmp-", re.compile(r"(\d+)-(.+)")

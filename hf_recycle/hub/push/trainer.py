@@ -22,13 +22,14 @@ from hf_recycle.hub.push.repository import Repository
 from hf_recycle.hub.push.staging import leftovers, stage
 from hf_recycle.hub.retry import RetryPolicy
 from hf_recycle.records import files
+from hf_recycle.trainer.base import NeuronTrainer
 
 logger = logging.get_logger(__name__)
 
 _CARD_ARGUMENTS = frozenset(inspect.signature(Trainer.create_model_card).parameters) - {"self"}
 
 
-class HubMixin(Trainer):
+class HubMixin(NeuronTrainer):
     """Publishes checkpoints in the background, from private copies, in order.
 
     What the Hub refuses for good (a wrong token, a right that is missing, a bad name) is raised before training starts.

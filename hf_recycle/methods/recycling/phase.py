@@ -11,7 +11,7 @@ from hf_recycle.engines.replica_checksum import ReplicaChecksum
 from hf_recycle.methods.recycling.births import REINITIALIZATIONS, Options
 from hf_recycle.methods.recycling.fade_in import begin
 from hf_recycle.methods.recycling.selection import CRITERIA, Signals, is_immune, select_globally, select_in_each
-from hf_recycle.methods.schedule import PhaseSchedule
+from hf_recycle.methods.schedule import PhaseSchedule, resolved
 from hf_recycle.methods.settings import RecyclingSettings
 from hf_recycle.neurons.blocks import magnitudes_of
 from hf_recycle.neurons.magnitudes import on_cpu
@@ -100,7 +100,7 @@ def run_phase(
 
     scores = [
         CRITERIA[settings.selection](
-            Signals(values, partial(generator_for, settings.seed, optimizer_steps, block_index, "select"))
+            Signals(values, partial(generator_for, resolved(settings.seed), optimizer_steps, block_index, "select"))
         )
         for block_index, values in zip(block_indices, magnitudes, strict=True)
     ]
@@ -118,7 +118,9 @@ def run_phase(
     table.phases = phase
     checksum = ReplicaChecksum()
     checksum.note(chosen)
-    generators = [generator_for(settings.seed, optimizer_steps, block_index, "reinit") for block_index in block_indices]
+    generators = [
+        generator_for(resolved(settings.seed), optimizer_steps, block_index, "reinit") for block_index in block_indices
+    ]
     # One block at a time: every process draws the new weights of all recycled neurons, whatever its share of the model.
     # The last one first, because it was read last and may still be in a cache.
     for block_index, index, generator in reversed(list(zip(block_indices, chosen, generators, strict=True))):
