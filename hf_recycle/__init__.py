@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from hf_recycle.records.history import RecyclingHistory as RecyclingHistory
     from hf_recycle.trainer.trainer import RecyclingTrainer as RecyclingTrainer
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Imported at first use: torch and transformers take seconds, and the command line's --help needs neither.
 _HOMES = {

@@ -15,7 +15,7 @@ import torch
 from hf_recycle.errors import UserError
 from hf_recycle.records.run_schema import run_problem
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Version of the four files' layout. Raised only when an older package could misread them."""
 
 MAX_NAME = 1000
@@ -43,13 +43,13 @@ def check_version(path: Path, version: Any, written_by: Any) -> None:
     """Refuse a format this package does not know. `written_by` is the package's version then."""
     if not _is_count(version) or version < 1:
         fail(path, f"format_version is {_show(version)} where a whole number from 1 is expected")
-    if version > FORMAT_VERSION:
+    if version != FORMAT_VERSION:
         known = isinstance(written_by, str) and re.fullmatch(r"[0-9][0-9A-Za-z.+!-]{0,39}", written_by)
-        needed = f"hf_recycle {written_by} or newer" if known else "a newer hf_recycle"
+        writer = f"hf_recycle {written_by}" if known else f"{'a newer' if version > FORMAT_VERSION else 'an older'} one"
         fail(
             path,
-            f"it has format {version} and this hf_recycle reads formats up to {FORMAT_VERSION}",
-            f"{needed} is needed to read it (update this package)",
+            f"it has format {version} and this hf_recycle reads format {FORMAT_VERSION}",
+            f"read it with {writer}, or train anew",
         )
 
 

@@ -10,7 +10,6 @@ together is the care of `file_set`.
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import math
 import os
@@ -24,6 +23,7 @@ import safetensors
 import safetensors.torch
 import torch
 
+import hf_recycle
 from hf_recycle.errors import first_line
 from hf_recycle.records.file_checks import (
     FORMAT_VERSION,
@@ -74,10 +74,7 @@ Folder = str | os.PathLike[str]
 
 def package_version() -> str:
     """The version of this package, as written into every file."""
-    try:
-        return importlib.metadata.version("hf-recycle")
-    except importlib.metadata.PackageNotFoundError:  # used from a source tree that was never installed
-        return "0.0.0"
+    return hf_recycle.__version__
 
 
 def write_config(folder: Folder, config: Mapping[str, Any]) -> Path:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from simulated_runs import write_run
 
 from hf_recycle.records import files
+from hf_recycle.records.file_checks import FORMAT_VERSION
 from hf_recycle.records.files import RecyclingFileError
 
 SHARED = settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -94,6 +95,6 @@ def test_json_with_any_byte_changed_is_refused_or_valid(tmp_path, name, data):
         content = READERS[name](tmp_path)
     except RecyclingFileError:
         return
-    assert content["format_version"] == 1
+    assert content["format_version"] == FORMAT_VERSION
     if name == files.STATS_FILE:
         assert sum(content["times_recycled"].values()) == content["neurons"]["total"]

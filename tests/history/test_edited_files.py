@@ -11,6 +11,7 @@ import torch
 from checkpoint_files import BLOCKS, READERS, neurons
 
 from hf_recycle.records import files
+from hf_recycle.records.file_checks import FORMAT_VERSION
 from hf_recycle.records.files import RecyclingFileError
 
 
@@ -21,7 +22,7 @@ def edited(run, name, edit):
 
 
 BAD_CONFIGS = {
-    "format_version is '1'": lambda c: c.update(format_version="1"),
+    "format_version is '2'": lambda c: c.update(format_version="2"),
     "format_version is True": lambda c: c.update(format_version=True),
     "format_version is None": lambda c: c.pop("format_version"),
     "package_version is 3": lambda c: c.update(package_version=3),
@@ -98,16 +99,18 @@ def test_a_file_that_is_too_large_is_not_opened(tmp_path, name, size):
         READERS[name](tmp_path)
 
 
+@pytest.mark.parametrize("version", [FORMAT_VERSION - 1, FORMAT_VERSION + 1])
 @pytest.mark.parametrize("name", READERS)
-def test_a_newer_format_says_what_is_needed(run, name):
+def test_another_format_says_what_reads_it(run, name, version):
     if name.endswith(".json"):
-        edited(run, name, lambda content: content.update(format_version=2, package_version="7.1.0"))
+        edited(run, name, lambda content: content.update(format_version=version, package_version="7.1.0"))
     elif name == files.STATE_FILE:
-        safetensors.torch.save_file({}, run / name, {"format_version": "2", "package_version": "7.1.0"})
+        safetensors.torch.save_file({}, run / name, {"format_version": str(version), "package_version": "7.1.0"})
     else:
-        table = pa.table({"new": [1]}).replace_schema_metadata({"format_version": "2", "package_version": "7.1.0"})
+        texts = {"format_version": str(version), "package_version": "7.1.0"}
+        table = pa.table({"new": [1]}).replace_schema_metadata(texts)
         pq.write_table(table, run / name)
-    with pytest.raises(RecyclingFileError, match=r"format 2 .*hf_recycle 7\.1\.0 or newer is needed"):
+    with pytest.raises(RecyclingFileError, match=rf"format {version} .*read it with hf_recycle 7\.1\.0"):
         READERS[name](run)
 
 
@@ -131,7 +134,7 @@ BAD_STATES = {
 @pytest.mark.parametrize("message", BAD_STATES)
 def test_a_forged_state(tmp_path, message):
     tensors = BAD_STATES[message]
-    metadata = {"format_version": "1", "sha256": files._checksum(tensors)}
+    metadata = {"format_version": str(FORMAT_VERSION), "sha256": files._checksum(tensors)}
     safetensors.torch.save_file(tensors, tmp_path / files.STATE_FILE, metadata)
     with pytest.raises(RecyclingFileError, match=message):
         files.read_state(tmp_path, BLOCKS)

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hf_recycle.records import files
+from hf_recycle.records.file_checks import FORMAT_VERSION
 from hf_recycle.records.files import RecyclingFileError
 from hf_recycle.records.history import HistoryRecorder, RecyclingHistory
 
@@ -24,7 +25,7 @@ def test_config_round_trip(tmp_path):
     path = files.write_config(tmp_path, {"arguments": arguments, "blocks": BLOCKS, "ancestry": ["a"]})
     assert path == tmp_path / "recycling_config.json"
     assert files.read_config(tmp_path) == {
-        "format_version": 1,
+        "format_version": FORMAT_VERSION,
         "package_version": files.package_version(),
         "arguments": arguments,
         "blocks": BLOCKS,
@@ -48,7 +49,7 @@ def test_state_round_trip(tmp_path, counts, metadata):
     )
     files.write_state(tmp_path, tensors, metadata)
     back, texts = files.read_state(tmp_path, [{"name": "a", "num_neurons": len(counts)}])
-    assert texts == metadata | {"format_version": "1", "package_version": files.package_version()}
+    assert texts == metadata | {"format_version": str(FORMAT_VERSION), "package_version": files.package_version()}
     assert back.keys() == tensors.keys()
     for key, tensor in tensors.items():
         assert back[key].dtype == tensor.dtype

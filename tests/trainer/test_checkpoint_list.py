@@ -118,7 +118,7 @@ def test_a_checkpoint_under_the_name_of_another_step_is_refused(checkpoint):
         check_list(checkpoint.with_name("best").rename(checkpoint.with_name("checkpoint-7")))
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"format_version": 1, "files": [1]}'])
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"format_version": 2, "files": [1]}'])
 def test_a_damaged_list_is_named(content, checkpoint):
     (checkpoint / LIST_FILE).write_text(content)
     with pytest.raises(RecyclingFileError, match=LIST_FILE):

@@ -12,6 +12,7 @@ from tiny_runs import assert_same_weights, tiny_bert
 from hf_recycle import RecyclingTrainer
 from hf_recycle.card.run_facts import run_facts, split_arguments
 from hf_recycle.records import files
+from hf_recycle.records.file_checks import FORMAT_VERSION
 from hf_recycle.records.run_schema import run_problem
 from hf_recycle.runs.context import run_context
 from hf_recycle.runs.parse import parse_run
@@ -145,7 +146,7 @@ anything = st.recursive(
 def test_facts_of_any_shape_are_taken_or_refused_in_a_sentence(tmp_path_factory, run):
     folder = Path(tmp_path_factory.getbasetemp()) / "config"
     folder.mkdir(exist_ok=True)
-    config = {"format_version": 1, "package_version": "0", "arguments": {}, "blocks": [], "run": run}
+    config = {"format_version": FORMAT_VERSION, "package_version": "0", "arguments": {}, "blocks": [], "run": run}
     (folder / files.CONFIG_FILE).write_text(json.dumps(config))
     if run_problem(run) is None:
         assert files.read_config(folder)["run"] == run
