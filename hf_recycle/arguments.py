@@ -3,7 +3,7 @@
 import math
 import os
 from dataclasses import dataclass, field, fields
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from transformers import TrainingArguments
 
@@ -162,10 +162,13 @@ class RecyclingArguments(TrainingArguments):
         metadata={"help": "Tag the commit of each published checkpoint as step-N. With push_to_hub."},
     )
 
+    if TYPE_CHECKING:
+        output_dir: str = ""  # never None once `__post_init__` is through
+
     def __post_init__(self):
         check_training_numbers(self)
         super().__post_init__()
-        self.output_dir = os.path.abspath(self.output_dir or "")  # also where the working directory changes later
+        self.output_dir = os.path.abspath(self.output_dir)  # also where the working directory changes later
         for method in METHODS:
             self.method_settings(method)
 

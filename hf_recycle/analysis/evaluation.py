@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import (
@@ -120,6 +121,8 @@ def load_language_model(source: Source, settings: EvaluationSettings) -> Languag
     arguments = ModelArguments(model_name_or_path=where, model_revision=revision, task=task)
     model = load_model(arguments, tokenizer, length)
     sequences = load_data(settings.data(length), tokenizer)[1]
+    assert isinstance(sequences, Dataset), "eval_file is given"
+    collator: MaskedLanguageModelingCollator | CausalCollator
     if task == "mlm":
         collator = MaskedLanguageModelingCollator(tokenizer)
     else:
@@ -147,7 +150,8 @@ def language_model(
     batches = [{name: value.to(device) for name, value in batch.items()} for batch in batches]
     shift = 1 if task == "clm" else 0
     tokens = sum(int((batch["labels"][:, shift:] != IGNORED).sum()) for batch in batches)
-    return LanguageModel(model.to(device).eval(), task, batches, tokens)
+    model.to(device)  # type: ignore[arg-type]  # transformers hides the signature
+    return LanguageModel(model.eval(), task, batches, tokens)
 
 
 def _task(config: PreTrainedConfig, source: Source) -> str:

@@ -50,9 +50,10 @@ def with_neurons(
         field.set(config, width)
     # Every weight is overwritten below, so the random state that initialises them is of no account.
     with torch.random.fork_rng(devices=[]):
-        new = type(model)(config).to(model.dtype)
+        new = type(model)(config)
+        new.to(model.dtype)  # type: ignore[arg-type]  # transformers hides the signature
     paths = _paths(model)
-    new_blocks = [_moved(block, paths, new) for block in blocks]
+    new_blocks = [moved for block in blocks if (moved := _moved(block, paths, new)) is not None]
     neurons = {id(parameter) for block in new_blocks for parameter in block.parameters()}
     old = dict(_tensors(model))
     with torch.no_grad():
@@ -65,7 +66,8 @@ def with_neurons(
         new_block.write(torch.arange(len(index)), block.read(index))
     if hasattr(model, "generation_config"):
         new.generation_config = model.generation_config
-    return new.to(model.device).train(model.training)
+    new.to(model.device)  # type: ignore[arg-type]  # the same
+    return new.train(model.training)
 
 
 def width_fields(model: PreTrainedModel, blocks: Sequence[FeedForward]) -> list[Field]:
@@ -120,8 +122,8 @@ def _try(model: PreTrainedModel, blocks: Sequence[FeedForward], path: tuple[str,
     if any(shapes.get(name) != tensor.shape for name, tensor in _tensors(model) if id(tensor) not in neurons):
         return None
     paths = _paths(model)
-    moved = [_moved(block, paths, trial) for block in blocks]
-    if None in moved:
+    moved = [found for block in blocks if (found := _moved(block, paths, trial)) is not None]
+    if len(moved) < len(blocks):
         return None
     changed = [n for n, (old, new) in enumerate(zip(blocks, moved, strict=True)) if new.num_neurons != old.num_neurons]
     fits = changed and all(moved[n].num_neurons == probe for n in changed)

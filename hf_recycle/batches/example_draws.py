@@ -118,7 +118,7 @@ def _shape(sizes: tuple[Any, ...]) -> tuple[int, ...] | None:
     return sizes if all(isinstance(size, int) for size in sizes) else None
 
 
-_ANSWERS = {
+_ANSWERS: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
     torch.bernoulli: _bernoulli,
     Tensor.bernoulli: _bernoulli,
     Tensor.bernoulli_: _bernoulli_in_place,

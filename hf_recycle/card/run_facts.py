@@ -55,7 +55,7 @@ def run_facts(trainer: Trainer) -> dict[str, Any]:
         "base_model": _base_model(model),
         "data": _data(trainer.train_dataset),
         "tokenizer": _tokenizer(trainer.processing_class),
-        "hardware": _hardware(trainer),
+        "hardware": _hardware(trainer, model),
         "versions": {
             "python": platform.python_version(),
             "hf_recycle": package_version(),
@@ -135,7 +135,7 @@ def _tokenizer(tokenizer: Any) -> dict[str, Any] | None:
     return {"name": name if is_repo_id(name) and not os.path.isdir(name) else None, "vocabulary": size}
 
 
-def _hardware(trainer: Trainer) -> dict[str, Any]:
+def _hardware(trainer: Trainer, model: torch.nn.Module) -> dict[str, Any]:
     args, device = trainer.args, trainer.args.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
     if trainer.is_deepspeed_enabled:
@@ -145,7 +145,7 @@ def _hardware(trainer: Trainer) -> dict[str, Any]:
         engine = "FSDP2"
     else:
         engine = "one process" if args.world_size == 1 else "DistributedDataParallel"
-    precision = "fp16 mixed" if args.fp16 else "bf16 mixed" if args.bf16 else _dtype(trainer.model)
+    precision = "fp16 mixed" if args.fp16 else "bf16 mixed" if args.bf16 else _dtype(model)
     return {"device": name, "processes": args.world_size, "engine": engine, "precision": precision}
 
 

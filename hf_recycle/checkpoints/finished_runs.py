@@ -22,8 +22,6 @@ class FinishedRunMixin(NeuronTrainer):
     _resumed_loss: tuple[float, int] | None = None
     """Of a logging interval that the checkpoint lies in: the sum of its losses so far, and the step it began with."""
 
-    _total_loss_scalar: float
-
     def _init_training_state(
         self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
     ):
@@ -53,7 +51,7 @@ class FinishedRunMixin(NeuronTrainer):
 
     def _loss_of_all_steps(self) -> float:
         """The sum of the losses of all steps: what was logged, each a mean since the one before, and the rest."""
-        total, last = 0.0, 0
+        total, last = 0.0, 0.0
         for row in self.state.log_history:
             if "loss" in row:
                 total += row["loss"] * (row["step"] - last)

@@ -95,6 +95,7 @@ class CheckpointMixin(CheckpointWritingMixin, FinishedRunMixin, ContinuationMixi
     def _load_best_model(self) -> None:
         super()._load_best_model()
         folder = self.state.best_model_checkpoint
+        assert folder is not None
         if not Path(folder).is_dir():
             return  # said by the stock Trainer; the model is that of the last step
         # The time and the tokens that the run has taken, and not those of its best checkpoint; and no part of a logging

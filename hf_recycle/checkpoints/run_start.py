@@ -75,6 +75,7 @@ class RunStartMixin(NeuronTrainer):
 
     def _load_best_model(self):
         best = self.state.best_model_checkpoint
+        assert best is not None
         on_every_process(lambda: self._check_files(Path(best)), here=self.args.should_save)
         with _reading(best, "the weights"):
             super()._load_best_model()
@@ -99,7 +100,7 @@ def _reading(folder: str | None, what: str | None = None) -> Iterator[None]:
         raise
     except Exception as error:
         found = unreadable_file(Path(folder)) if folder is not None else None
-        if found is None and (folder is None or what is None):
+        if folder is None or (found is None and what is None):
             raise
         if not Path(folder).is_dir():
             raise UserError(str(error)) from error  # as the Trainer says it

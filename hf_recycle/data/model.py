@@ -59,7 +59,7 @@ def load_model(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase, ma
         if scratch:
             return auto_class.from_config(config)
         model = auto_class.from_pretrained(
-            arguments.model_name_or_path,
+            str(arguments.model_name_or_path),
             config=config,
             revision=arguments.model_revision,
             trust_remote_code=arguments.trust_remote_code,

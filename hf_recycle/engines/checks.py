@@ -63,6 +63,7 @@ def can_recompute(trainer: Trainer) -> bool:
     """Whether activations may be computed again, block by block: not where compilation or checkpointing decides what is
     kept, nor under ZeRO-3, whose gathered weights a hook on saved tensors would keep alive."""
     state = trainer.accelerator.state
+    assert trainer.model is not None
     checkpointing = (
         trainer.args.gradient_checkpointing
         or any(getattr(module, "gradient_checkpointing", False) for module in trainer.model.modules())
@@ -86,7 +87,7 @@ def _asked_for(trainer: Trainer, engine: str) -> bool:
     return bool(by_argument) or os.environ.get(f"ACCELERATE_USE_{engine}", "").lower() == "true"
 
 
-def leave_embeddings_ungrouped(plugin, model: nn.Module) -> None:
+def leave_embeddings_ungrouped(plugin, model: Any) -> None:
     """Leaves the input embeddings out of the groups that FSDP2 makes of a model's `_no_split_modules`, where the
     accelerate configuration names no classes.
 
@@ -150,11 +151,12 @@ def drop_tied_aliases(model: nn.Module) -> dict[str, str]:
     Returns:
         The names that went, each with the name that stays.
     """
-    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    whole: Any = model
+    output = whole.get_output_embeddings() if hasattr(whole, "get_output_embeddings") else None
     if output is None:
         return {}
     held = {id(parameter) for parameter in output.parameters(recurse=False)}
-    kept = {id(output), id(model.get_input_embeddings())}
+    kept = {id(output), id(whole.get_input_embeddings())}
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)

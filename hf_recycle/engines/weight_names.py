@@ -62,7 +62,7 @@ def as_in_model(
             name, pattern = key, None
         if name in targets and pattern is not None:
             parts = merged.setdefault(name, copy.deepcopy(of_pattern[pattern]))
-            parts.add_tensor(name, key, pattern, files[key])
+            parts.add_tensor(name, key, pattern, files[key])  # type: ignore[arg-type]  # or a function that gives it
         else:
             yield (name if name in targets else key), files[key]()
     for first, parts in merged.items():

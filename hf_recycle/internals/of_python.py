@@ -8,5 +8,5 @@ import threading
 
 def finish() -> None:
     """Does what the interpreter does first when it ends: waits for threads, then calls exit functions."""
-    threading._shutdown()
+    threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()

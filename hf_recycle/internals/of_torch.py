@@ -77,7 +77,8 @@ def is_in_backward() -> bool:
 def keeps_saved_tensors() -> bool:
     """Whether what is saved for the backward pass is kept as it is, and hooks may change that."""
     autograd = torch._C._autograd
-    return autograd._saved_tensors_hooks_is_enabled() and autograd._top_saved_tensors_default_hooks(True) is None
+    enabled = autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]
+    return enabled and autograd._top_saved_tensors_default_hooks(True) is None
 
 
 def transforms_are_active() -> bool:

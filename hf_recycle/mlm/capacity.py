@@ -48,7 +48,7 @@ def masked_tokens(labels: Tensor) -> int:
 
 def _note_count(labels: Tensor, count: int | None) -> None:
     if count is not None:
-        labels.masked_tokens = count, version_of(labels)
+        labels.masked_tokens = count, version_of(labels)  # type: ignore[attr-defined]
 
 
 class _CountedDict(dict):

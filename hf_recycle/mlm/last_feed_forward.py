@@ -9,10 +9,10 @@ dropout, residual and norm see the shapes they always see, and dropout draws the
 from __future__ import annotations
 
 import weakref
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from hf_recycle.internals.of_torch import all_hooks, is_in_backward
 from hf_recycle.mlm.plain_loss import comes_with_a_library, is_hook_of_a_library
@@ -113,18 +113,19 @@ class _Scatter(_Hook):
         return full.view(*shape, -1)
 
 
-def find_last_feed_forward(model: PreTrainedModel) -> LastFeedForward | None:
+def find_last_feed_forward(model: nn.Module) -> LastFeedForward | None:
     """The last block of an encoder whose head works position by position; None where it is not known that the block is
     computed once in a forward pass, last and over the whole sequence: blocks that are not found or that layers share,
     layers in groups (ALBERT), a module of the user's around the block, or blocks computed in chunks of the sequence."""
-    config = model.config
+    config: Any = model.config
     try:
         blocks = find_feed_forwards(model)
     except ValueError:
         return None
     path = blocks[-1].name.split(".")
     place = next((place for place, name in enumerate(path) if name.isdecimal()), None)
-    if place is None or getattr(config, "chunk_size_feed_forward", 0):
+    chunked = getattr(config, "chunk_size_feed_forward", 0)
+    if place is None or chunked:
         return None
     *above, holder = [model.get_submodule(".".join(path[:depth])) for depth in range(place + 1)]
     if not isinstance(holder, nn.ModuleList):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.nn import functional as F
 from transformers.loss.loss_utils import ForMaskedLMLoss
@@ -67,4 +69,5 @@ def masked_lm_loss(logits: torch.Tensor, labels: torch.Tensor, num_items: torch.
     """
     # Added rather than clamped: a share of the items, below one, is a legitimate divisor.
     num_items = num_items + (num_items == 0)
-    return ForMaskedLMLoss(logits, labels, vocab_size=logits.shape[-1], num_items_in_batch=num_items)
+    items: Any = num_items  # declared a tensor there, and divided by alone
+    return ForMaskedLMLoss(logits, labels, vocab_size=logits.shape[-1], num_items_in_batch=items)

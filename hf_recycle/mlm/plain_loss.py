@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from typing import cast
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -54,7 +55,7 @@ def core_model(model: nn.Module) -> nn.Module:
     # Other classes and prompts change what goes in or comes out, and so may the tuners that they call.
     if not isinstance(model, PeftModel) or type(model).forward is not PeftModel.forward:
         return model
-    return model if model.active_peft_config.is_prompt_learning else model.base_model.model
+    return model if model.active_peft_config.is_prompt_learning else cast(nn.Module, model.base_model.model)
 
 
 def has_plain_loss(model: nn.Module) -> bool:

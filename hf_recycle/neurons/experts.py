@@ -1,5 +1,7 @@
 """Experts whose weights lie in parameters of all experts of a layer, one matrix behind the other: a block for each."""
 
+from typing import Any
+
 from torch import nn
 
 from hf_recycle.neurons.blocks import FeedForward, NeuronSlice
@@ -56,7 +58,7 @@ def experts_of(path: str, holder: nn.Module, layout: Layout) -> list[FeedForward
 def _locate(holder: nn.Module, name: str) -> tuple[nn.Module, str] | None:
     """The module and the attribute of a parameter with a matrix for each expert."""
     *path, attribute = name.split(".")
-    module = holder
+    module: Any = holder
     for child in path:
         module = getattr(module, child, None)
     parameter = getattr(module, attribute, None)

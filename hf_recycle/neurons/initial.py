@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cached_property, partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,9 +29,12 @@ from hf_recycle.neurons.storage.plain import whole
 
 _aten = torch.ops.aten
 # With the method that does the same and is called faster.
-_DRAWS = {_aten.normal_.default: Tensor.normal_, _aten.uniform_.default: Tensor.uniform_}
-_FILLS = {_aten.zero_.default, _aten.fill_.Scalar}
-_ADJUSTMENTS = {
+_DRAWS: dict[Any, Callable[..., Tensor]] = {
+    _aten.normal_.default: Tensor.normal_,
+    _aten.uniform_.default: Tensor.uniform_,
+}
+_FILLS: set[Any] = {_aten.zero_.default, _aten.fill_.Scalar}
+_ADJUSTMENTS: set[Any] = {
     _aten.mul_.Tensor,
     _aten.mul_.Scalar,
     _aten.add_.Tensor,
@@ -68,7 +72,9 @@ class FreshModules:
     @property
     def model(self) -> nn.Module:
         """The model, as long as it lives."""
-        return self._model()
+        model = self._model()
+        assert model is not None, "whoever draws fresh weights keeps the model"
+        return model
 
     @cached_property
     def _hollow(self) -> nn.Module:
@@ -103,8 +109,8 @@ class FreshModules:
                     if isinstance(submodule, Conv1D):
                         nn.init.normal_(submodule.weight, std=0.02)
                         nn.init.zeros_(submodule.bias)
-                    elif callable(getattr(submodule, "reset_parameters", None)):
-                        submodule.reset_parameters()
+                    elif callable(reset := getattr(submodule, "reset_parameters", None)):
+                        reset()
                 self._initialise(path, fresh)
             yield fresh
         finally:
@@ -154,18 +160,19 @@ class InitialDistribution:
             ValueError: if nothing in the model initialises one of them.
         """
         roles = self._recipes.keys() if roles is None else roles
-        for role in roles:
-            if self._recipes[role] == []:
+        recipes = {role: recipe for role in roles if (recipe := self._recipes[role]) is not None}
+        for role, recipe in recipes.items():
+            if not recipe:
                 raise ValueError(
                     f"recycle_reinit: nothing in the model initialises {role!r} of {self._block.name}, so a fresh "
                     "neuron can't be drawn from its initial distribution; use recycle_reinit='copy_noise'."
                 )
-        if any(self._recipes[role] is None for role in roles):
+        if len(recipes) < len(roles):
             return self._sample_instance(n, generator, roles)
         drawn = {}
-        for role in roles:
+        for role, recipe in recipes.items():
             drawn[role] = torch.empty(n, *self._widths[role])
-            for operation in self._recipes[role]:
+            for operation in recipe:
                 operation.replay(drawn[role], generator)
         return drawn
 
@@ -205,8 +212,8 @@ class _Recorder(TorchDispatchMode):
         operation = _Operation(function, arguments)
         if whole and plain and function in {*_DRAWS, *_FILLS}:
             self._operations[key] = [operation]
-        elif whole and plain and function in _ADJUSTMENTS and self._operations.get(key):
-            self._operations[key].append(operation)
+        elif whole and plain and function in _ADJUSTMENTS and (known := self._operations.get(key)):
+            known.append(operation)
         else:
             self._operations[key] = None
 
@@ -225,7 +232,7 @@ def _upwards(path: str) -> list[str]:
     return [".".join(names[:depth]) for depth in range(len(names), -1, -1)]
 
 
-def _hollow_copy(module: nn.Module, memo: dict[int, object]) -> nn.Module:
+def _hollow_copy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     """A copy of `module` without its weights: every tensor on the meta device. What modules keep beside tensors is
     shared, but for hooks and functions, which may hold the model."""
     if id(module) in memo:
@@ -241,7 +248,7 @@ def _hollow_copy(module: nn.Module, memo: dict[int, object]) -> nn.Module:
     return fresh
 
 
-def _hollow(tensor: Tensor, memo: dict[int, object]) -> Tensor:
+def _hollow(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
     if id(tensor) not in memo:
         empty = torch.empty(full_shape(tensor), dtype=tensor.dtype, device="meta")
         is_parameter = isinstance(tensor, nn.Parameter)

@@ -53,13 +53,13 @@ def sparse_tied_gradient(model: PreTrainedModel) -> Iterator[None]:
     """
     embeddings = model.get_input_embeddings()
     output = model.get_output_embeddings()
-    tied = (
-        type(embeddings) is nn.Embedding
-        and output is not None
-        and output.weight is embeddings.weight
-        and not (embeddings.sparse or embeddings.scale_grad_by_freq)
-    )
-    if not tied:
+    if (
+        type(embeddings) is not nn.Embedding
+        or output is None
+        or output.weight is not embeddings.weight
+        or embeddings.sparse
+        or embeddings.scale_grad_by_freq
+    ):
         yield
         return
     embeddings.sparse = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -199,7 +200,7 @@ def _first_runs(results: StudyResults, plan: FigurePlan) -> list[RunResult]:
     return [results.of(arm)[0] for arm in _present(results, plan)]
 
 
-def _styles(results: StudyResults, plan: FigurePlan) -> dict[str, dict[str, str]]:
+def _styles(results: StudyResults, plan: FigurePlan) -> dict[str, dict[str, Any]]:
     """How the line of each arm is drawn: the baseline is black in every figure."""
     others = [arm for arm in _present(results, plan) if arm != results.study.baseline]
     return {arm: _style(others.index(arm) + 1 if arm in others else 0) for arm in _present(results, plan)}

@@ -29,6 +29,7 @@ class NeuronTrainer(Trainer):
     model: nn.Module
     neuron_methods: NeuronMethods
     meter: RunMeter
+    hub_model_id: str | None  # type: ignore[assignment]  # the Trainer sets None first
 
     # ---- Neurons ----
 

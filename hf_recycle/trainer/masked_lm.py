@@ -177,8 +177,9 @@ class MaskedLanguageModelingMixin(ReproducibleDataMixin):
         if not self._compiled:
             return *padded_positions(labels, masked), None
         share = getattr(self.data_collator, "mlm_probability", None)
-        known = isinstance(share, int | float) and 0 <= share <= 1
-        size = padded_count(masked, labels.numel(), share) if known else None
+        size = None
+        if isinstance(share, int | float) and 0 <= share <= 1:
+            size = padded_count(masked, labels.numel(), share)
         # Sizes 0 and 1 are never dynamic.
         positions, targets = padded_positions(labels, max(masked, 2) if size is None else size)
         padding = targets == IGNORED
@@ -251,7 +252,7 @@ class MaskedLanguageModelingMixin(ReproducibleDataMixin):
         compute = self.compute_metrics
 
         def noting(*args, **kwargs):
-            metrics = compute(*args, **kwargs)
+            metrics = compute(*args, **kwargs) if compute is not None else {}
             names.update(metrics or ())
             return metrics
 
@@ -268,6 +269,8 @@ class MaskedLanguageModelingMixin(ReproducibleDataMixin):
             # The caller wants the logits of all positions, so the full head it is.
             loss, logits, labels = super().prediction_step(model, inputs, False, ignore_keys=ignore_keys)
             scores = logits[0] if isinstance(logits, tuple | list) else logits
+            assert scores is not None
+            assert labels is not None
             positions = masked_positions(labels)
             self._tally.add(scores.flatten(0, -2)[positions], labels, positions)
             return loss, logits, labels

@@ -4,10 +4,11 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from transformers import Trainer
+from torch import nn
+from transformers import PreTrainedModel, Trainer
 from transformers.utils import logging
 
 from hf_recycle.arguments import RecyclingArguments, check_training_numbers
@@ -35,7 +36,7 @@ from hf_recycle.speed.host_memory import sparse_tied_gradient
 from hf_recycle.speed.onednn import is_available, onednn_forwards
 from hf_recycle.speed.recomputation import recomputing_forwards
 from hf_recycle.trainer.masked_lm import MaskedLanguageModelingMixin
-from hf_recycle.utils.forwards import replaced_forwards
+from hf_recycle.utils.forwards import Forward, replaced_forwards
 
 logger = logging.get_logger(__name__)
 
@@ -58,7 +59,7 @@ class RecyclingTrainer(RunStartMixin, HubMixin, CheckpointMixin, MaskedLanguageM
             FSDP version 1, fewer processes or another engine than the launcher was asked for.
     """
 
-    @wraps(Trainer.__init__, assigned=())  # for whoever asks for its signature
+    @wraps(Trainer.__init__, assigned=())  # type: ignore[misc]  # for whoever asks for its signature
     def __init__(self, model=None, args: RecyclingArguments | None = None, *positional, **kwargs):
         if args is None:
             args = RecyclingArguments(output_dir="tmp_trainer")
@@ -154,14 +155,15 @@ class RecyclingTrainer(RunStartMixin, HubMixin, CheckpointMixin, MaskedLanguageM
 
     def _enable_optimizations(self) -> None:
         """Settles what saves memory and time in this training."""
-        table, forwards = self.neuron_table(), {}
+        table = self.neuron_table()
+        forwards: dict[nn.Module, Forward] = {}
         if self.args.onednn_linear and can_use_onednn(self):
             forwards |= onednn_forwards(self.model)
         if self.args.recompute_activations and not self.steps_aside and table is not None and can_recompute(self):
             forwards |= recomputing_forwards(table.blocks, forwards)
         self._savings = [partial(replaced_forwards, forwards), self.head_attached]
         if self.can_sum_sparsely():
-            self._savings.append(partial(sparse_tied_gradient, self.model))
+            self._savings.append(partial(sparse_tied_gradient, cast(PreTrainedModel, self.model)))
 
     @contextmanager
     def _saving(self) -> Iterator[None]:

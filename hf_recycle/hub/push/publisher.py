@@ -191,7 +191,8 @@ class Publisher:
         # An earlier attempt may have been given up.
         self.unpublished = [i for i in self.unpublished if (i.push.folder, i.push.branch) != (push.folder, push.branch)]
         if outcome is not None:
-            self._deadline.renew()
+            if self._deadline is not None:
+                self._deadline.renew()
             try:
                 note_landed(push, self.repository.repo_id or self.repository.name)
             except OSError as error:

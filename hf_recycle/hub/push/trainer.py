@@ -77,7 +77,7 @@ class HubMixin(NeuronTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, trial=None, ignore_keys_for_eval=None):
         if self.publisher is not None:
-            self._take_up_leftovers(resume=bool(resume_from_checkpoint))
+            self._take_up_leftovers(self.publisher, resume=bool(resume_from_checkpoint))
         try:
             result = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         except BaseException:
@@ -88,7 +88,7 @@ class HubMixin(NeuronTrainer):
             self.push_to_hub()
         return result
 
-    def _take_up_leftovers(self, resume: bool) -> None:
+    def _take_up_leftovers(self, publisher: Publisher, resume: bool) -> None:
         """What an earlier run in this folder could not publish: a run that goes on publishes it first."""
         try:
             found = leftovers(Path(self.args.output_dir))
@@ -96,20 +96,20 @@ class HubMixin(NeuronTrainer):
             logger.warning("What an earlier run left unpublished can't be read: %s", error)
             return
         for push in found:
-            ours = (push.repo_id, push.revision) == (self.publisher.repository.name, self.args.hub_revision)
+            ours = (push.repo_id, push.revision) == (publisher.repository.name, self.args.hub_revision)
             if resume and ours:
-                self.publisher.submit(push)
+                publisher.submit(push)
             else:
                 logger.warning("An earlier run left a checkpoint unpublished; publish it with: %s", push.command)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        strategy, folder = self.args.hub_strategy, Path(checkpoint_folder)
+        strategy, folder = HubStrategy(self.args.hub_strategy), Path(checkpoint_folder)
         if self.publisher is None or strategy == HubStrategy.END:
             return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         inside = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: folder.name}
         try:
-            push = self._push_of(folder)
+            push = self._push_of(self.publisher.repository, folder)
             push = push.to(
                 checkpoint=inside.get(strategy),
                 always=self.args.hub_always_push or strategy == HubStrategy.ALL_CHECKPOINTS or push.tag is not None,
@@ -124,7 +124,7 @@ class HubMixin(NeuronTrainer):
 
     # ---- On request ----
 
-    def push_to_hub(
+    def push_to_hub(  # type: ignore[override]  # nothing where nothing could be published, a future if asked for
         self,
         commit_message: str | None = "End of training",
         blocking: bool = True,
@@ -158,7 +158,7 @@ class HubMixin(NeuronTrainer):
             return None
         folder = Path(self.args.output_dir)
         self.create_model_card(**kwargs)
-        push = self._push_of(folder, commit_message).to(
+        push = self._push_of(self.publisher.repository, folder, commit_message).to(
             revision=revision or self.args.hub_revision, token=token, always=True
         )
         if self.args.hub_strategy != HubStrategy.END:
@@ -193,7 +193,7 @@ class HubMixin(NeuronTrainer):
                 super().create_model_card(**words)
                 return
             self.write_recycling_files(folder)
-        self.card_words = self.card_words | words
+        self.card_words = {**self.card_words, **words}
         self.write_card(folder)
         metadata = told_metadata(words)
         if metadata and (folder / CARD).is_file():
@@ -203,15 +203,15 @@ class HubMixin(NeuronTrainer):
                 setattr(card.data, key, [*known, *(v for v in value if v not in known)] if known else value)
             card.save(folder / CARD)
 
-    def _push_of(self, folder: Path, wanted: str | None = None) -> Push:
+    def _push_of(self, repository: Repository, folder: Path, wanted: str | None = None) -> Push:
         message, description = commit_message(folder, wanted)
         step = step_of(folder)
         return Push(
             folder=folder,
-            repo_id=self.publisher.repository.name,
+            repo_id=repository.name,
             message=message,
             description=description,
             revision=self.args.hub_revision,
             tag=f"step-{step}" if self.args.hub_tag_steps and step is not None else None,
-            private=self.publisher.repository.private,
+            private=repository.private,
         )

@@ -128,8 +128,8 @@ class OvertrainingCallback(NeuronCallback):
 
 def _last_loss(recorder: HistoryRecorder) -> float | None:
     """The loss of the last extra batch of the run so far, None if there was none."""
-    _, losses = metric_values(recorder.to_table(), "overtraining").get("last_loss", ((), ()))
-    return float(losses[-1]) if len(losses) else None
+    found = metric_values(recorder.to_table(), "overtraining").get("last_loss")
+    return None if found is None or not len(found[1]) else float(found[1][-1])
 
 
 def model_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
