@@ -1,17 +1,17 @@
 """What every test shares: no network, no progress bars, one thread, deprecations as errors, models of every family."""
 
-import gc
 import os
 import signal
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import families as family_table
 import pytest
 import torch
 import transformers
 from hypothesis import settings
+from support import families as family_table
+from support.quick import make_runs_quick
 from torch import nn
 
 torch.set_num_threads(1)
@@ -37,16 +37,25 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    # Every training starts with a collection of garbage, which takes a third of a second to look through what imports
-    # have left: from now on it need not.
-    gc.collect()
-    gc.freeze()
+    make_runs_quick()
 
 
 @pytest.fixture(autouse=True)
 def _seeded():
     """The same random models in every run."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _histories_are_trusted(monkeypatch):
+    """A process that reads each history first takes longer than most runs. `test_foreign_files` has it."""
+    monkeypatch.setattr("hf_recycle.records.untrusted.recycling_files.parquet_problem", lambda *_: None)
+
+
+@pytest.fixture
+def figures_not_drawn(monkeypatch):
+    """Cards without figures: drawing them takes most of the time of a tiny run, and has tests of its own."""
+    monkeypatch.setattr("hf_recycle.plots.run.figure_images", lambda *_, **__: {})
 
 
 @pytest.fixture(params=family_table.FAMILIES, ids=lambda family: family.name)

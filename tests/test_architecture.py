@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -81,3 +82,15 @@ def test_imports_are_light(statement, without):
     code = f"import sys; {statement}; sys.exit(' '.join(name for name in {without} if name in sys.modules) or None)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("page", ["docs/design.md", "docs/engines.md", "docs/scaling.md", "CONTRIBUTING.md"])
+def test_the_files_that_a_page_names_exist(page):
+    named = set(re.findall(r"`((?:\w+/)+\w+\.py)`", (ROOT / page).read_text(encoding="utf-8")))
+    missing = {name for name in named if not (ROOT / name).is_file() and not (ROOT / "hf_recycle" / name).is_file()}
+    assert not missing
+
+
+def test_every_folder_is_on_the_page_of_the_tree():
+    page = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    assert [name for name in LEVELS if f"`{name.replace('.', '/')}" not in page] == []

@@ -1,13 +1,13 @@
 """Isolated training: a stretch after which the main run goes on as if nothing had happened."""
 
-import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-import numpy as np
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+
+from hf_recycle.utils.random_state import OwnRandomState
 
 
 @contextmanager
@@ -22,29 +22,23 @@ def isolated_training(
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
     accelerator = None if device.type == "cpu" else torch.get_device_module(device)
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
     device_state = accelerator and accelerator.get_rng_state()
     try:
-        random.seed(seed)
-        np.random.seed(seed % 2**32)  # noqa: NPY002
-        torch.default_generator.manual_seed(seed)
-        if accelerator:
-            accelerator.manual_seed(seed)
-        model.train()
-        if _can_freeze(model):
-            mine = {id(parameter) for parameter in trained}
-            for parameter in model.parameters():
-                parameter.requires_grad_(id(parameter) in mine)
-        yield
+        with OwnRandomState(seed, once=True):
+            if accelerator:
+                accelerator.manual_seed(seed)
+            model.train()
+            if _can_freeze(model):
+                mine = {id(parameter) for parameter in trained}
+                for parameter in model.parameters():
+                    parameter.requires_grad_(id(parameter) in mine)
+            yield
     finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
             parameter.grad = None
         for module, mode in modes:
             module.training = mode
-        random.setstate(states[0])
-        np.random.set_state(states[1])  # noqa: NPY002
-        torch.set_rng_state(states[2])
         if accelerator:
             accelerator.set_rng_state(device_state)
 

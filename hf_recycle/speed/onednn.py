@@ -2,8 +2,8 @@
 
 On x86 PyTorch multiplies float32 matrices by MKL, which keeps its AVX-512 kernels for Intel's processors. oneDNN, which
 is in PyTorch too, asks what a processor can do and not who made it: on AMD's Zen 5, whose units are that wide, it is
-about twice as fast. The numbers are float32 as before; only the order of sums differs. On other processors it gains
-nothing, so it is off unless asked for.
+about twice as fast, and a step of BERT Medium 1.5 times (docs/benchmarks.md). The numbers are float32 as before; only
+the order of sums differs. On other processors it gains nothing, so it is off unless asked for.
 """
 
 from __future__ import annotations

@@ -4,6 +4,9 @@ The out-projection needs its input, the activations, for the gradient of its wei
 own input, the pre-activations, for its derivative. Both are `(tokens, d_ff)`, the largest arrays of a layer, and the
 first is the function of the second: one of them is enough. (Selective activation recomputation: Korthikanti et al.
 2022, "Reducing Activation Recomputation in Large Transformer Models".)
+
+A step of BERT Medium (32 × 128 tokens) allocates 1,411 instead of 1,640 MiB beyond weights and optimizer
+(`python -m benchmarks.allocations`); its time stays within the spread of the measurement.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType, DynamoBackend, send_to_device
+from accelerate.utils import DynamoBackend, send_to_device
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput
@@ -52,12 +52,6 @@ class MaskedLanguageModelingMixin(ReproducibleDataMixin):
         self._stock_accepts_loss_kwargs = self._settled_accepts_loss_kwargs = self.model_accepts_loss_kwargs
         self.settle_loss()
         self.set_up_data()
-
-    def can_sum_sparsely(self) -> bool:
-        """Whether `sparse_tied_gradient` holds: every loss goes through the head, and one process on a CPU sums."""
-        alone = self.accelerator.distributed_type == DistributedType.NO and self.accelerator.device.type == "cpu"
-        steps_are_ours = type(self).training_step.__module__.startswith("hf_recycle.")
-        return self._wants_masked_head and steps_are_ours and alone and not self._compiled
 
     def _get_dataloader(
         self, dataset, description, batch_size, sampler_fn=None, is_training=False, dataloader_key=None

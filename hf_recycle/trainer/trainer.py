@@ -4,11 +4,11 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial, wraps
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, Trainer
+from transformers import Trainer
 from transformers.utils import logging
 
 from hf_recycle.arguments import RecyclingArguments, check_training_numbers
@@ -32,7 +32,6 @@ from hf_recycle.methods.coordinator import NeuronCallback
 from hf_recycle.methods.overtraining.callback import Overtraining
 from hf_recycle.neurons.slices import full_shape
 from hf_recycle.neurons.table import NeuronTable
-from hf_recycle.speed.host_memory import sparse_tied_gradient
 from hf_recycle.speed.onednn import is_available, onednn_forwards
 from hf_recycle.speed.recomputation import recomputing_forwards
 from hf_recycle.trainer.masked_lm import MaskedLanguageModelingMixin
@@ -162,8 +161,6 @@ class RecyclingTrainer(RunStartMixin, HubMixin, CheckpointMixin, MaskedLanguageM
         if self.args.recompute_activations and not self.steps_aside and table is not None and can_recompute(self):
             forwards |= recomputing_forwards(table.blocks, forwards)
         self._savings = [partial(replaced_forwards, forwards), self.head_attached]
-        if self.can_sum_sparsely():
-            self._savings.append(partial(sparse_tied_gradient, cast(PreTrainedModel, self.model)))
 
     @contextmanager
     def _saving(self) -> Iterator[None]:

@@ -26,7 +26,7 @@ def assert_like(folder, expected, **options):
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """`saved(family)`: the folder of a model of the family and its magnitudes, made once."""
-    import families
+    from support import families
 
     made = {}
 

@@ -2,9 +2,11 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
+from support.scripts import forks
 
 from benchmarks.__main__ import main
 from benchmarks.contestant import OURS, STOCK, Contestant
@@ -14,6 +16,12 @@ from benchmarks.shapes import TINY
 from hf_recycle.errors import UserError
 
 pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(autouse=True)
+def _forked(monkeypatch):
+    """Trainings in processes that need not import everything again."""
+    monkeypatch.setattr("benchmarks.match.multiprocessing", SimpleNamespace(get_context=lambda method: forks()))
 
 
 def test_a_quick_run_fills_every_row(tmp_path, capsys):

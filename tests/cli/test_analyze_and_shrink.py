@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from simulated_runs import write_run
+from support.simulated_runs import write_run
 from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM
 
 from hf_recycle import find_feed_forwards

@@ -40,6 +40,7 @@ def test_an_unknown_command(capsys):
     assert capsys.readouterr().err == "error: unknown command 'trian'; did you mean train?\n"
 
 
+@pytest.mark.slow  # processes that import transformers
 @pytest.mark.parametrize("module", ["hf_recycle.cli.main", "hf_recycle.train"])
 def test_a_mistake_is_one_line_and_status_2(module):
     words = ["--recycle_step", "3"] if module == "hf_recycle.train" else ["train", "--recycle_step", "3"]

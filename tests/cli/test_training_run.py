@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.english import english
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_recycle import RecyclingHistory
 from hf_recycle.cli.main import main
-from hf_recycle.data.corpus import builtin_corpus
 
 TINY = "hidden_size=16,num_hidden_layers=1,num_attention_heads=2,intermediate_size=32"
 
@@ -23,7 +23,7 @@ TINY = "hidden_size=16,num_hidden_layers=1,num_attention_heads=2,intermediate_si
 @pytest.fixture
 def text_file(tmp_path):
     path = tmp_path / "train.txt"
-    path.write_text("\n".join(builtin_corpus()[0][:800]))
+    path.write_text("\n".join(english(800)))
     return path
 
 
@@ -69,6 +69,7 @@ def test_train_save_report_and_never_mix_two_runs(words, tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("figures_not_drawn")
 def test_resumed_equals_uninterrupted(words, tmp_path, capsys):
     assert main(words) == 0
     whole = weights(tmp_path / "out")
@@ -88,6 +89,7 @@ def test_resumed_equals_uninterrupted(words, tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("figures_not_drawn")
 def test_what_would_go_on_as_another_run_ends_in_a_sentence(words, tmp_path, capsys):
     out = tmp_path / "out"
     assert main([*words, "--max_steps", "4"]) == 0
@@ -120,6 +122,7 @@ def test_what_would_go_on_as_another_run_ends_in_a_sentence(words, tmp_path, cap
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("figures_not_drawn")
 def test_a_trained_model_can_be_continued(words, tmp_path):
     assert main([*words, "--max_steps", "4"]) == 0
     again = ["--config_overrides", "null", "--model_name_or_path", str(tmp_path / "out"), "--max_steps", "4"]
@@ -132,6 +135,7 @@ def test_a_trained_model_can_be_continued(words, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("figures_not_drawn")
 def test_streaming_and_line_by_line(words, tmp_path, text_file, capsys):
     assert main([*words, "--streaming"]) == 2
     assert "pass validation_file or eval_strategy=no" in capsys.readouterr().err
@@ -141,6 +145,7 @@ def test_streaming_and_line_by_line(words, tmp_path, text_file, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("figures_not_drawn")
 def test_a_causal_model(words, tmp_path):
     gpt = ["--model_type", "gpt2", "--config_overrides", "n_embd=16,n_layer=1,n_head=2,n_positions=32", "--task", "clm"]
     assert main([*words, *gpt]) == 0

@@ -7,6 +7,7 @@ from hf_recycle.data import corpus
 from hf_recycle.data.corpus import builtin_corpus
 
 
+@pytest.mark.slow
 def test_the_same_at_every_call():
     assert builtin_corpus.__wrapped__() == builtin_corpus()
 

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset, DatasetDict
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from support.words import word_tokenizer
 
 from hf_recycle.data import loading, sources
 from hf_recycle.data.arguments import DataArguments
@@ -24,12 +23,8 @@ LINES = [f"line {number} has the words one two three and {number % 7}" for numbe
 @pytest.fixture
 def tokenizer():
     """Whole words, with [CLS] and [SEP]."""
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "line", "has", "the", "words", "one", "two", "three", "and"]
-    words += [str(number) for number in range(200)]
-    backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="[UNK]"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    names = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
-    return PreTrainedTokenizerFast(tokenizer_object=backend, **dict(zip(names, words, strict=False)))
+    words = ["line", "has", "the", "words", "one", "two", "three", "and"]
+    return word_tokenizer(words=[*words, *(str(number) for number in range(200))])
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 import pytest
 import torch
-from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
+from support.words import word_tokenizer
 
 from hf_recycle.data.arguments import ModelArguments
 from hf_recycle.data.model import load_model
@@ -9,14 +8,11 @@ from hf_recycle.data.overrides import parse_overrides
 from hf_recycle.errors import UserError
 
 SMALL = "hidden_size=16,num_hidden_layers=1,num_attention_heads=2,intermediate_size=32"
-NAMES = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
 
 
 @pytest.fixture
 def tokenizer():
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{number}" for number in range(95))]
-    backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="[UNK]"))
-    return PreTrainedTokenizerFast(tokenizer_object=backend, **dict(zip(NAMES, words, strict=False)))
+    return word_tokenizer(100)
 
 
 def arguments(**changes):

@@ -1,16 +1,16 @@
 import pytest
+from support.english import english
 from transformers import AutoTokenizer
 
 from hf_recycle.data import tokenizer as module
 from hf_recycle.data.cache import cache_folder, cached_folder
-from hf_recycle.data.corpus import builtin_corpus
 from hf_recycle.data.tokenizer import corpus_key, load_tokenizer, train_wordpiece, trained_tokenizer
 from hf_recycle.errors import UserError
 
 
 @pytest.fixture(scope="module")
 def texts():
-    return builtin_corpus()[0][:1500]
+    return english(4000)
 
 
 def test_training_is_reproducible(texts):

@@ -1,6 +1,6 @@
 """Training runs on one engine, on several processes or one; process 0 writes what came out.
 
-    engine_run.py PROCESSES ENGINE FOLDER METHOD[@PRECISION][:HOW] ...
+    engine_run.py PROCESSES ENGINE FOLDER METHOD[@PRECISION][:HOW]|LAYOUT ...
 
 `:resume`: a second trainer resumes from the checkpoint in the middle and must come to the same end. `:accumulate`: the
 global batch is made of two accumulated ones. `:compile`: so too, with a compiled model; `:compile=full`: with its full
@@ -16,17 +16,13 @@ from itertools import count
 from pathlib import Path
 from unittest import mock
 
+import precision
 import torch
+from matrix import ENGINES, GLOBAL_BATCH, LAYOUTS, METHODS, ON_LAYOUTS, PRECISIONS, VARIANTS
+from support import overflow
+from support.processes import run_in_processes
 from torch._dynamo.utils import counters
 from transformers import TrainerCallback, default_data_collator
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-sys.path.insert(0, str(Path(__file__).parents[1] / "trainer"))
-sys.path.insert(0, str(Path(__file__).parent))
-import overflow
-import precision
-from matrix import ENGINES, GLOBAL_BATCH, METHODS, PRECISIONS, VARIANTS
-from processes import run_in_processes
 
 from hf_recycle.speed import onednn
 
@@ -68,8 +64,7 @@ def run(
     how: str = "",
     **overrides,
 ):
-    from renamed_models import build
-    from tiny_runs import masked_sentences, tiny_bert
+    from support.tiny_runs import masked_sentences, tiny_bert
 
     from hf_recycle import RecyclingArguments, RecyclingTrainer
 
@@ -99,7 +94,7 @@ def run(
         | overrides,
     )
     # Other weights than those that are resumed.
-    model = build(family, seed=2 if resume else 1) if family else tiny_bert(dropout=0.0, d_ff=d_ff)
+    model = model_of(family, seed=2 if resume else 1) if family else tiny_bert(dropout=0.0, d_ff=d_ff)
     if precision_name == "bf16":
         # DeepSpeed rounds the model before it makes the masters: all start from what it starts from.
         model = model.bfloat16().float()
@@ -135,6 +130,21 @@ def run(
     if trainer.is_world_process_zero():
         torch.save(result, folder / "result.pt")
     return trainer
+
+
+def model_of(family: str, seed: int):
+    """A tiny model without dropout."""
+    from support import families, renamed_models
+
+    if family in renamed_models.FAMILIES:
+        model = renamed_models.build(family, seed)
+    else:
+        torch.manual_seed(seed)
+        model = families.BY_NAME[family].build(d_ff=24)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return model
 
 
 class Collator:
@@ -177,6 +187,9 @@ def main() -> None:
     if ENGINES[engine].pretend:
         pretend_an_accelerator()
     for word in sys.argv[4:]:
+        if word in LAYOUTS:
+            trainer = run(engine, "off", folder / word, family=LAYOUTS[word], **ON_LAYOUTS)
+            continue
         method, _, how = word.partition(":")
         label = method.replace("@", "-")
         method, _, precision_name = method.partition("@")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-from matrix import ENGINES, METHODS
+from matrix import ENGINES, LAYOUTS, METHODS
 
 from hf_recycle.cli.argument_table import renew_between
 
@@ -65,7 +65,9 @@ def _values(value: object, count: int) -> tuple:
 
 def _label(name: str, case: dict[str, object]) -> str:
     words = name.removeprefix("test_").replace("_", " ")
-    method = case.get("method")
+    layout, method = case.get("layout"), case.get("method")
+    if layout in LAYOUTS:
+        return f"{words}: {layout} (`{LAYOUTS[layout]}`)"
     if method not in METHODS:
         return words
     settings = ", ".join(f"`{key}={value}`" for key, value in METHODS[method].items())

@@ -11,12 +11,13 @@ import shutil
 import sys
 from pathlib import Path
 
-from processes import run_in_processes
+from support.processes import run_in_processes
 
 
 def machine(folder: Path) -> None:
     import torch
-    from tiny_runs import sentences, tiny_bert, word_tokenizer
+    from support.tiny_runs import sentences, tiny_bert
+    from support.words import word_tokenizer
     from transformers import DataCollatorForLanguageModeling
 
     from hf_recycle import RecyclingArguments, RecyclingHistory, RecyclingTrainer
@@ -69,5 +70,4 @@ def machine(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent.with_name("trainer")))
     sys.exit(run_in_processes("ddp", 2, lambda: machine(Path(sys.argv[1]))))

@@ -122,7 +122,15 @@ METHODS = {
         "recycle_smooth_steps": 4,
     },
     "midpoint": {"midpoint_weight": 0.05, "midpoint_distance": "l2"},
+    "copies": {"recycle_steps": 3, "recycle_fraction": 0.1, "recycle_reinit": "copy_noise"},
+    "global": {"recycle_steps": 3, "recycle_fraction": 0.1, "recycle_scope": "global"},
+    "layers": {"recycle_steps": 3, "recycle_fraction": 0.2, "recycle_layers": [1]},
 }
+
+# Layouts of feed-forward weights other than BERT's, each with a family that has it, and what these models train with:
+# everything that reads or writes neurons.
+LAYOUTS = {"gated": "llama", "fused": "modernbert", "Conv1D": "gpt2"}
+ON_LAYOUTS = METHODS["pruning"] | METHODS["midpoint"]
 
 # Precisions, as training arguments. In fp16 a loss scaler may skip steps.
 PRECISIONS = {

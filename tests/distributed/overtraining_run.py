@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from engine_run import pretend_an_accelerator, run
 from matrix import ENGINES
-from processes import run_in_processes
+from support.processes import run_in_processes
 
 EVERY = {"overtrain_steps": 2, "overtrain_batches": 3, "weight_decay": 0.1}
 RUNS = {

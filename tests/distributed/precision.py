@@ -1,7 +1,7 @@
 """What runs in half precision need beside the others, and a look at their masters."""
 
 import torch
-from overflow import ARGUMENTS, POISONED, poison, use_scaler
+from support.overflow import ARGUMENTS, POISONED, poison, use_scaler
 from transformers import TrainerCallback
 
 from hf_recycle.methods.recycling import phase

@@ -1,24 +1,15 @@
 """Machines that share no disk: each can go on from what it has saved itself, or the training is refused."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from support.scripts import run_script
 
 
 @pytest.mark.slow
 def test_every_machine_resumes_from_its_own_checkpoint(tmp_path):
-    script = Path(__file__).with_name("machines_run.py")
-    done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    done = run_script(Path(__file__).with_name("machines_run.py"), tmp_path, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     for rank, other in (0, 1), (1, 0):
         found = json.loads((tmp_path / f"{rank}.json").read_text())

@@ -1,12 +1,10 @@
 """Two processes: a loss of the user's is as with the stock Trainer, and a resumed run gets the batches it would get."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from support.scripts import run_script
 from two_processes_run import EXAMPLES, MIDDLE, datasets_by_kind, loss_arguments, train_on_a_loss
 
 pytestmark = pytest.mark.slow
@@ -19,14 +17,7 @@ RESUMED = ["a list", "grouped by length", "a dispatched stream", "a stream that 
 def found(tmp_path_factory):
     """What each of the two processes found."""
     folder = tmp_path_factory.mktemp("two")
-    script = Path(__file__).with_name("two_processes_run.py")
-    done = subprocess.run(
-        [sys.executable, str(script), str(folder)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    done = run_script(Path(__file__).with_name("two_processes_run.py"), folder, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
 
@@ -48,7 +39,7 @@ def test_a_loss_that_is_not_ours_is_that_of_the_stock_trainer(name, found):
 
 
 def test_a_plain_loss_is_that_of_one_process_with_all_of_the_batch(found, tmp_path):
-    from tiny_runs import masked_sentences, tiny_bert
+    from support.tiny_runs import masked_sentences, tiny_bert
     from transformers import Trainer
 
     args = loss_arguments(tmp_path, batch=8, accumulation=1)

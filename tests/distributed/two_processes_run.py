@@ -9,8 +9,7 @@ import os
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.with_name("trainer")))
-from processes import run_in_processes
+from support.processes import run_in_processes
 
 LOSS_STEPS, DATA_STEPS, MIDDLE = 3, 12, 7
 EXAMPLES = 20  # five steps an epoch
@@ -38,7 +37,7 @@ def loss_arguments(folder: Path, batch: int, accumulation: int):
 
 def cases() -> dict:
     """By name: the model, what the trainer's class has of its own, the examples."""
-    from tiny_runs import masked_sentences, sentences, tiny_bert
+    from support.tiny_runs import masked_sentences, sentences, tiny_bert
     from transformers import BertForMaskedLM, GPT2Config, GPT2LMHeadModel, set_seed
 
     class WithTerm(BertForMaskedLM):
@@ -91,7 +90,7 @@ def train_on_a_loss(base: type, build, mixin: type, data: list[dict], args) -> d
 
 
 def losses(folder: Path) -> dict:
-    from tiny_runs import masked_sentences, tiny_bert
+    from support.tiny_runs import masked_sentences, tiny_bert
     from transformers import Trainer
 
     from hf_recycle import RecyclingTrainer
@@ -108,7 +107,7 @@ def losses(folder: Path) -> dict:
 def datasets_by_kind() -> dict:
     """By name: the training set, and the settings that go with it."""
     import datasets
-    from tiny_runs import sentences
+    from support.tiny_runs import sentences
 
     rows = sentences(EXAMPLES)
     uneven = [{"input_ids": row["input_ids"][: 6 + 2 * (i % 4)]} for i, row in enumerate(rows)]
@@ -130,7 +129,8 @@ def datasets_by_kind() -> dict:
 def trainer_on(folder: Path, data, settings: dict, evaluated=None):
     """The trainer, and the list to which each step adds its examples, masks taken back, without padding."""
     import torch
-    from tiny_runs import tiny_bert, word_tokenizer
+    from support.tiny_runs import tiny_bert
+    from support.words import word_tokenizer
     from transformers import DataCollatorForLanguageModeling
 
     from hf_recycle import RecyclingArguments, RecyclingTrainer
@@ -191,7 +191,7 @@ def data(folder: Path) -> dict:
 def evaluations(folder: Path) -> dict:
     """Of seven examples by two processes, in batches of two: as a list, and as streams."""
     import datasets
-    from tiny_runs import sentences
+    from support.tiny_runs import sentences
 
     rows = sentences(7)
     stream = datasets.Dataset.from_list(rows).to_iterable_dataset(num_shards=2)

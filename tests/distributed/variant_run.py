@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from engine_run import pretend_an_accelerator, run
 from matrix import ENGINES, VARIANTS
-from processes import run_in_processes
+from support.processes import run_in_processes
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 

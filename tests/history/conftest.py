@@ -1,5 +1,5 @@
 import pytest
-from simulated_runs import write_run
+from support.simulated_runs import write_run
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import torch
 from checkpoint_files import READERS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from simulated_runs import write_run
+from support.simulated_runs import write_run
 
 from hf_recycle.records import files
 from hf_recycle.records.file_checks import FORMAT_VERSION

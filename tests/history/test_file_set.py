@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from simulated_runs import write_run
+from support.simulated_runs import write_run
 
 from hf_recycle import RecyclingHistory
 from hf_recycle.records import file_set, files
@@ -16,40 +16,56 @@ from hf_recycle.records.file_set import read_files, remove_half_saved, write_fil
 from hf_recycle.records.files import RecyclingFileError
 
 
-@pytest.fixture
-def saves(tmp_path):
+@pytest.fixture(scope="module")
+def saves(tmp_path_factory):
     """Two saves of one run."""
     contents = []
     for number in (1, 2):
-        folder = tmp_path / f"source-{number}"
-        folder.mkdir()
+        folder = tmp_path_factory.mktemp("source")
         write_run(folder, phases=3 * number)
         contents.append(read_files(folder)[1])
     assert contents[0].stats["step"] != contents[1].stats["step"]
     return contents
 
 
-def test_readers_of_a_folder_that_is_saved_all_the_time_get_one_save_or_the_other(saves, tmp_path):
-    run, stop = tmp_path / "run", threading.Event()
+@pytest.mark.parametrize("moved", range(5))
+@pytest.mark.parametrize("read", ["read_config", "read_state", "read_history", "read_stats"])
+def test_a_reader_whom_a_save_overtakes_gets_one_save_or_the_other(read, moved, saves, tmp_path, monkeypatch):
+    """The save puts `moved` of its four files into place right before the reader reads one, and the others after it."""
+    run = tmp_path / "run"
     write_files(run, saves[0])
+    turns, moves = threading.Semaphore(0), threading.Semaphore(0)
 
-    def keep_saving():
-        while not stop.is_set():
-            for content in saves:
-                write_files(run, content)
+    def replace(source, target):
+        if Path(target).parent == run:
+            turns.acquire()
+        os.rename(source, target)
+        if Path(target).parent == run:
+            moves.release()
 
-    steps = {content.stats["step"]: len(content.history) for content in saves}
-    thread = threading.Thread(target=keep_saving)
-    thread.start()
-    try:
-        found = {}
-        for _ in range(40):
-            history = RecyclingHistory.from_pretrained(run)
-            found[history.stats["step"]] = len(history.table)
-    finally:
-        stop.set()
-        thread.join()
-    assert found == steps
+    def put_into_place(count):
+        for _ in range(count):
+            turns.release()
+            moves.acquire()
+
+    original = getattr(files, read)
+
+    def overtaken(*args):
+        monkeypatch.setattr(files, read, original)  # once
+        put_into_place(moved)
+        try:
+            return original(*args)
+        finally:
+            put_into_place(4 - moved)
+            writer.join()
+
+    monkeypatch.setattr(file_set.os, "replace", replace)
+    monkeypatch.setattr(files, read, overtaken)
+    writer = threading.Thread(target=write_files, args=(run, saves[1]))
+    writer.start()
+    history = RecyclingHistory.from_pretrained(run)
+    found = history.stats["step"], len(history.table)
+    assert found in [(content.stats["step"], len(content.history)) for content in saves]
 
 
 def test_readers_of_a_run_follow_it_to_its_newest_checkpoint(saves, tmp_path):

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import safetensors.torch
 import torch
-from simulated_runs import write_run
+from support.simulated_runs import write_run
 
 from hf_recycle.records import files
 from hf_recycle.records.file_checks import FORMAT_VERSION
@@ -21,6 +21,11 @@ from hf_recycle.records.untrusted.parquet_size import parquet_problem
 from hf_recycle.records.untrusted.recycling_files import check_content
 
 MIB = 2**20
+
+
+@pytest.fixture(autouse=True)
+def _histories_are_trusted():
+    """Not here."""
 
 
 def bomb(folder, items: int = 0, rows: int = 1, note: str = "") -> None:

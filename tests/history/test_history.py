@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from simulated_runs import write_run
+from support.simulated_runs import write_run
 
 from hf_recycle.records import files, history
 from hf_recycle.records.file_checks import FORMAT_VERSION

@@ -52,7 +52,7 @@ def hub_environment(hub, tmp_path_factory):
         home = tmp_path_factory.mktemp("home")
         dropped = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "HF_TOKEN", "HF_HUB_CACHE")
         environment = {key: value for key, value in os.environ.items() if key not in dropped}
-        paths = [str(_TESTS.parent), str(_TESTS), str(_TESTS / "trainer"), environment.get("PYTHONPATH", "")]
+        paths = [str(_TESTS.parent), str(_TESTS), environment.get("PYTHONPATH", "")]
         environment |= {
             "HF_ENDPOINT": hub.url,
             "HF_HOME": str(home),

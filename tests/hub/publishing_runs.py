@@ -1,11 +1,9 @@
 """Tiny runs that publish, for the tests of publishing."""
 
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "trainer"))
-
-from tiny_runs import sentences, tiny_bert, word_tokenizer
+from support.tiny_runs import sentences, tiny_bert
+from support.words import word_tokenizer
 from transformers import DataCollatorForLanguageModeling
 
 from hf_recycle import RecyclingArguments, RecyclingTrainer

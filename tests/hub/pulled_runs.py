@@ -1,10 +1,9 @@
 """A tiny run with checkpoints, trained once, for tests that put its checkpoints into repositories."""
 
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "trainer"))
-from tiny_runs import sentences, tiny_bert, word_tokenizer
+from support.tiny_runs import sentences, tiny_bert
+from support.words import word_tokenizer
 from transformers import DataCollatorForLanguageModeling
 
 from hf_recycle import RecyclingArguments, RecyclingTrainer

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hub_server import ALICE
 from huggingface_hub import HfApi
-from simulated_runs import write_run
+from support.simulated_runs import write_run
 from transformers import BertConfig, BertForMaskedLM
 
 from hf_recycle import neuron_magnitudes

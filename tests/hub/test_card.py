@@ -8,7 +8,7 @@ import pytest
 import yaml
 from huggingface_hub import EvalResult, ModelCard
 from markdown_it import MarkdownIt
-from simulated_runs import write_run
+from support.simulated_runs import write_run
 
 from hf_recycle.card.card import write_card
 from hf_recycle.card.merge import BEGIN, END

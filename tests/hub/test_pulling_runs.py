@@ -9,7 +9,7 @@ import pytest
 from hub_server import ALICE_READ
 from huggingface_hub import HfApi
 from pulled_runs import contents, new_trainer
-from tiny_runs import assert_same_weights, losses
+from support.tiny_runs import assert_same_weights, losses
 
 from hf_recycle import RecyclingHistory
 from hf_recycle.cli.main import main
@@ -104,41 +104,42 @@ from pathlib import Path
 import torch
 from huggingface_hub import HfApi
 from pulled_runs import new_trainer
+from support.processes import run_in_processes
 from hf_recycle.errors import UserError
 
-torch.set_num_threads(1)
-folder = Path(sys.argv[1])
-rank = int(os.environ["RANK"])
-whole = new_trainer(folder / "whole")
-whole.train()
-if rank == 0:
-    api = HfApi()
-    repo = api.create_repo("alice/two-processes").repo_id
-    api.upload_folder(repo_id=repo, folder_path=folder / "whole" / "checkpoint-4", path_in_repo="checkpoint-4")
-torch.distributed.barrier()
-try:
-    whole.train(resume_from_checkpoint="hub://alice/two-processes@nothing")
-    raise SystemExit("a wrong revision was taken")
-except UserError as error:
-    assert "no such revision" in str(error), error
-resumed = new_trainer(folder / "resumed")
-resumed.train(resume_from_checkpoint="hub://alice/two-processes")
-for name, value in whole.model.state_dict().items():
-    assert torch.equal(value, resumed.model.state_dict()[name]), name
-assert resumed.accelerator.num_processes == 2
-print(f"process {rank} came to the same end\\n", end="", flush=True)
+def main():
+    torch.set_num_threads(1)
+    folder = Path(sys.argv[1])
+    rank = int(os.environ["RANK"])
+    whole = new_trainer(folder / "whole")
+    whole.train()
+    if rank == 0:
+        api = HfApi()
+        repo = api.create_repo("alice/two-processes").repo_id
+        api.upload_folder(repo_id=repo, folder_path=folder / "whole" / "checkpoint-4", path_in_repo="checkpoint-4")
+    torch.distributed.barrier()
+    try:
+        whole.train(resume_from_checkpoint="hub://alice/two-processes@nothing")
+        raise SystemExit("a wrong revision was taken")
+    except UserError as error:
+        assert "no such revision" in str(error), error
+    resumed = new_trainer(folder / "resumed")
+    resumed.train(resume_from_checkpoint="hub://alice/two-processes")
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[name]), name
+    assert resumed.accelerator.num_processes == 2
+    print(f"process {rank} came to the same end\\n", end="", flush=True)
+
+sys.exit(run_in_processes("ddp", 2, main))
 """
 
 
 @pytest.mark.slow
 def test_two_processes_take_the_same_commit(hub, hub_environment, tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(_TWO_PROCESSES)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = hub_environment()
     environment["PYTHONPATH"] += f":{Path(__file__).parent}"
     done = subprocess.run(
-        [*command, str(script), str(tmp_path)],
+        [sys.executable, "-c", _TWO_PROCESSES, str(tmp_path)],
         env=environment,
         capture_output=True,
         text=True,

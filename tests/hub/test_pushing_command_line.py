@@ -3,9 +3,9 @@
 import datasets
 import pytest
 from hub_server import ALICE_READ, Fault
+from support.english import english
 
 from hf_recycle.cli.main import main
-from hf_recycle.data.corpus import builtin_corpus
 
 
 @pytest.fixture
@@ -13,7 +13,7 @@ def words(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_RECYCLE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
     text = tmp_path / "train.txt"
-    text.write_text("\n".join(builtin_corpus()[0][:400]))
+    text.write_text("\n".join(english(400)))
     recipe = tmp_path / "tiny.yaml"
     recipe.write_text(
         "model_type: bert\ntokenizer_vocab_size: 300\nmax_seq_length: 32\nper_device_train_batch_size: 4\n"

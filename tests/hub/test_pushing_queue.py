@@ -337,10 +337,9 @@ def test_another_process_takes_its_turn(tmp_path):
 import sys, time
 from pathlib import Path
 from hf_recycle.hub.deadline import Deadline
-from hf_recycle.hub.push.staging import Turn, leftovers, note_landed, unstage
+from hf_recycle.hub.push.staging import leftovers, note_landed, take_turn, unstage
 first, second, third = leftovers(Path(sys.argv[1]))
-turn = Turn()
-turn.take(second, Deadline())
+turn = take_turn(second, Deadline())
 print("taken", flush=True)
 sys.stdin.readline()
 note_landed(second, "alice/fake")

@@ -16,7 +16,7 @@ import pytest
 import torch
 from hub_server import ALICE, Fault, HubServer, Store
 from publishing_runs import QUICK, make_trainer, train_and_publish
-from tiny_runs import assert_same_weights, sentences
+from support.tiny_runs import assert_same_weights, sentences
 from transformers import AutoModelForMaskedLM, TrainerCallback
 
 from hf_recycle import RecyclingHistory

@@ -46,10 +46,6 @@ def slopes(method, ins, out, included):
     return method.slopes(in_norm, out.detach().norm(dim=1), included)
 
 
-def test_there_are_sixteen_variants():
-    assert len(VARIANTS) == 16
-
-
 @pytest.mark.parametrize("n", [11, 12])
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize(("distance", "center", "log", "below_only"), VARIANTS)

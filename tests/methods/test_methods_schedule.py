@@ -77,15 +77,6 @@ def test_a_tenth_taken_ten_times_is_everything():
     assert sum(schedule.quota(step, 2048) for step in range(10, 110, 10)) == 2048
 
 
-def test_the_quota_of_a_step_depends_on_nothing_that_happened(recwarn):
-    """A resumed run asks for late steps only."""
-    schedule = PhaseSchedule(3, 2, 500, 500, 0.013)
-    late = schedule.quota(3 * 40 + 2, 333)
-    for step in range(2, 3 * 40 + 2, 3):
-        schedule.quota(step, 333)
-    assert schedule.quota(3 * 40 + 2, 333) == late
-
-
 @pytest.mark.parametrize("decay", FRACTION_SCHEDULES)
 def test_decay_accumulates_the_running_sum(decay):
     start, end, fraction, neurons = 100, 900, 0.03, 777

@@ -1,32 +1,23 @@
 """A tiny tokenizer and sequences of words."""
 
+import functools
+
 import numpy as np
 import pytest
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from transformers import PreTrainedTokenizerFast
+from support.words import word_tokenizer
 
-SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 SIZE = 200
 
 
-def build_tokenizer(**options) -> PreTrainedTokenizerFast:
-    vocabulary = {word: i for i, word in enumerate(SPECIAL + [f"w{i}" for i in range(SIZE - len(SPECIAL))])}
-    backend = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
-    backend.pre_tokenizer = Whitespace()
-    names = {f"{name.strip('[]').lower()}_token": name for name in SPECIAL}
-    return PreTrainedTokenizerFast(tokenizer_object=backend, **names, **options)
-
-
 @pytest.fixture(scope="session")
-def tokenizer() -> PreTrainedTokenizerFast:
-    return build_tokenizer()
+def tokenizer():
+    return word_tokenizer(SIZE)
 
 
 @pytest.fixture(scope="session")
 def make_tokenizer():
-    return build_tokenizer
+    """`make_tokenizer(**options)`"""
+    return functools.partial(word_tokenizer, SIZE)
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from types import MethodType
 
 import pytest
 import torch
-from families import FAMILIES
+from support.families import FAMILIES
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.autograd.graph import saved_tensors_hooks

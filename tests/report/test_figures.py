@@ -8,7 +8,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
-from simulated_runs import write_run
+from support.simulated_runs import write_run
 
 from hf_recycle.plots.run import (
     _rebin,

@@ -4,7 +4,7 @@ import base64
 from html.parser import HTMLParser
 
 import pytest
-from simulated_runs import write_run
+from support.simulated_runs import write_run
 
 from hf_recycle.cli.main import main
 from hf_recycle.records import files

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from simulated_runs import write_run
+from support.simulated_runs import write_run
 
 from hf_recycle.records.naming import short_names
 from hf_recycle.records.times import group_times

@@ -1,7 +1,7 @@
 """Studies without training: results made up, histories simulated."""
 
 import pytest
-from simulated_runs import write_run
+from support.simulated_runs import write_run
 
 from hf_recycle.studies.plan import Arm, Control, FigurePlan, Study
 from hf_recycle.studies.results import RunResult, StudyResults

@@ -40,7 +40,7 @@ def tiny(folder):
         "config_overrides: hidden_size=16,num_hidden_layers=2,num_attention_heads=2,intermediate_size=40,"
         "max_position_embeddings=32\n"
         f"tokenizer_vocab_size: 256\nmax_seq_length: 16\ntrain_file: {folder / 'text.txt'}\nmax_eval_samples: 8\n"
-        "per_device_train_batch_size: 4\nmax_steps: 120\neval_strategy: steps\neval_steps: 40\nsave_steps: 40\n"
+        "per_device_train_batch_size: 4\nmax_steps: 80\neval_strategy: steps\neval_steps: 40\nsave_steps: 40\n"
         "magnitude_steps: 60\nlogging_steps: 40\n"
     )
     (folder / "study.yaml").write_text(STUDY.replace("tiny.yaml", str(folder / "tiny.yaml")))

@@ -2,7 +2,7 @@ import json
 
 import pytest
 import torch
-from simulated_runs import write_run
+from support.simulated_runs import write_run
 
 from hf_recycle.records import files
 from hf_recycle.records.recorder import OVERTRAINING_METRICS, HistoryRecorder, overtraining_totals

@@ -1,14 +1,13 @@
 import pytest
-from tiny_runs import arguments, tokenizer, train
+from support.tiny_runs import arguments, tokenizer, train
 from transformers.utils import logging
 
 __all__ = ["arguments", "tokenizer", "train"]
 
 
 @pytest.fixture(autouse=True)
-def _no_figures(monkeypatch):
-    """Cards without figures: drawing them would take most of the time of these runs, and has tests of its own."""
-    monkeypatch.setattr("hf_recycle.plots.run.figure_images", lambda *_, **__: {})
+def _no_figures(figures_not_drawn):
+    """For every test here."""
 
 
 @pytest.fixture

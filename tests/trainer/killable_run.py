@@ -16,7 +16,8 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from tiny_runs import sentences, tiny_bert, word_tokenizer
+from support.tiny_runs import sentences, tiny_bert
+from support.words import word_tokenizer
 from transformers import DataCollatorForLanguageModeling
 from transformers.trainer_utils import get_last_checkpoint
 

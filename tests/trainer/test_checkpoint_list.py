@@ -19,7 +19,8 @@ SETTINGS = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "recycle_
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """The folder of a run with `checkpoint-2` and `checkpoint-4`. Not to be changed."""
-    from tiny_runs import sentences, tiny_bert, word_tokenizer
+    from support.tiny_runs import sentences, tiny_bert
+    from support.words import word_tokenizer
     from transformers import DataCollatorForLanguageModeling
 
     from hf_recycle import RecyclingArguments, RecyclingTrainer

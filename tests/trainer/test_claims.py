@@ -5,7 +5,7 @@ import signal
 import time
 
 import pytest
-from tiny_runs import sentences, tiny_bert
+from support.tiny_runs import sentences, tiny_bert
 from transformers import DataCollatorForLanguageModeling
 
 from hf_recycle import RecyclingTrainer

@@ -7,7 +7,7 @@ import datasets
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_runs import assert_same_weights, losses, masked_sentences, sentences, tiny_bert
+from support.tiny_runs import assert_same_weights, losses, masked_sentences, sentences, tiny_bert
 from torch._dynamo.utils import counters
 from transformers import BertForMaskedLM, default_data_collator
 

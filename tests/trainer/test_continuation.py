@@ -6,7 +6,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from tiny_runs import assert_same_weights, losses, masked_sentences, sentences, tiny_bert
+from support.tiny_runs import assert_same_weights, losses, masked_sentences, sentences, tiny_bert
 from transformers import DataCollatorForLanguageModeling, Trainer
 from transformers.utils import logging
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from tiny_runs import masked_sentences, sentences, tiny_bert
+from support.tiny_runs import masked_sentences, sentences, tiny_bert
 from transformers import DataCollatorForLanguageModeling, GPT2Config, GPT2LMHeadModel, Trainer
 
 from hf_recycle import RecyclingHistory, RecyclingTrainer

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import assert_same_weights, losses, sentences
+from support.tiny_runs import assert_same_weights, losses, sentences
 
 from hf_recycle import RecyclingHistory
 

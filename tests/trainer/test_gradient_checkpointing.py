@@ -3,7 +3,7 @@ must draw the same twice."""
 
 import pytest
 import torch
-from tiny_runs import assert_same_weights, losses, sentences, tiny_bert, tiny_modernbert
+from support.tiny_runs import assert_same_weights, losses, sentences, tiny_bert, tiny_modernbert
 from transformers import DataCollatorForLanguageModeling
 
 from hf_recycle import RecyclingTrainer

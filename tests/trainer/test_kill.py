@@ -1,23 +1,14 @@
 """`kill -9` at any moment loses nothing but the steps since the last checkpoint."""
 
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from support.scripts import run_script
 
 
 def run(folder: Path, kills: list[int]) -> str:
-    script = Path(__file__).with_name("killable_run.py")
-    result = subprocess.run(
-        [sys.executable, str(script), str(folder), *map(str, kills)],
-        capture_output=True,
-        text=True,
-        timeout=500,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    result = run_script(Path(__file__).with_name("killable_run.py"), folder, *kills)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     return result.stdout.strip().splitlines()[-1]
 

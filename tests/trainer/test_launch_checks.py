@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch.distributed as dist
 from accelerate.utils import DistributedType
-from tiny_runs import tiny_bert
+from support.tiny_runs import tiny_bert
 from transformers import TrainingArguments
 
 from hf_recycle.engines.checks import check_engine, leave_embeddings_ungrouped

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_runs import (
+from support.tiny_runs import (
     assert_same_weights,
     losses,
     masked_sentences,

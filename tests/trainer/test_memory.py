@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from tiny_runs import assert_same_weights, losses, sentences, tiny_bert
+from support.tiny_runs import assert_same_weights, losses, sentences, tiny_bert
 from torch import nn
 from transformers import DataCollatorForLanguageModeling, TrainerCallback
 
@@ -16,7 +16,7 @@ from hf_recycle import RecyclingTrainer
 from hf_recycle.mlm import heads
 from hf_recycle.mlm.cross_entropy import compact_loss
 from hf_recycle.speed import host_memory
-from hf_recycle.speed.host_memory import give_back_freed_memory, sparse_tied_gradient
+from hf_recycle.speed.host_memory import give_back_freed_memory
 from hf_recycle.speed.onednn import is_available
 
 CPU = torch.device("cpu")
@@ -73,54 +73,6 @@ def test_the_loss_of_the_restricted_head_makes_its_gradient_in_place(run, monkey
     shapes.clear()
     run(masked_head=False)
     assert shapes == []
-
-
-def gradient(model: nn.Module, ids: torch.Tensor, micro_batches: int = 1) -> torch.Tensor:
-    for part in ids.chunk(micro_batches):
-        model(input_ids=part).logits[:, ::3].logsumexp(-1).sum().backward()
-    return model.get_input_embeddings().weight.grad
-
-
-@pytest.mark.parametrize("micro_batches", [1, 3])
-def test_gradient_of_tied_embeddings(micro_batches):
-    model = tiny_bert(dropout=0.0)
-    twin = copy.deepcopy(model)
-    ids = torch.randint(0, 64, (6, 12), generator=torch.Generator().manual_seed(1))  # the padding token among them
-    expected = gradient(model, ids, micro_batches)
-    with sparse_tied_gradient(twin):
-        found = gradient(twin, ids, micro_batches)
-    assert not found.is_sparse
-    torch.testing.assert_close(found, expected)
-    assert not twin.get_input_embeddings().sparse
-
-
-def test_embeddings_that_are_not_tied_keep_a_dense_gradient():
-    model = tiny_bert(dropout=0.0)
-    model.cls.predictions.decoder.weight = nn.Parameter(model.cls.predictions.decoder.weight.detach().clone())
-    with sparse_tied_gradient(model):
-        assert not model.get_input_embeddings().sparse
-        assert not gradient(model, torch.arange(12).view(1, 12)).is_sparse
-
-
-def test_a_loss_that_may_leave_the_head_out_keeps_a_dense_gradient(run):
-    class Own(RecyclingTrainer):
-        def compute_loss(self, model, inputs, *args, **kwargs):
-            assert not model.get_input_embeddings().sparse
-            return model.bert(input_ids=inputs["input_ids"]).last_hidden_state.square().mean()
-
-    run(trainer_class=Own)
-
-
-def test_embeddings_get_sparse_gradients_in_training(run):
-    seen = []
-
-    def build():
-        model = tiny_bert()
-        model.get_input_embeddings().register_forward_hook(lambda module, *_: seen.append(module.sparse))
-        return model
-
-    run(build)
-    assert seen == [True] * 6
 
 
 class Copies(TrainerCallback):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_runs import assert_same_weights, losses
+from support.tiny_runs import assert_same_weights, losses
 from torch import Tensor, nn
 from torch.nn import functional as F
 

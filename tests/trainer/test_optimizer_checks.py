@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 import transformers
-from tiny_runs import tiny_bert
+from support.tiny_runs import tiny_bert
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 

@@ -5,7 +5,7 @@ import copy
 
 import pytest
 import torch
-from tiny_runs import assert_same_weights, masked_sentences, tiny_bert
+from support.tiny_runs import assert_same_weights, masked_sentences, tiny_bert
 from transformers import TrainerCallback
 from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 from transformers.training_args import OptimizerNames

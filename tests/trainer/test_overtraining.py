@@ -6,8 +6,8 @@ import random
 import numpy as np
 import pytest
 import torch
+from support.tiny_runs import VOCABULARY, assert_same_weights, losses, masked_sentences, sentences, tiny_bert
 from test_resume import interrupt_and_compare
-from tiny_runs import VOCABULARY, assert_same_weights, losses, masked_sentences, sentences, tiny_bert
 from torch.nn import functional as F
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
@@ -167,7 +167,7 @@ class Weights(TrainerCallback):
 @pytest.mark.parametrize("optimizer", ["adamw_torch", "adafactor"])
 def test_the_main_run_goes_on_exactly_where_it_was(optimizer, arguments, train):
     """With dropout, dynamic masks, accumulation and a learning rate schedule."""
-    from tiny_runs import word_tokenizer
+    from support.words import word_tokenizer
     from transformers import DataCollatorForLanguageModeling
 
     runs, seen = [], []
@@ -303,7 +303,7 @@ def test_what_it_cost_is_told(train, tmp_path):
 
 
 def test_padding_is_not_counted(arguments):
-    from tiny_runs import word_tokenizer
+    from support.words import word_tokenizer
     from transformers import DataCollatorForLanguageModeling
 
     lengths = [3 + number % 9 for number in range(12)]

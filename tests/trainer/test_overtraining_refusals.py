@@ -3,7 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
-from tiny_runs import sentences, tiny_bert
+from support.tiny_runs import sentences, tiny_bert
 from torch.utils.data import IterableDataset
 
 from hf_recycle.checkpoints.file_list import LIST_FILE

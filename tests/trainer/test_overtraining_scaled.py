@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from overflow import POISONED, poison, use_scaler
-from tiny_runs import assert_same_weights, masked_sentences, tiny_bert
+from support.overflow import POISONED, poison, use_scaler
+from support.tiny_runs import assert_same_weights, masked_sentences, tiny_bert
 from transformers import default_data_collator
 
 from hf_recycle import RecyclingTrainer

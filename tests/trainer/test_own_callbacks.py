@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from tiny_runs import assert_same_weights, masked_sentences, tiny_bert, tiny_t5
+from support.tiny_runs import assert_same_weights, masked_sentences, tiny_bert, tiny_t5
 from torch import nn
 from transformers import Trainer, TrainingArguments
 

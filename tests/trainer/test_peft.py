@@ -1,7 +1,7 @@
 """PEFT models: a saved adapter must hold the weights that methods change."""
 
 import pytest
-from tiny_runs import masked_sentences, tiny_bert
+from support.tiny_runs import masked_sentences, tiny_bert
 
 from hf_recycle import RecyclingTrainer, find_feed_forwards
 from hf_recycle.methods.saved_weights import check_weights_are_saved

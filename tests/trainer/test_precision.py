@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from tiny_runs import masked_sentences, tiny_bert
+from support.tiny_runs import masked_sentences, tiny_bert
 from transformers import TrainerCallback
 
 from hf_recycle import RecyclingTrainer

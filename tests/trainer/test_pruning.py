@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from support.tiny_runs import assert_same_weights, losses, masked_sentences, tiny_bert
 from test_resume import interrupt_and_compare
-from tiny_runs import assert_same_weights, losses, masked_sentences, tiny_bert
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
 from hf_recycle import PruningCallback, RecyclingHistory

@@ -8,9 +8,9 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from tiny_runs import assert_same_weights, losses, sentences, tiny_bert
+from support.tiny_runs import assert_same_weights, losses, run, sentences, tiny_bert
 from torch.utils.data import DataLoader, IterableDataset, WeightedRandomSampler
-from transformers import DataCollatorForLanguageModeling, Trainer
+from transformers import DataCollatorForLanguageModeling, Trainer, TrainerCallback
 
 from hf_recycle import RecyclingHistory, RecyclingTrainer
 from hf_recycle.checkpoints.file_list import LIST_FILE
@@ -51,9 +51,23 @@ def assert_same_run(whole, resumed, folder_whole, folder_resumed):
         assert (counts == second.counts[block]).all()
 
 
+class SaveAt(TrainerCallback):
+    """Saves after these steps; the Trainer saves after the last one."""
+
+    def __init__(self, *steps: int):
+        self.steps = steps
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_save |= state.global_step in self.steps
+
+
+def saved_at(*steps: int) -> dict:
+    return {"save_strategy": "steps", "save_steps": 1000, "callbacks": [SaveAt(*steps)]}
+
+
 def interrupt_and_compare(train, at: int, **settings):
     """A run to the end, and one that is stopped at step `at` and resumed by a new trainer."""
-    settings = {"save_strategy": "steps", "save_steps": 1} | settings
+    settings = saved_at(at) | settings
     whole = train("whole", **settings)
     partial = Path(whole.args.output_dir).with_name("resumed")
     shutil.copytree(Path(whole.args.output_dir, f"checkpoint-{at}"), partial / f"checkpoint-{at}")
@@ -153,9 +167,10 @@ QUICK = ("grouped by length", "stream")
 def test_resume_is_exact_in_a_later_epoch(way, train):
     """48 examples in batches of 4: epochs begin after steps 12 and 24. Interrupted in an epoch, at the end of one and
     in the second."""
-    settings = {"max_steps": 27, "save_strategy": "steps", "save_steps": 3, **METHODS["plain"], **WAYS[way]}
+    stops = (15,) if way in QUICK else (9, 12, 15)
+    settings = {"max_steps": 27, **saved_at(*stops), **METHODS["plain"], **WAYS[way]}
     whole = train("whole", **settings)
-    for at in (15,) if way in QUICK else (9, 12, 15):
+    for at in stops:
         resumed = train(f"resumed-{at}", resume=f"{whole.args.output_dir}/checkpoint-{at}", **settings)
         assert resumed.state.global_step == 27
         assert_same_run(whole, resumed, *(f"{run.args.output_dir}/checkpoint-27" for run in (whole, resumed)))
@@ -185,7 +200,7 @@ def test_resume_is_exact_with_a_collator_of_another_kind(train, tokenizer):
 def test_a_larger_max_steps_goes_on(train):
     """Up to the old end the two runs are one; the schedules of the learning rate must not depend on max_steps."""
     settings = {"lr_scheduler_type": "constant", **METHODS["plain"]}
-    short = train("run", max_steps=8, save_strategy="steps", save_steps=1, **settings)
+    short = train("run", max_steps=8, **saved_at(), **settings)
     longer = train("run", max_steps=14, resume=True, **settings)
     whole = train("whole", max_steps=14, **settings)
     assert longer.state.global_step == 14
@@ -266,6 +281,19 @@ def test_a_recycling_checkpoint_resumes_in_the_stock_trainer(arguments, tokenize
     assert stock.state.global_step == 12
 
 
+@pytest.fixture(scope="module")
+def trained_checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    run(folder, max_steps=5, **saved_at(), **EVERYTHING)
+    return folder / "checkpoint-5"
+
+
+@pytest.fixture
+def checkpoint(trained_checkpoint, tmp_path):
+    """A checkpoint in mid-transition, to be spoilt."""
+    return shutil.copytree(trained_checkpoint, tmp_path / "checkpoint-5")
+
+
 @pytest.mark.parametrize(
     ("change", "field"),
     [
@@ -274,22 +302,20 @@ def test_a_recycling_checkpoint_resumes_in_the_stock_trainer(arguments, tokenize
         ({"midpoint_log": True}, "midpoint_log=False (now True)"),
     ],
 )
-def test_contradicting_settings_are_named(change, field, train):
-    first = train(save_strategy="steps", save_steps=5, **EVERYTHING)
+def test_contradicting_settings_are_named(change, field, train, checkpoint):
     with pytest.raises(RecyclingFileError) as error:
-        train("next", resume=f"{first.args.output_dir}/checkpoint-5", **(EVERYTHING | change))
+        train(resume=str(checkpoint), **(EVERYTHING | change))
     assert field in str(error.value)
 
 
-def test_another_shape_is_named(train, tmp_path):
-    first = train(save_strategy="steps", save_steps=5, **METHODS["plain"])
-    folder = Path(first.args.output_dir, "checkpoint-5")
+def test_another_shape_is_named(train, checkpoint):
+    folder = checkpoint
     config = json.loads((folder / "recycling_config.json").read_text())
     config["blocks"][1]["num_neurons"] = 31
     (folder / "recycling_config.json").write_text(json.dumps(config))
     (folder / LIST_FILE).unlink()
     with pytest.raises(RecyclingFileError, match=r"31 neurons in block 'bert.encoder.layer.1' and the model has 32"):
-        train("next", resume=str(folder), **METHODS["plain"])
+        train(resume=str(folder), **EVERYTHING)
 
 
 @pytest.mark.parametrize(
@@ -297,9 +323,8 @@ def test_another_shape_is_named(train, tmp_path):
     ["recycling_config.json", "recycling_state.safetensors", "recycling_history.parquet", "recycling_stats.json"],
 )
 @pytest.mark.parametrize("damage", ["absent", "truncated", "garbage"])
-def test_damaged_files_are_refused(name, damage, train):
-    first = train(save_strategy="steps", save_steps=5, **METHODS["plain"])
-    path = Path(first.args.output_dir, "checkpoint-5", name)
+def test_damaged_files_are_refused(name, damage, train, checkpoint):
+    path = checkpoint / name
     if damage == "absent":
         path.unlink()
     elif damage == "truncated":
@@ -307,15 +332,14 @@ def test_damaged_files_are_refused(name, damage, train):
     else:
         path.write_bytes(b"\x80\x04garbage" * 50)
     with pytest.raises(RecyclingFileError, match=name):
-        train("next", resume=str(path.parent), **METHODS["plain"])
+        train(resume=str(checkpoint), **EVERYTHING)
 
 
-def test_a_hand_edited_state_is_refused(train):
+def test_a_hand_edited_state_is_refused(train, checkpoint):
     """Well-formed, and contradicting the history."""
     from hf_recycle.records.files import read_state, write_state
 
-    first = train(save_strategy="steps", save_steps=5, **METHODS["plain"])
-    folder = Path(first.args.output_dir, "checkpoint-5")
+    folder = checkpoint
     tensors, _ = read_state(folder)
     for column in ("counts", "last_phase", "last_step"):
         key = f"bert.encoder.layer.0/{column}"
@@ -323,7 +347,7 @@ def test_a_hand_edited_state_is_refused(train):
     write_state(folder, tensors)
     (folder / LIST_FILE).unlink()
     with pytest.raises(RecyclingFileError, match=r"counts of block bert.encoder.layer.0 .* contradicts"):
-        train("next", resume=str(folder), **METHODS["plain"])
+        train(resume=str(folder), **EVERYTHING)
 
 
 def test_a_checkpoint_loads_with_plain_transformers(train):

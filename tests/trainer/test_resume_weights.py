@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from renamed_models import FAMILIES, build
 from safetensors.torch import load_file, save_file
-from tiny_runs import VOCABULARY, assert_same_weights, masked_sentences, tiny_bert
+from support.renamed_models import FAMILIES, build
+from support.tiny_runs import VOCABULARY, assert_same_weights, masked_sentences, tiny_bert
 from torch import nn
 from transformers import Trainer, TrainerCallback, default_data_collator
 

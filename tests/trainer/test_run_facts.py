@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_runs import assert_same_weights, tiny_bert
+from support.tiny_runs import assert_same_weights, tiny_bert
 
 from hf_recycle import RecyclingTrainer
 from hf_recycle.card.run_facts import run_facts, split_arguments

@@ -6,7 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from tiny_runs import assert_same_weights, losses, masked_sentences, sentences, tiny_bert, tiny_t5
+from support.tiny_runs import assert_same_weights, losses, masked_sentences, sentences, tiny_bert, tiny_t5
 from transformers import DataCollatorForLanguageModeling, integrations
 from transformers.trainer_utils import HPSearchBackend
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from overflow import ARGUMENTS, POISONED, poison, samples, use_scaler
-from tiny_runs import assert_same_weights, losses, masked_sentences, tiny_bert
+from support.overflow import ARGUMENTS, POISONED, poison, samples, use_scaler
+from support.tiny_runs import assert_same_weights, losses, masked_sentences, tiny_bert
 
 from hf_recycle import RecyclingTrainer
 

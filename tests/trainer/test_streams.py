@@ -8,7 +8,7 @@ import datasets
 import pytest
 import torch
 from datasets.distributed import split_dataset_by_node
-from tiny_runs import assert_same_weights, losses, sentences, tiny_bert
+from support.tiny_runs import assert_same_weights, losses, sentences, tiny_bert
 from torch.utils.data import IterableDataset
 from transformers import DataCollatorForLanguageModeling, Trainer, TrainerCallback
 

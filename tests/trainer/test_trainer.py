@@ -6,7 +6,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from tiny_runs import assert_same_weights, losses, masked_sentences, sentences, tiny_bert
+from support.tiny_runs import assert_same_weights, losses, masked_sentences, sentences, tiny_bert
 from torch import nn
 from transformers import (
     DataCollatorForLanguageModeling,
@@ -335,7 +335,7 @@ def test_encoder_decoder_model(arguments):
     assert "eval_perplexity" not in trainer.evaluate()
 
 
-def test_compiled_public_names():
+def test_every_public_name_can_be_imported():
     import hf_recycle
 
     for name in hf_recycle.__all__:

@@ -5,7 +5,7 @@ import types
 import pytest
 import torch
 from peft import AdaLoraConfig, LoraConfig, PromptTuningConfig, get_peft_model
-from tiny_runs import assert_same_weights, losses, masked_sentences, sentences, tiny_bert, tiny_modernbert
+from support.tiny_runs import assert_same_weights, losses, masked_sentences, sentences, tiny_bert, tiny_modernbert
 from torch import nn
 from transformers import (
     BertForMaskedLM,

@@ -16,8 +16,9 @@ from transformers.utils import logging
 from hf_recycle.hub.deadline import Deadline, Overdue
 from hf_recycle.hub.push.job import Push
 from hf_recycle.hub.push.repository import Refused, Repository
-from hf_recycle.hub.push.staging import Turn, is_overtaken, note_landed, unstage
+from hf_recycle.hub.push.staging import is_overtaken, note_landed, take_turn, unstage
 from hf_recycle.hub.retry import CONFLICTS, passes, say, status_of
+from hf_recycle.utils.locks import FileLock
 
 logger = logging.get_logger(__name__)
 
@@ -54,7 +55,7 @@ class Publisher:
         self._current: tuple[Push, Future] | None = None
         self._changed = threading.Condition()
         self._deadline: Deadline | None = None  # that of the thread; another one means that it was given up
-        self._turn = Turn()
+        self._turn: FileLock | None = None
 
     def submit(self, push: Push) -> Future:
         """Queues a push; the future gives its `CommitInfo`, or None if it could not be published.
@@ -139,7 +140,7 @@ class Publisher:
                 if self._deadline is not deadline:
                     return  # given up meanwhile: it is for whoever publishes it later to find that it has landed
                 self._settle(push, outcome)
-                self._turn.release()
+                self._end_turn()
                 self._current = None
                 future.set_result(None if isinstance(outcome, Unpublished) else outcome)
                 if isinstance(outcome, Unpublished) and (isinstance(outcome.error, Overdue) or deadline.left <= 0):
@@ -150,7 +151,7 @@ class Publisher:
         """The commit; why there is none; or None if there is nothing to do any more."""
         began, attempt, reason = time.monotonic(), 0, ""
         try:
-            self._turn.take(push, deadline)
+            self._turn = take_turn(push, deadline)
             if push.staged and not push.folder.is_dir():
                 return None  # another process has published it
         except Overdue as error:
@@ -229,13 +230,17 @@ class Publisher:
                 item.push.command,
             )
 
+    def _end_turn(self) -> None:
+        if self._turn is not None:
+            self._turn.release()
+
     def _leave(self, reason: str) -> None:
         """Gives up everything, and the thread too, which may hang in the client; the next push starts another."""
         left, self._current, self._waiting = self._pushes(), None, deque()
         if self._deadline is not None:
             self._deadline.stop()
         self._deadline = None
-        self._turn.release()
+        self._end_turn()
         for push, future in left:
             if future.running() or future.set_running_or_notify_cancel():
                 self._give_up(Unpublished(push, reason))

@@ -16,16 +16,11 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import BinaryIO
 
 from hf_recycle.hub.deadline import Deadline
 from hf_recycle.hub.push.job import JOB_FILE, Push
 from hf_recycle.hub.push.layout import checkpoint_files
-
-try:
-    import fcntl
-except ImportError:  # not on Windows; there only one process may publish from a folder at a time
-    fcntl = None  # type: ignore[assignment]
+from hf_recycle.utils.locks import FileLock
 
 FOLDER = "unpublished"
 _TEMPORARY, _NAME = "tmp-", re.compile(r"(\d+)-(.+)")
@@ -100,40 +95,16 @@ def is_overtaken(push: Push, repo_id: str | None) -> bool:
     return _number(push.folder.name) < landed
 
 
-class Turn:
-    """The right to publish from an `unpublished/` folder, which one process has at a time; it dies with its process."""
+def take_turn(push: Push, deadline: Deadline) -> FileLock:
+    """Waits for the right to publish from the folder of copies, which one process has at a time and which dies with it.
 
-    def __init__(self) -> None:
-        self._file: BinaryIO | None = None
-
-    def take(self, push: Push, deadline: Deadline) -> None:
-        """Waits for it; a push whose run has nothing unpublished needs none.
-
-        Raises:
-            Overdue: another process has it for too long.
-        """
-        path = _copies(push) / _LOCK
-        while fcntl is not None and path.parent.is_dir():
-            try:
-                self._file = path.open("ab")
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if os.path.samestat(os.fstat(self._file.fileno()), path.stat()):
-                    return
-            except FileNotFoundError:
-                pass  # whoever had it has published the last copy, and removed the folder
-            except BlockingIOError:
-                self.release()
-                deadline.sleep(_PAUSE)
-            except OSError:  # a file system without locks
-                return
-            self.release()
-
-    def release(self) -> None:
-        if self._file is not None:
-            if fcntl is not None:  # a data worker that was forked meanwhile has it open as well
-                fcntl.flock(self._file, fcntl.LOCK_UN)
-            self._file.close()
-            self._file = None
+    Raises:
+        Overdue: another process has it for too long.
+    """
+    lock = FileLock(_copies(push) / _LOCK)
+    while lock.path.parent.is_dir() and not lock.take():
+        deadline.sleep(_PAUSE)
+    return lock
 
 
 def _copies(push: Push) -> Path:

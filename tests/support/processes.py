@@ -1,13 +1,14 @@
 """The processes of a launch, as torchrun starts them, but forked from one that has done the imports: those take longer
 than most runs."""
 
-import gc
 import os
 import signal
 import sys
 from collections.abc import Callable
 
 import torch.distributed as dist
+
+from support.quick import make_runs_quick
 
 
 def run_in_processes(engine: str, number: int, main: Callable[[], None]) -> int:
@@ -38,17 +39,14 @@ def run_in_processes(engine: str, number: int, main: Callable[[], None]) -> int:
 
 def prepare(engine: str) -> None:
     """Imports what the runs need, and spares them what is tested elsewhere."""
-    import tiny_runs  # noqa: F401
-
     from hf_recycle.plots import run as figures
+    from support import tiny_runs  # noqa: F401
 
     if engine.startswith("zero"):
         import deepspeed  # noqa: F401
     # Process 0 would spend most of its time on the figures of cards.
     figures.figure_images = lambda *_, **__: {}
-    # Every training starts with a collection of garbage, which need not look through what imports have left.
-    gc.collect()
-    gc.freeze()
+    make_runs_quick()
 
 
 def _fork(rank: int, number: int, pipe: tuple[int, int], main: Callable[[], None]) -> int:

@@ -2,8 +2,9 @@
 
 import torch
 import transformers
-from tiny_runs import VOCABULARY
 from torch import nn
+
+from support.tiny_runs import VOCABULARY
 
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 TEXT = {**SIZES, "vocab_size": VOCABULARY, "max_position_embeddings": 32, "pad_token_id": 0}

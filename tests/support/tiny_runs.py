@@ -1,23 +1,23 @@
 """Tiny models, data and runs for the tests of the trainer."""
 
+from pathlib import Path
+
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     BertConfig,
     BertForMaskedLM,
     DataCollatorForLanguageModeling,
     ModernBertConfig,
     ModernBertForMaskedLM,
-    PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
     set_seed,
 )
 
 from hf_recycle import RecyclingArguments, RecyclingTrainer
+from support.words import SPECIAL, word_tokenizer
 
-SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 VOCABULARY = 64
 
 
@@ -84,73 +84,61 @@ def masked_sentences(n: int = 48, length: int = 12, seed: int = 0) -> list[dict]
     return samples
 
 
-def word_tokenizer() -> PreTrainedTokenizerFast:
-    words = {word: i for i, word in enumerate([*SPECIAL, *(f"w{i}" for i in range(VOCABULARY - len(SPECIAL)))])}
-    inner = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
-    inner.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=inner,
-        pad_token="[PAD]",
-        unk_token="[UNK]",
-        cls_token="[CLS]",
-        sep_token="[SEP]",
-        mask_token="[MASK]",
-    )
-
-
 @pytest.fixture(scope="session")
-def tokenizer() -> PreTrainedTokenizerFast:
-    return word_tokenizer()
+def tokenizer():
+    return word_tokenizer(VOCABULARY)
+
+
+def make_arguments(output_dir: Path, **overrides) -> RecyclingArguments:
+    """Arguments of a short quiet run."""
+    values = {
+        "output_dir": str(output_dir),
+        "max_steps": 12,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    return RecyclingArguments(**(values | overrides))
+
+
+def run(
+    output_dir: Path,
+    *,
+    resume=None,
+    model=None,
+    data=None,
+    collator=None,
+    evaluation=None,
+    callbacks=None,
+    cls=RecyclingTrainer,
+    **overrides,
+) -> RecyclingTrainer:
+    """A finished run, by default of a tiny BERT on masked random text, with dynamic masks."""
+    trainer = cls(
+        model=tiny_bert() if model is None else model,
+        args=make_arguments(output_dir, **overrides),
+        train_dataset=sentences() if data is None else data,
+        eval_dataset=evaluation,
+        data_collator=DataCollatorForLanguageModeling(word_tokenizer()) if collator is None else collator,
+        callbacks=callbacks,
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
 
 
 @pytest.fixture
 def arguments(tmp_path):
-    """`arguments(**overrides)`: arguments of a short quiet run in a folder of its own."""
-
-    def make(folder: str = "run", **overrides) -> RecyclingArguments:
-        values = {
-            "output_dir": str(tmp_path / folder),
-            "max_steps": 12,
-            "per_device_train_batch_size": 4,
-            "learning_rate": 1e-2,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "use_cpu": True,
-            "disable_tqdm": True,
-        }
-        return RecyclingArguments(**(values | overrides))
-
-    return make
+    """`arguments(folder, **overrides)`: `make_arguments` with a folder of the test's own."""
+    return lambda folder="run", **overrides: make_arguments(tmp_path / folder, **overrides)
 
 
 @pytest.fixture
-def train(arguments, tokenizer):
-    """`train(**overrides)`: a finished run of a tiny BERT on masked random text, with dynamic masks."""
-
-    def run(
-        folder: str = "run",
-        *,
-        resume=None,
-        model=None,
-        data=None,
-        collator=None,
-        evaluation=None,
-        callbacks=None,
-        cls=RecyclingTrainer,
-        **overrides,
-    ):
-        trainer = cls(
-            model=tiny_bert() if model is None else model,
-            args=arguments(folder, **overrides),
-            train_dataset=sentences() if data is None else data,
-            eval_dataset=evaluation,
-            data_collator=DataCollatorForLanguageModeling(tokenizer) if collator is None else collator,
-            callbacks=callbacks,
-        )
-        trainer.train(resume_from_checkpoint=resume)
-        return trainer
-
-    return run
+def train(tmp_path):
+    """`train(folder, **overrides)`: `run` in a folder of the test's own."""
+    return lambda folder="run", **overrides: run(tmp_path / folder, **overrides)
 
 
 def losses(trainer) -> list[float]:
