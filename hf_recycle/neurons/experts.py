@@ -25,9 +25,11 @@ def find_experts(path: str, holder: nn.Module) -> list[FeedForward]:
 def experts_of(path: str, holder: nn.Module, layout: Layout) -> list[FeedForward]:
     """The experts that `layout` describes under `holder`, at `path`, in their own order; none if its parameters are
     missing or do not fit together."""
-    found = [place for name in (*layout.ins, layout.out) if (place := _locate(holder, name)) is not None]
-    if len(found) <= len(layout.ins):
-        return []
+    found = []
+    for name in (*layout.ins, layout.out):
+        if (place := _locate(holder, name)) is None:
+            return []
+        found.append(place)
     *ins, out = found
     shapes = [full_shape(getattr(*place)) for place in found]
     halves = 2 if layout.fused else 1
