@@ -51,11 +51,11 @@ def run_facts(trainer: Trainer) -> dict[str, Any]:
     model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
     changed, unchanged = split_arguments(trainer.args)
     facts = {
-        "model": _model(model),
+        "model": model_facts(model),
         "base_model": _base_model(model),
         "data": _data(trainer.train_dataset),
         "tokenizer": _tokenizer(trainer.processing_class),
-        "hardware": _hardware(trainer, model),
+        "hardware": hardware(trainer),
         "versions": {
             "python": platform.python_version(),
             "hf_recycle": package_version(),
@@ -104,7 +104,8 @@ def _same_by_derivation(name: str, value: Any, arguments: Any) -> bool:
     )
 
 
-def _model(model: torch.nn.Module) -> dict[str, Any]:
+def model_facts(model: torch.nn.Module) -> dict[str, Any]:
+    """The class of a model and the number of its parameters, also where they are sharded."""
     # A parameter sharded by DeepSpeed's stage 3 is empty and keeps its size elsewhere.
     sizes = {id(p): full_shape(p).numel() for p in model.parameters()}
     # FSDP2 puts its name before that of the class.
@@ -135,8 +136,10 @@ def _tokenizer(tokenizer: Any) -> dict[str, Any] | None:
     return {"name": name if is_repo_id(name) and not os.path.isdir(name) else None, "vocabulary": size}
 
 
-def _hardware(trainer: Trainer, model: torch.nn.Module) -> dict[str, Any]:
+def hardware(trainer: Trainer) -> dict[str, Any]:
+    """On what a training runs: device, number of processes, engine and precision."""
     args, device = trainer.args, trainer.args.device
+    assert trainer.model is not None
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
     if trainer.is_deepspeed_enabled:
         stage = trainer.accelerator.state.deepspeed_plugin.zero_stage
@@ -145,7 +148,7 @@ def _hardware(trainer: Trainer, model: torch.nn.Module) -> dict[str, Any]:
         engine = "FSDP2"
     else:
         engine = "one process" if args.world_size == 1 else "DistributedDataParallel"
-    precision = "fp16 mixed" if args.fp16 else "bf16 mixed" if args.bf16 else _dtype(model)
+    precision = "fp16 mixed" if args.fp16 else "bf16 mixed" if args.bf16 else _dtype(trainer.model)
     return {"device": name, "processes": args.world_size, "engine": engine, "precision": precision}
 
 

@@ -1,90 +1,90 @@
 """`hf-recycle analyze`: what a model's weights say of its feed-forward neurons."""
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hf_recycle.cli.options import Options, run_command
+from hf_recycle.cli.common import add_json_argument, no_progress_bars, print_result
+from hf_recycle.cli.model_arguments import add_block_arguments, add_revision_argument
 from hf_recycle.errors import UserError
+from hf_recycle.utils.command_line import Parser
 
-HELP = """\
-usage: hf-recycle analyze MODEL [MODEL ...] [--argument VALUE ...]
+HELP = "Measure the feed-forward neurons of trained models: magnitudes, dead neurons, pruning curves."
 
+_DESCRIPTION = """\
 Measure the feed-forward neurons of trained models: magnitudes, how they are distributed in each layer, whether they
-have one mode, dead and duplicate neurons. A model is a folder, a run's output folder, or a repository of the Hub
-(user/repo, or hf://user/repo[@revision][/folder]). Its weights are read a megabyte at a time, and of them only the
-feed-forward ones. If it holds recycling files, what they record is shown too.
+have one mode, dead and duplicate neurons. Weights are read a megabyte at a time, and of them only the feed-forward
+ones. If a model holds recycling files, what they record is shown too.
 
   hf-recycle analyze runs/decay runs/no-decay --output figures   two models side by side, with figures
   hf-recycle analyze user/repo --revisions all --output figures  how magnitudes and counts moved over its commits
-  hf-recycle analyze runs/demo --prune-curve --eval_file my.txt  loss against the share of neurons pruned
-  hf-recycle analyze user/repo --blocks                          which blocks it has; reads its configuration alone
-
-  --output DIR             draw figures (PNG) into this folder
-  --json                   print JSON, and nothing else, to stdout
-  --ff_pattern PATTERN     linear layers of the feed-forward blocks, for a model of unknown layout: 'fc1 -> fc2',
-                           'gate + up -> down' or 'fused:Wi -> Wo'
-  --ff_blocks WORD         of a composite model, the part that is meant: vision, language, encoder, decoder, ...
-  --blocks                 list the feed-forward blocks, and what looks like one and is left out; measure nothing
-  --dead FLOAT             a neuron is dead if its magnitude is below this share of its layer's median (default: 0.01)
-  --duplicate FLOAT        cosine from which a neuron duplicates an earlier one (default: 0.99)
-  --revision NAME          branch, tag or commit of a repository
-  --revisions {all,A,B,..} of one repository: all commits of its main branch and all its tags, or those named
-
-One-shot pruning curves:
-  --prune-curve            prune a growing share of every layer's neurons at once, without training; measure the loss
-  --eval_file FILE         the text (.txt, a document a line; .json, .jsonl) to measure it on
-  --criteria A,B,...       selection criteria to prune by (default: all of them)
-  --shares A,B,...         shares to prune (default: 0,0.1,...,1)
-  --seed INT               seed of the criterion random (default: 0)
-  --max_seq_length INT     tokens of a sequence (default: 128, or as many as the model has positions for)
-  --max_eval_samples INT   measure on at most so many sequences (default: 256)
-  --batch_size INT         sequences computed at a time (default: 16)
-"""
+  hf-recycle analyze runs/demo --prune_curve --eval_file my.txt  loss against the share of neurons pruned
+  hf-recycle analyze user/repo --blocks                          which blocks it has; reads its configuration alone"""
 
 
-def main(words: Sequence[str]) -> int:
-    """Run the command; returns the exit status."""
-    return run_command(words, HELP, _analyze)
+def add_arguments(parser: Parser) -> None:
+    parser.description = _DESCRIPTION
+    parser.add_argument(
+        "models",
+        nargs="+",
+        metavar="MODEL",
+        help="A folder, a run's output folder, or a repository of the Hub (user/repo, or "
+        "hf://user/repo[@revision][/folder]).",
+    )
+    parser.add_argument("--output", type=Path, metavar="DIR", help="Draw figures (PNG) into this folder.")
+    add_json_argument(parser)
+    add_block_arguments(parser)
+    add_revision_argument(parser)
+    parser.add_argument("--revisions", help="Of one repository: all (commits of its main branch, and tags), or A,B,...")
+    parser.add_argument(
+        "--blocks",
+        action="store_true",
+        help="List the feed-forward blocks, and what looks like one and is left out; measure nothing.",
+    )
+    parser.add_argument(
+        "--dead",
+        type=float,
+        default=0.01,
+        help="A neuron is dead if its magnitude is below this share of its layer's median (default: %(default)s).",
+    )
+    parser.add_argument(
+        "--duplicate",
+        type=float,
+        default=0.99,
+        help="Cosine from which a neuron duplicates an earlier one (default: %(default)s).",
+    )
+    curves = parser.add_argument_group("one-shot pruning curves")
+    curves.add_argument(
+        "--prune_curve",
+        action="store_true",
+        help="Prune a growing share of every layer's neurons at once, without training, and measure the loss.",
+    )
+    curves.add_argument(
+        "--eval_file", metavar="FILE", help="Text (.txt, a document a line; .json, .jsonl) to measure it on."
+    )
+    curves.add_argument("--criteria", metavar="A,B,...", help="Selection criteria to prune by (default: all of them).")
+    curves.add_argument("--shares", metavar="A,B,...", help="Shares to prune (default: 0,0.1,...,1).")
+    curves.add_argument("--seed", type=int, default=0, help="Seed of the criterion random (default: %(default)s).")
+    curves.add_argument(
+        "--max_seq_length",
+        type=int,
+        help="Tokens of a sequence (default: 128, or as many as the model has positions for).",
+    )
+    curves.add_argument(
+        "--max_eval_samples", type=int, default=256, help="Measure on at most so many sequences (default: %(default)s)."
+    )
+    curves.add_argument(
+        "--batch_size", type=int, default=16, help="Sequences computed at a time (default: %(default)s)."
+    )
 
 
-def _options() -> Options:
-    parser = Options()
-    parser.add_argument("models", nargs="+")
-    parser.add_argument("--output", type=Path)
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--ff_pattern")
-    parser.add_argument("--ff_blocks")
-    parser.add_argument("--blocks", action="store_true")
-    parser.add_argument("--dead", type=float, default=0.01)
-    parser.add_argument("--duplicate", type=float, default=0.99)
-    parser.add_argument("--revision")
-    parser.add_argument("--revisions")
-    parser.add_argument("--prune_curve", action="store_true")
-    parser.add_argument("--eval_file")
-    parser.add_argument("--criteria")
-    parser.add_argument("--shares")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--max_seq_length", type=int)
-    parser.add_argument("--max_eval_samples", type=int, default=256)
-    parser.add_argument("--batch_size", type=int, default=16)
-    return parser
-
-
-def _analyze(words: Sequence[str]) -> None:
-    options = _options().read(words)
+def run(options: argparse.Namespace) -> int:
     _check(options)
-    # Imported late: importing torch and transformers takes seconds, and a mistake in the flags needs neither.
-    from hf_recycle.records.file_checks import RecyclingFileError
-
     command = _prune_curves if options.prune_curve else _revisions if options.revisions else _magnitudes
     command = _blocks if options.blocks else command
-    try:
-        command(options)
-    except RecyclingFileError as error:
-        raise UserError(str(error)) from error
+    command(options)
+    return 0
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -104,7 +104,7 @@ def _check(options: argparse.Namespace) -> None:
     if options.prune_curve and options.eval_file is None:
         raise UserError("prune_curve needs a text to measure the loss on; pass eval_file")
     if not options.prune_curve and (given := [name for name in curve_only if getattr(options, name) is not None]):
-        raise UserError(f"{given[0]} belongs to prune_curve; pass --prune-curve too")
+        raise UserError(f"{given[0]} belongs to prune_curve; pass --prune_curve too")
 
 
 def _magnitudes(options: argparse.Namespace) -> None:
@@ -113,7 +113,7 @@ def _magnitudes(options: argparse.Namespace) -> None:
 
     thresholds = _thresholds(options)
     analyses = [analyze(source, options.ff_pattern, thresholds, options.ff_blocks) for source in _sources(options)]
-    _print(options, {"models": [analysis.to_json() for analysis in analyses]}, lambda: analysis_text(analyses))
+    print_result(options, {"models": [analysis.to_json() for analysis in analyses]}, lambda: analysis_text(analyses))
     if options.output is not None:
         from hf_recycle.analysis.figures import draw_analyses
 
@@ -125,14 +125,14 @@ def _blocks(options: argparse.Namespace) -> None:
     from hf_recycle.analysis.checkpoint import Checkpoint
 
     lists = [block_list(Checkpoint(source, options.ff_pattern, options.ff_blocks)) for source in _sources(options)]
-    _print(options, {"models": lists}, lambda: "\n\n".join(map(block_list_text, lists)))
+    print_result(options, {"models": lists}, lambda: "\n\n".join(map(block_list_text, lists)))
 
 
 def _revisions(options: argparse.Namespace) -> None:
     from hf_recycle.analysis.revisions import analyze_revisions, revisions_text
 
     states = analyze_revisions(options.models[0], options.revisions, options.ff_pattern)
-    _print(options, {"revisions": [state.to_json() for state in states]}, lambda: revisions_text(states))
+    print_result(options, {"revisions": [state.to_json() for state in states]}, lambda: revisions_text(states))
     if options.output is not None:
         from hf_recycle.analysis.revision_figures import draw_revisions
 
@@ -140,8 +140,6 @@ def _revisions(options: argparse.Namespace) -> None:
 
 
 def _prune_curves(options: argparse.Namespace) -> None:
-    from hf_recycle.cli.options import no_progress_bars
-
     no_progress_bars()
     from hf_recycle.analysis.curves import curves_text, draw_curves
     from hf_recycle.analysis.evaluation import EvaluationSettings
@@ -152,7 +150,7 @@ def _prune_curves(options: argparse.Namespace) -> None:
         options.eval_file, options.max_seq_length, options.max_eval_samples, options.batch_size
     )
     curves = [prune_curves(source, settings, evaluation) for source in _sources(options)]
-    _print(options, {"models": [curve.to_json() for curve in curves]}, lambda: curves_text(curves))
+    print_result(options, {"models": [curve.to_json() for curve in curves]}, lambda: curves_text(curves))
     if options.output is not None:
         _say_where(draw_curves(curves, options.output))
 
@@ -167,13 +165,6 @@ def _thresholds(options: argparse.Namespace):
     from hf_recycle.analysis.blocks import Thresholds
 
     return Thresholds(options.dead, options.duplicate)
-
-
-def _print(options: argparse.Namespace, content: dict, text) -> None:
-    if options.json:
-        print(json.dumps(content, indent=2, ensure_ascii=False))
-    else:
-        print(text())
 
 
 def _say_where(paths: Sequence[Path]) -> None:

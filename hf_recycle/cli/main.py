@@ -1,49 +1,75 @@
-"""The command line: `hf-recycle COMMAND ...`. Nothing heavy is imported before a command asks for it."""
+"""The command line: `hf-recycle COMMAND ...`. Nothing heavy is imported before a command runs.
 
+A command is a module of this folder with three names: `HELP`, what it does in a line; `add_arguments(parser)`; and
+`run(options)`, which returns the exit status.
+"""
+
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from hf_recycle import __version__
+from hf_recycle.cli.common import add_common_arguments, complain, set_verbosity
+from hf_recycle.errors import UserError
+from hf_recycle.runs.interruption import Terminated, sigterm_as_interrupt
+from hf_recycle.utils.command_line import Parser
 from hf_recycle.utils.suggest import nearest
 
-# Name -> (module with a `main(argv) -> exit status`, what it does).
-_COMMANDS = {
-    "train": ("hf_recycle.train", "pretrain a model with neuron recycling, from recipes and arguments"),
-    "analyze": (
-        "hf_recycle.cli.analyze",
-        "measure the feed-forward neurons of trained models: magnitudes, dead neurons, pruning curves",
-    ),
-    "push": ("hf_recycle.cli.push", "publish a run or a checkpoint on the Hugging Face Hub"),
-    "pull": ("hf_recycle.cli.pull", "download a checkpoint of the Hub that training can go on from"),
-    "report": ("hf_recycle.cli.report", "draw a run, or a repository of the Hub, as one HTML page"),
-    "study": ("hf_recycle.cli.study", "run experiments over seeds and report on them"),
-    "shrink": ("hf_recycle.cli.shrink", "take the pruned or the least important neurons out of a model"),
-}
+COMMANDS = ("train", "analyze", "shrink", "study", "report", "push", "pull")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status (2 for what the user can mend)."""
+    """Run a command; returns the exit status: 0, 1 if it failed, 2 for what the user can mend, told in one line, 130
+    and 143 after Ctrl-C and SIGTERM."""
     words = list(sys.argv[1:] if argv is None else argv)
-    if not words or words[0] in ("-h", "--help", "help"):
-        print(_help(), end="")
-        return 0 if words else 2
-    command, rest = words[0], words[1:]
-    if command == "--version":
-        from importlib.metadata import version
-
-        print(f"hf-recycle {version('hf-recycle')}")
-        return 0
-    if command not in _COMMANDS:
-        print(f"error: unknown command {command!r}; {nearest(command, _COMMANDS)}", file=sys.stderr)
+    parser = make_parser()
+    if "_ARGCOMPLETE" in os.environ:
+        _complete(parser)
+    if not words:
+        parser.print_help()
         return 2
-    return import_module(_COMMANDS[command][0]).main(rest)
+    try:
+        if not words[0].startswith("-") and words[0] not in COMMANDS:
+            raise UserError(f"unknown command {words[0]!r}; {nearest(words[0], COMMANDS)}")
+        options = parser.parse_args(words)
+        options.words = words[1:]
+        set_verbosity(options)
+        with sigterm_as_interrupt():
+            return options.run(options)
+    except SystemExit as stop:  # --help, --version
+        return int(stop.code or 0)
+    except UserError as error:
+        return complain(error)
+    except KeyboardInterrupt as stop:
+        return 143 if isinstance(stop, Terminated) else 130
 
 
-def _help() -> str:
-    commands = "".join(f"  {name:<10} {does}\n" for name, (_, does) in _COMMANDS.items())
-    return (
-        "usage: hf-recycle COMMAND ...\n\nNeuron recycling for transformers.\n\ncommands:\n"
-        f"{commands}\n"
-        "  --help     this text; after a command, that command's help\n"
-        "  --version  the version of the package\n"
+def make_parser() -> Parser:
+    """The tree of all commands."""
+    parser = Parser(
+        prog="hf-recycle",
+        description="Neuron recycling for transformers.",
+        epilog="Completion of commands and arguments, once argcomplete is installed: "
+        'eval "$(register-python-argcomplete hf-recycle)"',
     )
+    parser.add_argument(
+        "--version", action="version", version=f"hf-recycle {__version__}", help="Print the version and exit."
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, title="commands")
+    for name in COMMANDS:
+        module = import_module(f"hf_recycle.cli.{name}")
+        command = commands.add_parser(name, help=module.HELP, description=module.HELP)
+        command.set_defaults(run=module.run)
+        module.add_arguments(command)
+        add_common_arguments(command)
+    return parser
+
+
+def _complete(parser: Parser) -> None:
+    """Answer the shell that asks what may follow, and exit; without argcomplete there is no answer."""
+    try:
+        import argcomplete
+    except ImportError:
+        sys.exit(1)
+    argcomplete.autocomplete(parser, always_complete_options="long")

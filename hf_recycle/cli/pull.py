@@ -7,71 +7,65 @@ import json
 import shlex
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
+from hf_recycle.cli.common import add_json_argument, print_result
+from hf_recycle.cli.model_arguments import add_revision_argument
 from hf_recycle.errors import UserError
-from hf_recycle.hub.address import LAST, SCHEME, HubAddress, is_address
+from hf_recycle.utils.command_line import Parser
 from hf_recycle.utils.command_words import path_word
+
+HELP = "Download a checkpoint of the Hub that training can go on from."
 
 _DESCRIPTION = """\
 Download a checkpoint that training can go on from, all of one commit, and check every file of it: nothing is
-unpickled or executed. It goes to the Hub's cache, or as checkpoint-N into a folder of your choice."""
-_EPILOG = f"""\
-To resume without a copy: hf-recycle train ... --resume_from_checkpoint {SCHEME}user/repo
+unpickled or executed. It goes to the Hub's cache, or as checkpoint-N into a folder of your choice.
+
+To resume without a copy: hf-recycle train ... --resume_from_checkpoint hf://user/repo
+
 For the history alone (small files): RecyclingHistory.from_pretrained("user/repo")"""
 
 
-def main(words: Sequence[str]) -> int:
-    """Run `pull REPO ...`; returns the exit status (2 for what the user can mend)."""
-    options = _parser().parse_args(words)
+def add_arguments(parser: Parser) -> None:
+    parser.description = _DESCRIPTION
+    parser.add_argument("repo", metavar="REPO", help="user/repo, or hf://user/repo[@revision][/folder].")
+    parser.add_argument(
+        "--folder", metavar="NAME", help="last-checkpoint or checkpoint-N; by default the newest checkpoint."
+    )
+    add_revision_argument(parser)
+    parser.add_argument("--output", type=Path, metavar="DIR", help="Copy the checkpoint into this output folder.")
+    parser.add_argument(
+        "--trust_pickled_checkpoint",
+        action="store_true",
+        help="Also take shards of DeepSpeed or torch.distributed.checkpoint, which are unpickled when training "
+        "resumes: whoever wrote them can then run any code on this machine.",
+    )
+    add_json_argument(parser)
+
+
+def run(options: argparse.Namespace) -> int:
     from huggingface_hub.utils import disable_progress_bars
 
     if not sys.stderr.isatty():
         disable_progress_bars()
-    try:
-        print(_pull(options))
-    except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    from hf_recycle.hub.pull.pull import plan
+
+    settled = plan(_address(options), trust_pickled=options.trust_pickled_checkpoint)
+    folder = settled.fetch()
+    resume = f"--resume_from_checkpoint {settled.address}"
+    if options.output is not None:
+        names = [Path(name).relative_to(folder.name) for name in settled.files]
+        folder = copy_checkpoint(folder, names, options.output)
+        resume = f"--output_dir {shlex.quote(path_word(options.output))} --resume_from_checkpoint true"
+    found = {"address": str(settled.address), "folder": str(folder), "resume_with": resume}
+    print_result(options, found, lambda: f"{settled.address}\n{folder}\nresume with: {resume}")
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="hf-recycle pull",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("repo", help=f"user/repo, or {SCHEME}user/repo[@revision][/folder]")
-    parser.add_argument("--folder", help=f"{LAST} or checkpoint-N; by default the newest checkpoint")
-    parser.add_argument("--revision", help="branch, tag or commit; by default the default branch")
-    parser.add_argument("--to", type=Path, metavar="FOLDER", help="copy the checkpoint into this output folder")
-    parser.add_argument(
-        "--trust_pickled_checkpoint",
-        action="store_true",
-        help="also take shards of DeepSpeed or torch.distributed.checkpoint, which are unpickled when training "
-        "resumes: whoever wrote them can then run any code on this machine",
-    )
-    return parser
+def _address(options: argparse.Namespace):
+    from hf_recycle.hub.address import HubAddress, is_address
 
-
-def _pull(options: argparse.Namespace) -> str:
-    address = _address(options)
-    from hf_recycle.hub.pull.pull import plan
-
-    settled = plan(address, trust_pickled=options.trust_pickled_checkpoint)
-    folder = settled.fetch()
-    if options.to is None:
-        return f"{settled.address}\n{folder}\nresume with: --resume_from_checkpoint {settled.address}"
-    copied = copy_checkpoint(folder, [Path(name).relative_to(folder.name) for name in settled.files], options.to)
-    word = shlex.quote(path_word(options.to))
-    return f"{settled.address}\n{copied}\nresume with: --output_dir {word} --resume_from_checkpoint true"
-
-
-def _address(options: argparse.Namespace) -> HubAddress:
     address = HubAddress.parse(options.repo) if is_address(options.repo) else HubAddress(options.repo)
     for name in ("folder", "revision"):
         given, spelled = getattr(options, name), getattr(address, name)
@@ -89,7 +83,7 @@ def copy_checkpoint(folder: Path, names: Iterable[Path], output_dir: Path) -> Pa
     state = json.loads((folder / "trainer_state.json").read_text("utf-8"))
     final = output_dir / f"checkpoint-{state['global_step']}"
     if final.exists():
-        raise UserError(f"{final} is there already; remove it, or name another folder after --to")
+        raise UserError(f"{final} is there already; remove it, or name another folder after --output")
     partial = output_dir / f"tmp-{final.name}"
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -102,5 +96,5 @@ def copy_checkpoint(folder: Path, names: Iterable[Path], output_dir: Path) -> Pa
         partial.replace(final)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(f"--to {output_dir}: {error.strerror or error}") from error
+        raise UserError(f"output={str(output_dir)!r}: {error.strerror or error}") from error
     return final

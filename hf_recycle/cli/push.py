@@ -4,81 +4,68 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
+from hf_recycle.cli.common import add_json_argument, print_result
 from hf_recycle.errors import UserError
+from hf_recycle.utils.command_line import Parser
+
+HELP = "Publish a run or a checkpoint on the Hugging Face Hub."
 
 _DESCRIPTION = """\
 Publish a run's output folder, or one of its checkpoints, in one commit: the model, the recycling files, the card and
 its figures, and nothing else that lies there. Tokens, local paths and names of this machine are left out. Logs in with
-the token of `hf auth login` or HF_TOKEN; the repository is made if it is not there.
-"""
+the token of `hf auth login` or HF_TOKEN; the repository is made if it is not there."""
 _STEP = "step"
 
 
-def main(argv: Sequence[str]) -> int:
-    """Run the command; returns the exit status: 1 if the Hub can't be reached, 2 for what the user can mend."""
-    options = _parser().parse_args(argv)
+def add_arguments(parser: Parser) -> None:
+    parser.description = _DESCRIPTION
+    parser.add_argument(
+        "folder", metavar="FOLDER", help="An output folder, a checkpoint, or a folder under unpublished/."
+    )
+    parser.add_argument("repo", metavar="REPO", help="user/name, organisation/name, or a name in your own namespace.")
+    parser.add_argument("--revision", metavar="BRANCH", help="The branch to push to, made if it is not there.")
+    parser.add_argument("--private", action="store_true", help="If the repository is made, make it private.")
+    parser.add_argument(
+        "--tag", nargs="?", const=_STEP, metavar="NAME", help="Tag the commit; without a name as step-N."
+    )
+    parser.add_argument("--commit_message", metavar="TEXT", help="Default: step, loss and share of neurons recycled.")
+    parser.add_argument(
+        "--resumable",
+        action="store_true",
+        help="Also publish what training goes on from: the whole (newest) checkpoint, as last-checkpoint/.",
+    )
+    add_json_argument(parser)
+
+
+def run(options: argparse.Namespace) -> int:
     # Imported late: --help needs neither torch nor the network.
     from hf_recycle.hub.push.publisher import Publisher
     from hf_recycle.hub.push.repository import Repository
 
+    push = _push_of(options)
+    folder = push.folder.parent.parent if push.staged else push.folder
+    repository = Repository(
+        push.repo_id, private=push.private, revision=push.revision, output_dir=folder, named_by="REPO"
+    )
+    publisher = Publisher(repository, says_failures=False)
+    future = publisher.submit(push)
     try:
-        push = _push_of(options)
-        run = push.folder.parent.parent if push.staged else push.folder
-        repository = Repository(
-            push.repo_id,
-            private=push.private,
-            revision=push.revision,
-            output_dir=run,
-            named_by="REPO",
-        )
-        publisher = Publisher(repository, says_failures=False)
-        future = publisher.submit(push)
-        try:
-            publisher.finish()
-        except KeyboardInterrupt:
-            print("\nstopped; nothing was published, or all of it", file=sys.stderr)
-            return 130
-        for failed in publisher.unpublished:
-            if isinstance(failed.error, UserError):
-                raise failed.error
-            print(f"error: {push.folder} was not published to {push.repo_id}: {failed.reason}", file=sys.stderr)
-            return 1
-    except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        publisher.finish()
+    except KeyboardInterrupt:
+        print("\nstopped; nothing was published, or all of it", file=sys.stderr)
+        raise
+    for failed in publisher.unpublished:
+        if isinstance(failed.error, UserError):
+            raise failed.error
+        print(f"error: {push.folder} was not published to {push.repo_id}: {failed.reason}", file=sys.stderr)
+        return 1
     commit = future.result()
-    print(
-        f"published {push.folder} as {commit.commit_url}" if commit else f"{push.folder} has been published meanwhile"
-    )
+    url = commit.commit_url if commit else None
+    done = f"published {push.folder} as {url}" if url else f"{push.folder} has been published meanwhile"
+    print_result(options, {"folder": str(push.folder), "commit": url}, lambda: done)
     return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="hf-recycle push",
-        description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "folder", metavar="FOLDER", help="an output folder, a checkpoint, or a folder under unpublished/"
-    )
-    parser.add_argument("repo", metavar="REPO", help="user/name, organisation/name, or a name in your own namespace")
-    parser.add_argument("--revision", metavar="BRANCH", help="the branch to push to, made if it is not there")
-    parser.add_argument("--private", action="store_true", help="if the repository is made, make it private")
-    parser.add_argument(
-        "--tag", nargs="?", const=_STEP, metavar="NAME", help="tag the commit; without a name as step-N"
-    )
-    parser.add_argument("--commit_message", metavar="TEXT", help="default: step, loss and share of neurons recycled")
-    parser.add_argument(
-        "--resumable",
-        action="store_true",
-        help="also publish what training goes on from: the whole (newest) checkpoint, as last-checkpoint/",
-    )
-    return parser
 
 
 def _push_of(options: argparse.Namespace):
@@ -119,5 +106,5 @@ def _model_folder(folder: Path, resumable: bool) -> Path:
     if newest is None or not has_weights(Path(newest)):
         what = "checkpoint to resume from" if resumable and has_weights(folder) else "weights of a model"
         raise UserError(f"FOLDER={str(folder)!r} holds no {what}; name an output folder or a checkpoint of a run.")
-    print(f"publishing the newest checkpoint in it, {newest}")
+    print(f"publishing the newest checkpoint in it, {newest}", file=sys.stderr)
     return Path(newest)

@@ -4,41 +4,35 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 
+from hf_recycle.cli.model_arguments import add_revision_argument
 from hf_recycle.errors import UserError
-from hf_recycle.records.files import RecyclingFileError
+from hf_recycle.utils.command_line import Parser
+
+HELP = "Draw a run, or a repository of the Hub, as one HTML page."
 
 
-def main(argv: Sequence[str]) -> int:
-    """Write the page; returns the exit status, 2 for what the user can mend."""
-    parser = argparse.ArgumentParser(
-        prog="hf-recycle report",
-        description="Draw a run as one self-contained HTML page: results, what recycling did to each block, figures, "
-        "arguments. Of a repository only small files are downloaded.",
-        allow_abbrev=False,
+def add_arguments(parser: Parser) -> None:
+    parser.description = (
+        "Draw a run as one self-contained HTML page: results, what recycling did to each block, figures, arguments. Of "
+        "a repository only small files are downloaded."
     )
     parser.add_argument(
-        "run",
+        "run_or_repo",
         metavar="RUN_OR_REPO",
-        help="a run's output folder (its newest checkpoint, unless it holds the files itself), a checkpoint, or a "
-        "repository of the Hub (user/repo, or hf://user/repo[@revision][/folder])",
+        help="A run's output folder (its newest checkpoint, unless it holds the files itself), a checkpoint, or a "
+        "repository of the Hub (user/repo, or hf://user/repo[@revision][/folder]).",
     )
-    parser.add_argument("--output", default="report.html", help="the file to write (default: %(default)s)")
-    parser.add_argument("--revision", help="branch, tag or commit of the repository")
-    try:
-        given = parser.parse_args(argv)
-    except SystemExit as stop:  # --help, or a mistake that argparse has explained
-        return int(stop.code or 0)
-    try:
-        page = report(given.run, given.revision)
-        _write(Path(given.output), page)
-    except (UserError, RecyclingFileError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    print(given.output)
+    parser.add_argument(
+        "--output", default="report.html", metavar="FILE", help="The file to write (default: %(default)s)."
+    )
+    add_revision_argument(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    _write(Path(options.output), report(options.run_or_repo, options.revision))
+    print(options.output)
     return 0
 
 
@@ -60,7 +54,7 @@ def report(run: str, revision: str | None = None) -> str:
     if local and revision is not None:
         raise UserError(f"revision={revision!r} is for a repository, and {run!r} is a folder here; leave it out")
     history = RecyclingHistory.from_pretrained(run, revision)
-    folder = history.folder if local else _small_files(run, revision)
+    folder = (history.folder if local else None) or _small_files(run, revision)
     facts = facts_of(history, folder, None if local else locate(run)[0])
     title = Path(run).resolve().name if local else f"{run} at {revision}" if revision else run
     return render_report(facts, figure_images(history, unigram_entropy=facts["unigram_entropy"]), title)

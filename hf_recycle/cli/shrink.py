@@ -2,65 +2,60 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
-from hf_recycle.cli.options import Options, no_progress_bars, run_command
+from hf_recycle.cli.common import add_json_argument, no_progress_bars, print_result
+from hf_recycle.cli.model_arguments import add_block_arguments, add_revision_argument
 from hf_recycle.errors import UserError
+from hf_recycle.methods.registry import CRITERIA
+from hf_recycle.utils.command_line import Parser, completed_by
 from hf_recycle.utils.suggest import nearest
 
-HELP = """\
-usage: hf-recycle shrink MODEL --output DIR (--pruned-only | --fraction FLOAT) [--argument VALUE ...]
+HELP = "Take the pruned or the least important neurons out of a model."
 
+_DESCRIPTION = """\
 Take feed-forward neurons out of a model and save the smaller model that remains, with its tokenizer or processor, as a
 plain transformers model. All layers of which the configuration knows one width get that of the one that keeps most
 neurons, rounded up; the others are filled up with zeros. The result is checked against the original with the same
 neurons masked, and both are timed.
 
-  hf-recycle shrink runs/pruned --pruned-only --output small        what pruning has set to zero, for good
-  hf-recycle shrink user/repo --fraction 0.3 --output small         the 30% least important neurons of every layer
-
-  --output DIR        where the smaller model goes; a new folder
-  --pruned-only       remove the neurons whose out-column is zero: the outputs stay the same
-  --fraction FLOAT    remove this share of every layer's neurons
-  --criterion NAME    with fraction: selection criterion, the neurons of lowest score go (default: low_magnitude)
-  --multiple_of INT   round the width up to a multiple of it (default: 8)
-  --seed INT          seed of the criterion random (default: 0)
-  --revision NAME     branch, tag or commit of a repository (or write MODEL as hf://user/repo@revision)
-  --ff_blocks WORD    of a composite model, the part that is meant: vision, language, encoder, decoder, ...
-  --ff_pattern TEXT   linear layers of the feed-forward blocks, for a model of unknown layout: 'fc1 -> fc2'
-"""
+  hf-recycle shrink runs/pruned --pruned_only --output small        what pruning has set to zero, for good
+  hf-recycle shrink user/repo --fraction 0.3 --output small         the 30% least important neurons of every layer"""
 
 
-def main(words: Sequence[str]) -> int:
-    """Run the command; returns the exit status."""
-    return run_command(words, HELP, _shrink)
+def add_arguments(parser: Parser) -> None:
+    parser.description = _DESCRIPTION
+    parser.add_argument("model", metavar="MODEL", help="A folder, or a repository of the Hub.")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="Where the smaller model goes; a new folder.")
+    add_json_argument(parser)
+    parser.add_argument(
+        "--pruned_only",
+        action="store_true",
+        help="Remove the neurons whose out-column is zero: the outputs stay the same.",
+    )
+    parser.add_argument("--fraction", type=float, help="Remove this share of every layer's neurons.")
+    criterion = parser.add_argument(
+        "--criterion",
+        default="low_magnitude",
+        metavar="NAME",
+        help=f"With fraction: the neurons of lowest score go (default: %(default)s). {CRITERIA.describe()}.",
+    )
+    completed_by(criterion, lambda prefix: CRITERIA.names())
+    parser.add_argument(
+        "--multiple_of", type=int, default=8, help="Round the width up to a multiple of it (default: %(default)s)."
+    )
+    parser.add_argument("--seed", type=int, default=0, help="Seed of the criterion random (default: %(default)s).")
+    add_revision_argument(parser)
+    add_block_arguments(parser)
 
 
-def _shrink(words: Sequence[str]) -> None:
-    parser = Options()
-    parser.add_argument("model")
-    parser.add_argument("--output", type=Path)
-    parser.add_argument("--pruned_only", action="store_true")
-    parser.add_argument("--fraction", type=float)
-    parser.add_argument("--criterion", default="low_magnitude")
-    parser.add_argument("--multiple_of", type=int, default=8)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--revision")
-    parser.add_argument("--ff_pattern")
-    parser.add_argument("--ff_blocks")
-    options = parser.read(words)
+def run(options: argparse.Namespace) -> int:
     _check(options)
 
     from hf_recycle.analysis.shrink import ShrinkSettings, shrink
     from hf_recycle.analysis.shrink_files import load_model, save_whole
     from hf_recycle.analysis.source import Source
-    from hf_recycle.methods.recycling.selection import CRITERIA
 
-    if options.criterion not in tuple(CRITERIA):
-        raise UserError(
-            f"criterion={options.criterion!r} is unknown; {nearest(options.criterion, CRITERIA, show_all=True)}"
-        )
     no_progress_bars()
     source = Source(options.model, options.revision)
     model, processor = load_model(source, options.ff_pattern, options.ff_blocks)
@@ -71,7 +66,10 @@ def _shrink(words: Sequence[str]) -> None:
     save_whole(options.output, shrunk.model, processor)
     if processor is None:
         print(f"note: {options.model} has no tokenizer or processor that could be saved too", file=sys.stderr)
-    _report(options, model, shrunk)
+    found = _measured(model, shrunk)
+    result = {"output": str(options.output), **found, "forward": vars(found["forward"])}
+    print_result(options, result, lambda: _text(options.output, found))
+    return 0
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -85,23 +83,46 @@ def _check(options: argparse.Namespace) -> None:
         raise UserError(
             f"fraction={options.fraction} must lie between 0 and 1, both excluded: every layer keeps a neuron"
         )
+    if options.criterion not in CRITERIA.names():
+        raise UserError(
+            f"criterion={options.criterion!r} is unknown; {nearest(options.criterion, CRITERIA.names(), show_all=True)}"
+        )
     if options.multiple_of < 1:
         raise UserError(f"multiple_of={options.multiple_of} must be at least 1")
 
 
-def _report(options: argparse.Namespace, model, shrunk) -> None:
+def _measured(model, shrunk) -> dict:
+    """What became of the model."""
     from hf_recycle.analysis.random_inputs import random_inputs
     from hf_recycle.analysis.timing import forward, speedup
 
-    before, after = model.num_parameters(), shrunk.model.num_parameters()
     inputs = random_inputs(model, batch=8, length=128)
-    shape = " x ".join(map(str, next(iter(inputs.values())).shape))
-    measured = speedup(forward(model, inputs), forward(shrunk.model, inputs))
-    print(f"{options.output}: {type(model).__name__}, {len(shrunk.widths)} feed-forward blocks")
-    for was, now in dict.fromkeys(shrunk.widths.values()):
-        sizes = [len(shrunk.kept[name]) for name, width in shrunk.widths.items() if width == (was, now)]
+    return {
+        "architecture": type(model).__name__,
+        "blocks": [
+            {"name": name, "neurons": was, "width": now, "kept": len(shrunk.kept[name])}
+            for name, (was, now) in shrunk.widths.items()
+        ],
+        "parameters": [model.num_parameters(), shrunk.model.num_parameters()],
+        "difference": shrunk.difference,
+        "inputs": list(next(iter(inputs.values())).shape),
+        "forward": speedup(forward(model, inputs), forward(shrunk.model, inputs)),
+    }
+
+
+def _text(output: Path, found: dict) -> str:
+    blocks, (before, after) = found["blocks"], found["parameters"]
+    lines = [f"{output}: {found['architecture']}, {len(blocks)} feed-forward blocks"]
+    for was, now in dict.fromkeys((block["neurons"], block["width"]) for block in blocks):
+        sizes = [block["kept"] for block in blocks if (block["neurons"], block["width"]) == (was, now)]
         kept = f"{min(sizes):,} to {max(sizes):,}" if min(sizes) < max(sizes) else f"{sizes[0]:,}"
-        print(f"  neurons            {was:,} -> {now:,} in each of {len(sizes)} blocks, {kept} of them kept")
-    print(f"  parameters         {before:,} -> {after:,} ({100 * (after - before) / before:+.1f}%)")
-    print(f"  outputs            differ from the masked model's by at most {shrunk.difference:.1e} of the largest")
-    print(f"  forward ({shape})  {measured}; medians of 11 pairs")
+        lines.append(f"  neurons            {was:,} -> {now:,} in each of {len(sizes)} blocks, {kept} of them kept")
+    shape = " x ".join(map(str, found["inputs"]))
+    return "\n".join(
+        [
+            *lines,
+            f"  parameters         {before:,} -> {after:,} ({100 * (after - before) / before:+.1f}%)",
+            f"  outputs            differ from the masked model's by at most {found['difference']:.1e} of the largest",
+            f"  forward ({shape})  {found['forward']}; medians of 11 pairs",
+        ]
+    )

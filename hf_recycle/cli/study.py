@@ -8,74 +8,72 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
+from hf_recycle.cli.common import no_progress_bars
 from hf_recycle.errors import UserError
-from hf_recycle.runs.interruption import Terminated, sigterm_as_interrupt
+from hf_recycle.runs.run_arguments import add_run_arguments
+from hf_recycle.utils.command_line import Parser, completed_by
 
 if TYPE_CHECKING:
     from hf_recycle.studies.plan import Study
 
-_USAGE = "hf-recycle study STUDY.yaml ... [options] [--argument value ...]"
+HELP = "Run experiments over seeds and report on them."
+
+_DESCRIPTION = """\
+Run the arms of a study over seeds and write a report. Finished runs are kept and shared between studies, so the same
+command goes on where it was stopped. Any argument of hf-recycle train sets that argument for every arm.
+
+  hf-recycle study article --seeds 1 --arms plain,immunity-6 --max_steps 500"""
 
 
-def main(argv: Sequence[str]) -> int:
-    """Run studies; returns the exit status: 0, 1 if a run failed, 2 for what the user can mend, 130 or 143 when
-    stopped."""
-    try:
-        with sigterm_as_interrupt():
-            return _run(list(argv))
-    except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as stop:
-        command = shlex.join(["hf-recycle", "study", *argv])
-        print(f"\nstopped; finished runs are kept, go on with: {command}", file=sys.stderr)
-        return 143 if isinstance(stop, Terminated) else 130
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see hf-recycle study --help")
-
-
-def _parser() -> argparse.ArgumentParser:
+def add_arguments(parser: Parser) -> None:
     from hf_recycle.studies.plan_file import study_names
 
-    parser = _Parser(
-        prog="hf-recycle study",
-        usage=_USAGE,
-        description="Run the arms of a study over seeds and write a report. Finished runs are kept and shared between "
-        "studies, so the same command goes on where it was stopped. Any argument of hf-recycle train sets that "
-        "argument for every arm.",
-        epilog=f"Packaged studies: {', '.join(study_names())}.",
-        allow_abbrev=False,
+    parser.description = _DESCRIPTION
+    parser.usage = "hf-recycle study STUDY ... [--argument VALUE ...]"
+    studies = parser.add_argument(
+        "studies",
+        nargs="+",
+        metavar="STUDY",
+        help=f"Files, or names of packaged studies ({', '.join(study_names())}).",
     )
-    parser.add_argument("studies", nargs="+", metavar="STUDY", help="files, or names of packaged studies")
-    parser.add_argument("--scale", help="recipe of recipes/scale/ to use instead of the study's own")
-    parser.add_argument("--seeds", help="a number of seeds, or a list such as 4,5,6")
+    completed_by(studies, lambda prefix: study_names())
+    parser.add_argument("--scale", help="Recipe of recipes/scale/ to use instead of the study's own.")
+    parser.add_argument("--seeds", help="A number of seeds, or a list such as 4,5,6.")
     parser.add_argument(
         "--arms",
-        help="only these arms (and the baseline), separated by commas; without the "
-        "arms of its positive control a study says nothing of losses",
+        help="Only these arms (and the baseline), separated by commas; without the arms of its positive control a "
+        "study says nothing of losses.",
     )
     parser.add_argument(
-        "--jobs", type=int, help="runs at a time; by default one for each GPU, or for each CPU core up to 2"
+        "--jobs", type=int, help="Runs at a time; by default one for each GPU, or for each CPU core up to 2."
     )
-    parser.add_argument("--output", default="runs/studies", help="folder of runs and reports (default: %(default)s)")
     parser.add_argument(
-        "--report-only", "--report_only", action="store_true", help="train nothing; report on what is done"
+        "--output", default="runs/studies", metavar="DIR", help="Folder of runs and reports (default: %(default)s)."
     )
-    return parser
+    parser.add_argument("--report_only", action="store_true", help="Train nothing; report on what is done.")
+    add_run_arguments(parser, shown=False)
 
 
-def _run(argv: list[str]) -> int:
-    options, rest = _parser().parse_known_args(argv)
+def run(options: argparse.Namespace) -> int:
+    try:
+        return _run(options)
+    except KeyboardInterrupt:
+        command = shlex.join(["hf-recycle", "study", *options.words])
+        print(f"\nstopped; finished runs are kept, go on with: {command}", file=sys.stderr)
+        raise
+
+
+def _run(options: argparse.Namespace) -> int:
     if options.jobs is not None and options.jobs < 1:
-        raise UserError(f"--jobs {options.jobs} must be at least 1")
+        raise UserError(f"jobs={options.jobs} must be at least 1")
+    from hf_recycle.runs.parse import run_flags
     from hf_recycle.studies.plan_file import check_settings, find_study, load_study, parse_seeds
 
-    overrides = check_settings("command line", _settings(rest))
+    # As in a recipe, so that equal runs have equal keys: 100 steps, not 100.0.
+    given = {name: int(v) if isinstance(v, float) and v.is_integer() else v for name, v in run_flags(options).items()}
+    overrides = check_settings("command line", given)
     studies = [
         load_study(find_study(name)).changed(
             scale=options.scale,
@@ -89,30 +87,7 @@ def _run(argv: list[str]) -> int:
     if len(set(names)) < len(names):
         raise UserError(f"two of the studies are called {max(names, key=names.count)!r}; their reports need two names")
     _check_runs(studies)
-    return max(_study(study, options, argv) for study in studies)
-
-
-def _settings(words: list[str]) -> dict[str, object]:
-    """`--name value` pairs as a mapping."""
-    import yaml
-
-    from hf_recycle.utils.yaml_loader import RecipeLoader
-
-    settings: dict[str, object] = {}
-    while words:
-        name, equals, value = words[0].partition("=")
-        if not name.startswith("--"):
-            raise UserError(f"unexpected {words[0]!r}; studies go before the options")
-        if not equals:
-            if len(words) < 2 or words[1].startswith("--"):
-                raise UserError(f"{name} needs a value")
-            value = words[1]
-        try:
-            settings[name[2:]] = yaml.load(value, RecipeLoader)
-        except yaml.YAMLError as error:
-            raise UserError(f"{name} {value!r} can't be read; put it in quotes") from error
-        words = words[1 if equals else 2 :]
-    return settings
+    return max(_study(study, options) for study in studies)
 
 
 def _check_runs(studies: Sequence[Study]) -> None:
@@ -137,9 +112,8 @@ def _check_runs(studies: Sequence[Study]) -> None:
                     raise UserError(f"{where}: eval_strategy=no leaves nothing to compare; set it to steps")
 
 
-def _study(study: Study, options: argparse.Namespace, argv: Sequence[str]) -> int:
+def _study(study: Study, options: argparse.Namespace) -> int:
     """Runs one study and reports on it; returns the exit status."""
-    from hf_recycle.cli.options import no_progress_bars
     from hf_recycle.studies.report import arm_rows, summary_table, write_report
     from hf_recycle.studies.results import StudyResults, load_result
     from hf_recycle.studies.runner import StudyRunner
@@ -148,13 +122,15 @@ def _study(study: Study, options: argparse.Namespace, argv: Sequence[str]) -> in
     no_progress_bars()
     output = Path(options.output)
     jobs, devices = _places(options.jobs)
-    runner = StudyRunner(output / "runs", jobs, devices)
+    say = (lambda line: None) if options.quiet else print
+    runner = StudyRunner(output / "runs", jobs, devices, say)
     planned = study.runs()
+    failures: dict[tuple[str, int], str] = {}
     if options.report_only:
         found = {(run.arm, run.seed): load_result(run, runner.folder_of(run)) for run in planned}
-        results, failures = {key: result for key, result in found.items() if result is not None}, {}
+        results = {key: result for key, result in found.items() if result is not None}
     else:
-        print(f"{study.title}: {len(planned)} run{'s' * (len(planned) > 1)}, {jobs} at a time")
+        say(f"{study.title}: {len(planned)} run{'s' * (len(planned) > 1)}, {jobs} at a time")
         results, failures = runner.run(planned)
     for (arm, seed), words in failures.items():
         print(f"failed: {arm}, seed {seed}: {words}", file=sys.stderr)
@@ -162,7 +138,7 @@ def _study(study: Study, options: argparse.Namespace, argv: Sequence[str]) -> in
         print(f"{study.title}: no run is finished", file=sys.stderr)
         return 1
     outcome = StudyResults(study, results, failures)
-    pages = write_report(outcome, output / study.name, shlex.join(["hf-recycle", "study", *argv]), jobs)
+    pages = write_report(outcome, output / study.name, shlex.join(["hf-recycle", "study", *options.words]), jobs)
     print(summary_table(arm_rows(outcome)))
     if study.control is not None and control(outcome).verdict != HOLDS:
         print(f"positive control does not separate, so of losses nothing can be told: {control(outcome).measured}")

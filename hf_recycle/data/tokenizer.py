@@ -4,6 +4,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerBase
@@ -51,15 +52,11 @@ def trained_tokenizer(texts: Sequence[str], vocab_size: int, max_seq_length: int
     folder = cache_folder("tokenizers") / corpus_key(texts, vocab_size)
 
     def fill(temporary: Path) -> None:
+        roles = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
+        names: dict[str, Any] = dict(zip(roles, _SPECIAL_TOKENS, strict=True))
         tokenizer = BertTokenizer(
             tokenizer_object=train_wordpiece(texts, vocab_size),
-            **dict(
-                zip(
-                    ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"),
-                    _SPECIAL_TOKENS,
-                    strict=True,
-                )
-            ),
+            **names,
         )
         tokenizer.save_pretrained(temporary)
 

@@ -1,6 +1,6 @@
 """What a method is: its settings, and what it does around each optimizer step."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
@@ -144,6 +144,10 @@ class Method(Generic[SettingsT]):
 
     def stop(self) -> None:
         """Training ends: by itself or by an exception."""
+
+    def acting_steps(self, max_steps: int) -> Sequence[int] | None:
+        """The steps at which the method acts in a training of so many, by the settings in force; None: at every one."""
+        return None
 
     def scalars(self) -> dict[str, float]:
         """What to log now."""

@@ -18,6 +18,9 @@ class Magnitudes(Method[MagnitudeSettings]):
         if run.step == 0:
             self._record(0)
 
+    def acting_steps(self, max_steps: int) -> list[int]:
+        return sorted({*range(0, max_steps, resolved(self.settings.steps)), max_steps})
+
     def after_step(self, info: StepInfo) -> None:
         if info.step % self._every == 0 or info.step == info.max_steps:
             self._record(info.step)

@@ -152,6 +152,9 @@ class Pruning(Method[PruningSettings]):
         if self.schedule.is_due(0) and run.step == 0:
             self._prune(0, 0)
 
+    def acting_steps(self, max_steps: int) -> list[int]:
+        return list(filter(make_schedule(self.settings, max_steps).is_due, range(max_steps + 1)))
+
     def after_step(self, info: StepInfo) -> None:
         hold_at_zero(self.table)
         if info.step == info.max_steps and info.optimizer_steps < self.schedule.end <= info.max_steps:

@@ -4,7 +4,7 @@
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any, ClassVar, Self
 
@@ -70,8 +70,14 @@ def _seed(value: Any) -> str | None:
     return None if value is None else _whole(value, largest=_SEEDS - 1)
 
 
-def _one_of(choices) -> Check:
-    return lambda value: None if value in list(choices) else f"one of {', '.join(choices)}"
+@dataclass(frozen=True)
+class OneOf:
+    """A check: the value is one of `choices`, a tuple of names or a table of functions."""
+
+    choices: Iterable[str]
+
+    def __call__(self, value: Any) -> str | None:
+        return None if value in list(self.choices) else f"one of {', '.join(self.choices)}"
 
 
 def _is_number(value: Any) -> bool:
@@ -124,14 +130,14 @@ class RecyclingSettings(Settings):
     end: float | None = setting(None, "Last step of recycling. None: the end of training.", _steps)
     fraction: float = setting(0.01, "Share of the neurons recycled per phase (of each layer, or of all).", _share)
     fraction_schedule: str = setting(
-        "constant", "The share over time: constant, or a decay to 0 at the end.", _one_of(FRACTION_SCHEDULES)
+        "constant", "The share over time: constant, or a decay to 0 at the end.", OneOf(FRACTION_SCHEDULES)
     )
-    selection: str = setting("low_magnitude", f"Selection criterion. {CRITERIA.describe()}.", _one_of(CRITERIA))
-    scope: str = setting("layer", "Select in each layer, or over all layers together.", _one_of(("layer", "global")))
+    selection: str = setting("low_magnitude", f"Selection criterion. {CRITERIA.describe()}.", OneOf(CRITERIA))
+    scope: str = setting("layer", "Select in each layer, or over all layers together.", OneOf(("layer", "global")))
     reinit: str = setting(
         "initial",
         f"New weights of recycled neurons. {REINITIALIZATIONS.describe()}.",
-        _one_of(REINITIALIZATIONS),
+        OneOf(REINITIALIZATIONS),
     )
     noise_scale: float = setting(
         0.05,
@@ -144,7 +150,7 @@ class RecyclingSettings(Settings):
         "reset",
         "Optimizer state of recycled neurons. reset: first moment zero, second moment the mean of the others'; "
         "zero: both zero; keep: unchanged (as in the article).",
-        _one_of(("reset", "zero", "keep")),
+        OneOf(("reset", "zero", "keep")),
     )
     layers: list[int] | None = setting(None, "Indices of the FF blocks to recycle. None: all.", _layers)
     seed: int | None = setting(None, "Seed of the method's own random generators. None: the training seed.", _seed)
@@ -183,8 +189,8 @@ class MidpointSettings(Settings):
     prefix: ClassVar[str] = "midpoint_"
 
     weight: float = setting(0.0, "Weight of the midpoint loss. 0: off.", _not_negative)
-    distance: str = setting("l1", "Distance from the center: l1 or l2.", _one_of(("l1", "l2")))
-    center: str = setting("mean", "Center of a layer's magnitudes: mean or median.", _one_of(("mean", "median")))
+    distance: str = setting("l1", "Distance from the center: l1 or l2.", OneOf(("l1", "l2")))
+    center: str = setting("mean", "Center of a layer's magnitudes: mean or median.", OneOf(("mean", "median")))
     log: bool = setting(False, "Logarithm of the magnitudes instead of the magnitudes.", _flag)
     below_only: bool = setting(False, "Only neurons below the center.", _flag)
 
@@ -205,10 +211,8 @@ class PruningSettings(Settings):
     start: float = setting(0, "Step at which the pruned share begins to grow.", _steps)
     end: float | None = setting(None, "Step at which the final share is reached. None: the end of training.", _steps)
     steps: float = setting(100, "Steps between prunings.", _some_steps)
-    schedule: str = setting(
-        "linear", "Growth of the share: linear, or cubic (fast first).", _one_of(("linear", "cubic"))
-    )
-    selection: str = setting("low_magnitude", f"Selection criterion. {CRITERIA.describe()}.", _one_of(CRITERIA))
+    schedule: str = setting("linear", "Growth of the share: linear, or cubic (fast first).", OneOf(("linear", "cubic")))
+    selection: str = setting("low_magnitude", f"Selection criterion. {CRITERIA.describe()}.", OneOf(CRITERIA))
     seed: int | None = setting(None, "Seed of the method's own random generators. None: the training seed.", _seed)
 
     @property
@@ -236,7 +240,7 @@ class OvertrainingSettings(Settings):
     subset: str = setting(
         "all",
         "Neurons of each layer that are trained, by magnitude.",
-        _one_of(("all", "smallest", "largest", "random")),
+        OneOf(("all", "smallest", "largest", "random")),
     )
     fraction: float = setting(1.0, "Share of each layer's neurons in the subset; not for all.", _share)
     seed: int | None = setting(
@@ -290,10 +294,15 @@ def flat(settings: Settings) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
-def flat_field(settings: type[Settings], name: str) -> Any:
-    """The field `name` of a method's settings as a field of `RecyclingArguments`: same default, same help."""
-    item = next(item for item in fields(settings) if item.name == name)
-    metadata = {"help": item.metadata["help"]}
-    if item.default_factory is not MISSING:
-        return field(default_factory=item.default_factory, metadata=metadata)
-    return field(default=item.default, metadata=metadata)
+def flat_fields(settings: type[Settings]) -> list[tuple[str, Any, Any]]:
+    """The fields of a method's settings as (name, type, field) of a flat dataclass: with their prefix, the same
+    defaults and help, and the names to choose from where there are such."""
+    found = []
+    for item in fields(settings):
+        metadata = {"help": item.metadata["help"]}
+        if isinstance(check := item.metadata["check"], OneOf):
+            metadata["choices"] = check.choices
+        default = {"default": item.default, "default_factory": item.default_factory}
+        kept: Any = {name: value for name, value in default.items() if value is not MISSING}
+        found.append((settings.prefix + item.name, item.type, field(**kept, metadata=metadata)))
+    return found

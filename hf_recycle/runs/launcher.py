@@ -4,17 +4,19 @@ This process becomes `accelerate launch --config_file ... -m hf_recycle.train ..
 process of the run, and its exit status is theirs.
 """
 
+import argparse
 import logging
 import os
 import shlex
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from hf_recycle.engines.launch import EXPECTED_PROCESSES
 from hf_recycle.errors import UserError
 from hf_recycle.runs.recipes import recipe_root
+from hf_recycle.utils.command_line import Parser, completed_by
 from hf_recycle.utils.suggest import nearest
 
 LAUNCH_OPTIONS = {
@@ -28,29 +30,30 @@ LAUNCH_OPTIONS = {
 # The words of this launch, for the sentence that tells how to go on.
 LAUNCH_WORDS = "HF_RECYCLE_LAUNCH_WORDS"
 _SUFFIXES = (".yaml", ".yml", ".json")
+_LEAST = {"num_processes": 1, "num_machines": 1, "machine_rank": 0, "main_process_port": 0}
 
 
-def split_launch_options(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """Launch options by name, and the other words of a command line.
+def add_launch_arguments(parser: Parser) -> None:
+    """Adds the launch options; a namespace holds those alone that are given."""
+    group = parser.add_argument_group("several processes")
+    for name, text in LAUNCH_OPTIONS.items():
+        kind = int if name in _LEAST else str
+        action = group.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, help=text)
+        if name == "accelerate_config":
+            completed_by(action, lambda prefix: accelerate_configs())
+
+
+def launch_options(options: argparse.Namespace) -> dict[str, Any]:
+    """Those of a command's options that say how to launch it.
 
     Raises:
-        UserError: an option without a value, or launch options without accelerate_config.
+        UserError: launch options without accelerate_config.
     """
-    options: dict[str, str] = {}
-    rest: list[str] = []
-    remaining = iter(words)
-    for word in remaining:
-        name, equals, value = word.removeprefix("--").partition("=")
-        if not word.startswith("--") or name not in LAUNCH_OPTIONS:
-            rest.append(word)
-            continue
-        options[name] = value if equals else next(remaining, "")
-        if not options[name] or options[name].startswith("--"):
-            raise UserError(f"argument --{name} needs a value")
-    if options and "accelerate_config" not in options:
-        first = next(iter(options))
+    given = {name: value for name, value in vars(options).items() if name in LAUNCH_OPTIONS}
+    if given and "accelerate_config" not in given:
+        first = next(iter(given))
         raise UserError(f"--{first} goes with --accelerate_config: name one of {', '.join(accelerate_configs())}")
-    return options, rest
+    return given
 
 
 def accelerate_configs() -> list[str]:
@@ -74,7 +77,7 @@ def find_accelerate_config(name: str) -> Path:
     raise UserError(f"{missing}; {nearest(name, names, show_all=True)}")
 
 
-def launch(options: dict[str, str], words: Sequence[str]) -> int:
+def launch(options: Mapping[str, Any], words: Sequence[str]) -> int:
     """Train on several processes; returns the exit status of the one that failed first, or 0.
 
     Args:
@@ -82,28 +85,33 @@ def launch(options: dict[str, str], words: Sequence[str]) -> int:
         words: the command line without them.
 
     Raises:
-        UserError: a configuration that can't be read or starts one process only, or a number that is none.
+        UserError: a configuration that can't be read or starts one process only, or a number that is too small.
     """
     if "LOCAL_RANK" in os.environ:
         raise UserError("--accelerate_config starts the processes itself; leave it out under accelerate launch")
     file = find_accelerate_config(options["accelerate_config"])
     configured = _read(file)
-    machines = _number(options, "num_machines", 1, configured.num_machines)
-    processes = _number(options, "num_processes", 1, max(configured.num_processes, 0) or _devices() * machines)
-    for name in ("machine_rank", "main_process_port"):
-        _number(options, name, 0, 0)
+    for name, least in _LEAST.items():
+        if options.get(name, least) < least:
+            raise UserError(f"{name}={options[name]} must be at least {least}")
+    machines = options.get("num_machines", configured.num_machines)
+    processes = options.get("num_processes", max(configured.num_processes, 0) or _devices() * machines)
     if processes < 1:
         raise UserError("no device is visible: say how many processes to start with --num_processes")
-    passed = options | {"num_processes": str(processes)}
+    passed = dict(options) | {"num_processes": processes}
     if machines == 1:
         # Accelerate's own default, 29500, is taken as soon as two runs share a machine.
-        passed.setdefault("main_process_port", "0")
+        passed.setdefault("main_process_port", 0)
     del passed["accelerate_config"]
+    from hf_recycle.engines.launch import EXPECTED_PROCESSES  # late, because it brings torch
+
     os.environ[EXPECTED_PROCESSES] = str(processes)
-    os.environ[LAUNCH_WORDS] = shlex.join(word for name, value in options.items() for word in (f"--{name}", value))
-    command = ["--config_file", str(file)]
-    command += [word for name, value in passed.items() for word in (f"--{name}", value)]
-    return _accelerate_launch([*command, "-m", "hf_recycle.train", *words])
+    os.environ[LAUNCH_WORDS] = shlex.join(_words(options))
+    return _accelerate_launch(["--config_file", str(file), *_words(passed), "-m", "hf_recycle.train", *words])
+
+
+def _words(options: Mapping[str, Any]) -> list[str]:
+    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
 
 
 def _accelerate_launch(command: list[str]) -> int:
@@ -122,8 +130,8 @@ def _accelerate_launch(command: list[str]) -> int:
             how = f"by {signal.Signals(-status).name}" if status < 0 else f"with status {status}"
             print(f"error: process {rank} was ended {how}; the others were stopped", file=sys.stderr)
         return status if status > 0 else 128 - status
-    except (SignalException, KeyboardInterrupt) as stop:
-        return 128 + int(getattr(stop, "sigval", signal.SIGINT))
+    except SignalException as stop:
+        return 128 + int(stop.sigval)
     return 0
 
 
@@ -143,15 +151,6 @@ def _read(file: Path):
             "process only; use ddp (distributed_type MULTI_GPU), on CPUs together with --use_cpu"
         )
     return configured
-
-
-def _number(options: dict[str, str], name: str, least: int, default: int) -> int:
-    if name not in options:
-        return default
-    value = options[name]
-    if not value.isdecimal() or int(value) < least:
-        raise UserError(f"{name}={value!r} must be a number of at least {least}")
-    return int(value)
 
 
 def _devices() -> int:

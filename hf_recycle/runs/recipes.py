@@ -1,5 +1,6 @@
 """Recipes: flat YAML files of arguments, found by path or short name, merged left to right."""
 
+import glob
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,6 +44,13 @@ def describe_recipes() -> str:
     names = recipe_names()
     width = max(map(len, names), default=0)
     return "\n".join(f"{name:{width}}  {_description(recipe_root() / f'{name}.yaml')}".rstrip() for name in names)
+
+
+def recipe_completions(prefix: str) -> list[str]:
+    """What a shell may offer for the name of a recipe: packaged ones, and YAML files and folders."""
+    files = (path for path in glob.glob(f"{glob.escape(prefix)}*") if path.endswith(_SUFFIXES))
+    folders = (path for path in glob.glob(f"{glob.escape(prefix)}*/"))
+    return [*recipe_names(), *files, *folders]
 
 
 def find_recipe(name: str) -> Path:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, IterableDataset
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_recycle.checkpoints.claims import claimed
@@ -25,10 +25,12 @@ from hf_recycle.errors import UserError
 from hf_recycle.hub.address import is_address
 from hf_recycle.hub.pull.resume import local_checkpoint
 from hf_recycle.mlm.masking import MaskedLanguageModelingCollator
+from hf_recycle.runs.announcement import Announcement
 from hf_recycle.runs.context import run_context
 from hf_recycle.runs.launcher import LAUNCH_WORDS
 from hf_recycle.runs.parse import RunArguments
 from hf_recycle.trainer.trainer import RecyclingTrainer
+from hf_recycle.utils.command_words import without
 
 
 @dataclass
@@ -41,11 +43,12 @@ class Run:
     floor: float | None
 
     @classmethod
-    def prepare(cls, arguments: RunArguments, words: Sequence[str] = ()) -> "Run":
+    def prepare(cls, arguments: RunArguments, words: Sequence[str] = (), *, quiet: bool = False) -> "Run":
         """Load and build everything, so that what can fail fails before the first step.
 
         Args:
             words: the command line that the arguments were parsed from, for the model card.
+            quiet: no banner when training begins, and no progress.
 
         Raises:
             UserError: see `check_process_count`, `check_same`, `load_texts`, `load_data`, `load_model` and
@@ -68,7 +71,7 @@ class Run:
         # The main process fills the caches, the others then read them.
         with args.main_process_first(local=False, desc="preparing the data"):
             tokenizer, train, validation = prepare_data(arguments.model, arguments.data)
-        _check_evaluation(args, validation)
+        check_evaluation(args, validation)
         model = load_model(arguments.model, tokenizer, arguments.data.max_seq_length)
         trainer = RecyclingTrainer(
             model=model,
@@ -82,6 +85,9 @@ class Run:
         if arguments.model.task == "mlm" and isinstance(train, Dataset) and isinstance(validation, Dataset):
             floor = unigram_entropy(train, validation, tokenizer)
         trainer.run_context = run_context(arguments, words, floor)
+        trainer.add_callback(Announcement(trainer, arguments, quiet=quiet))
+        for progress in (PrinterCallback, ProgressCallback) if quiet else ():
+            trainer.remove_callback(progress)
         return cls(arguments, trainer, checkpoint, floor)
 
     def train(self) -> None:
@@ -106,20 +112,13 @@ class Run:
         folder = self.trainer.args.output_dir
         if last_checkpoint(folder) is None:
             return f"no checkpoint was saved yet in {folder}, so the same command starts again"
-        words = _without(words, "--resume_from_checkpoint")
-        parts = [shlex.join(words), os.environ.get(LAUNCH_WORDS), "--resume_from_checkpoint true"]
+        parts = [
+            shlex.join(without(words, ["resume_from_checkpoint"])),
+            os.environ.get(LAUNCH_WORDS),
+            "--resume_from_checkpoint true",
+        ]
         command = " ".join(filter(None, parts))
         return f"go on from the last checkpoint with: hf-recycle train {command}"
-
-
-def _without(words: Sequence[str], flag: str) -> list[str]:
-    """The words of a command without one argument and its value."""
-    kept: list[str] = []
-    for word, before in zip(words, ["", *words], strict=False):
-        value_of_it = before == flag and not word.startswith("--")
-        if word != flag and not word.startswith(f"{flag}=") and not value_of_it:
-            kept.append(word)
-    return kept
 
 
 def prepare_data(
@@ -208,7 +207,8 @@ def find_checkpoint(output_dir: str, resume: str | None) -> str | None:
     return resume
 
 
-def _check_evaluation(args: Any, validation: Any) -> None:
+def check_evaluation(args: Any, validation: Any) -> None:
+    """Raises a UserError if there is to be an evaluation and nothing to evaluate on."""
     if validation is None and args.eval_strategy != "no":
         raise UserError(
             f"eval_strategy={args.eval_strategy.value!r} needs something to evaluate on, and a "

@@ -44,14 +44,22 @@ class Registry(Generic[F]):
 
     def describe(self) -> str:
         """`name: first line of its docstring` for each, for help texts."""
-        lines = {name: (function.__doc__ or "") for name, function in self._functions.items()}
+        return "; ".join(f"{name}: {text.strip().splitlines()[0]}" for name, text in self._docstrings().items())
+
+    def names(self) -> list[str]:
+        """The names, for help texts."""
+        return list(self._docstrings())
+
+    def _docstrings(self) -> dict[str, str]:
+        """Docstrings by name, without importing the home."""
+        texts = {name: (function.__doc__ or "") for name, function in self._functions.items()}
         if self._home:
             spec = find_spec(self._home)
             assert spec is not None
             source = Path(str(spec.origin)).read_text(encoding="utf-8")
             functions = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
-            lines = {f.name: ast.get_docstring(f) or "" for f in functions if _is_registered(f)} | lines
-        return "; ".join(f"{name}: {text.strip().splitlines()[0]}" for name, text in lines.items())
+            texts = {f.name: ast.get_docstring(f) or "" for f in functions if _is_registered(f)} | texts
+        return texts
 
 
 def _is_registered(function: ast.FunctionDef) -> bool:

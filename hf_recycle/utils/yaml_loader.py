@@ -1,4 +1,4 @@
-"""A YAML loader that reads recipes as people write them and refuses a key given twice."""
+"""YAML as people write recipes: a loader that refuses a key given twice, and a dumper of what it reads."""
 
 import re
 from typing import Any
@@ -37,3 +37,14 @@ RecipeLoader.add_implicit_resolver(_BOOL, re.compile(r"^(?:true|True|TRUE|false|
 RecipeLoader.add_implicit_resolver(
     _FLOAT, re.compile(r"^[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"), list("-+.0123456789")
 )
+
+
+class RecipeDumper(yaml.SafeDumper):
+    """Writes what `RecipeLoader` reads as the same: `1e-7` the word is quoted, `no` is not."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        """Values that are one object are written twice."""
+        return True
+
+
+RecipeDumper.yaml_implicit_resolvers = RecipeLoader.yaml_implicit_resolvers

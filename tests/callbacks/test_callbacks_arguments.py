@@ -215,3 +215,8 @@ def test_every_argument_can_be_parsed_from_a_command_line(make, tmp_path):
     assert (arguments.recycle_end, arguments.midpoint_weight, arguments.midpoint_log) == (0.5, 1e-7, True)
     assert arguments.masked_head is False
     assert arguments.recycle_immunity == 2
+
+
+def test_a_token_is_in_no_text_of_the_arguments(tmp_path):
+    arguments = RecyclingArguments(output_dir=str(tmp_path), hub_token="hf_not_to_be_seen")
+    assert "hf_not_to_be_seen" not in repr(arguments) + str(arguments)

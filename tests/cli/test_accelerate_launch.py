@@ -112,6 +112,17 @@ def test_zero2_is_launched_as_zero3_is():
     assert zero2 == zero3
 
 
+def test_a_dry_run_of_two_processes_speaks_once(start, workplace):
+    out = workplace / "dry"
+    words = [workplace / "tiny.yaml", "--output_dir", out, "--per_device_train_batch_size", 4, "--use_cpu", "--dry-run"]
+    process = start(*RECYCLE, *words, "--accelerate_config", "ddp", "--num_processes", 2)
+    said, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors[-3000:]
+    assert said.count("nothing was trained") == 1
+    assert "6 steps, each of 8 sequences x 32 tokens (4 x 2 processes)" in said
+    assert not out.exists()
+
+
 def _recycled(folder: Path) -> list[list[int]]:
     return [list(index) for index in RecyclingHistory.from_pretrained(folder).events["recycled"]]
 
@@ -150,6 +161,7 @@ SCRIPT = '''
 import sys
 
 import datasets
+import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import BertConfig, BertForMaskedLM, DataCollatorForLanguageModeling, HfArgumentParser
 from transformers import PreTrainedTokenizerFast, set_seed
@@ -183,6 +195,9 @@ trainer.train()
 trainer.save_state()
 if trainer.is_world_process_zero():
     print("processes:", args.world_size, file=sys.stderr)
+if torch.distributed.is_initialized():
+    # As PyTorch asks: threads of a process group that is still there abort a process that ends, once in a while.
+    torch.distributed.destroy_process_group()
 '''
 
 

@@ -1,38 +1,66 @@
+"""The tree of commands: help, versions, mistakes, completion, and that none of it waits for torch."""
+
+import os
+import re
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 
-from hf_recycle.cli.help import help_text
-from hf_recycle.cli.main import main
+from hf_recycle import __version__
+from hf_recycle.cli.main import COMMANDS, main
+from hf_recycle.runs.launcher import LAUNCH_OPTIONS
 from hf_recycle.runs.recipes import recipe_names
 
 
-def run(*words, module="hf_recycle.cli.main", **environment):
-    code = f"import sys; from {module} import main; sys.exit(main())"
-    return subprocess.run(
-        [sys.executable, "-c", code, *words], capture_output=True, text=True, check=False, env=environment or None
-    )
-
-
-def test_the_top_level_loads_nothing_heavy():
+def test_help_of_every_command_needs_neither_torch_nor_transformers():
     code = (
-        "import sys; from hf_recycle.cli.main import main\n"
-        "for words in (['--help'], ['--version'], ['train', '--list']):\n"
-        "    assert main(words) == 0, words\n"
-        "heavy = {'torch', 'transformers', 'datasets'} & set(sys.modules)\n"
+        "import sys; from hf_recycle.cli.main import COMMANDS, main\n"
+        "words = [['--help'], ['--version'], ['train', '--list'], *([name, '--help'] for name in COMMANDS)]\n"
+        "assert not any(map(main, words))\n"
+        "assert {main(words) for words in (['trian'], ['analyze'], ['push', 'a'], ['shrink', 'm', '--x'])} == {2}\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'huggingface_hub', 'matplotlib', 'pandas'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "usage: hf-recycle COMMAND" in done.stdout
-    assert "hf-recycle 0." in done.stdout
+    assert f"hf-recycle {__version__}\n" in done.stdout
     assert all(name in done.stdout for name in recipe_names())
 
 
 def test_without_a_command_it_shows_its_help(capsys):
     assert main([]) == 2
-    assert "commands:" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert out.startswith("usage: hf-recycle ")
+    assert all(re.search(rf"^    {name} +\S", out, re.M) for name in COMMANDS)
+
+
+@pytest.mark.parametrize("width", [60, 200])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_is_as_wide_as_the_terminal(command, width, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", str(width))
+    assert main([command, "--help"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"usage: hf-recycle {command}")
+    lines = [line for line in out.splitlines() if not line.startswith("  hf-recycle ")]  # a command stays one line
+    assert max(map(len, lines)) <= width
+    assert width < 100 or max(map(len, lines)) > 100
+    # Every argument says what it is for.
+    assert not re.search(r"^  -\S+( \S+)?$\n  -", out, re.M)
+
+
+def test_help_of_train_has_our_arguments_first_and_the_trainers_on_demand(capsys):
+    assert main(["train", "--help"]) == 0
+    short = capsys.readouterr().out
+    assert main(["train", "--seed", "1", "--help-all"]) == 0
+    full = capsys.readouterr().out
+    headings = [short.index(f"\n{name}:") for name in ("several processes", "model", "data", "methods", "training")]
+    assert headings == sorted(headings)
+    for name in ("model_type", "max_seq_length", "recycle_steps", "midpoint_weight", "masked_head", *LAUNCH_OPTIONS):
+        assert f"  --{name} " in short
+    assert "  --adam_beta1 " not in short
+    assert "  --adam_beta1 FLOAT" in full
 
 
 def test_an_unknown_command(capsys):
@@ -40,11 +68,10 @@ def test_an_unknown_command(capsys):
     assert capsys.readouterr().err == "error: unknown command 'trian'; did you mean train?\n"
 
 
-@pytest.mark.slow  # processes that import transformers
-@pytest.mark.parametrize("module", ["hf_recycle.cli.main", "hf_recycle.train"])
-def test_a_mistake_is_one_line_and_status_2(module):
-    words = ["--recycle_step", "3"] if module == "hf_recycle.train" else ["train", "--recycle_step", "3"]
-    done = run(*words, module=module)
+@pytest.mark.slow
+def test_a_mistake_is_one_line_and_status_2_also_as_a_module():
+    words = [sys.executable, "-m", "hf_recycle.train", "demo", "--recycle_step", "3"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr == "error: unknown argument --recycle_step; did you mean --recycle_steps?\n"
     assert done.stdout == ""
@@ -53,15 +80,32 @@ def test_a_mistake_is_one_line_and_status_2(module):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["nonesuch"], "recipe 'nonesuch' is neither a file"),
-        (["demo", "--recycle_fraction", "1.5"], "recycle_fraction"),
-        (["demo", "--max_seq_length", "2"], "max_seq_length=2 is too short"),
-        (["demo", "--train_file", "gone.txt"], "train_file='gone.txt' does not exist"),
+        ("train nonesuch", "recipe 'nonesuch' is neither a file"),
+        ("train", "name a recipe, such as demo"),
+        ("train demo --recycle_step 3", "unknown argument --recycle_step; did you mean --recycle_steps?"),
+        ("train demo --recycle_fraction 1.5", "recycle_fraction"),
+        ("train demo --max_seq_length 2", "max_seq_length=2 is too short"),
+        ("train demo --train_file gone.txt", "train_file='gone.txt' does not exist"),
+        ("train demo --print_config --dry_run", "argument --dry_run: not allowed with argument --print_config"),
+        ("train demo -q -v", "argument -v/--verbose: not allowed with argument -q/--quiet"),
+        ("train demo --dry-rum", "unknown argument --dry-rum; did you mean --dry_run?"),
+        ("--verison", "unknown argument --verison; did you mean --version?"),
+        ("analyze", "the following arguments are required: MODEL; see hf-recycle analyze --help"),
+        ("analyze model --dead", "argument --dead: expected one argument"),
+        ("analyze model --dead half", "argument --dead: invalid float value: 'half'"),
+        ("analyze model --json other", "unexpected 'other'; names go before the arguments"),
+        ("shrink model --fracton 0.3", "unknown argument --fracton; did you mean --fraction?"),
+        ("study", "the following arguments are required: STUDY; see hf-recycle study --help"),
+        ("report", "the following arguments are required: RUN_OR_REPO; see hf-recycle report --help"),
+        ("push folder", "the following arguments are required: REPO; see hf-recycle push --help"),
+        ("pull", "the following arguments are required: REPO; see hf-recycle pull --help"),
+        ("pull user/repo --revison x", "unknown argument --revison; did you mean --revision?"),
     ],
 )
 def test_mistakes_of_every_kind(words, message, capsys):
-    assert main(["train", *words]) == 2
+    assert main(words.split()) == 2
     printed = capsys.readouterr()
+    assert printed.out == ""
     assert printed.err.startswith("error: ")
     assert printed.err.count("\n") == 1
     assert message in printed.err
@@ -73,16 +117,54 @@ def test_only_the_first_process_of_a_launch_complains(monkeypatch, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_help_has_our_arguments_first_and_the_trainers_on_demand():
-    short, full = help_text(), help_text(everything=True)
-    assert short.index("\nModel:") < short.index("\nData:") < short.index("\nMethod:")
-    for name in ("model_type", "max_seq_length", "recycle_steps", "midpoint_weight", "magnitude_steps"):
-        assert f"  --{name} " in short
-    assert "  --adam_beta1 " not in short
-    assert "  --adam_beta1 " in full
-    assert max(map(len, short.splitlines())) <= 120
+@pytest.mark.slow
+def test_quiet_is_heard_by_libraries_that_come_later():
+    code = (
+        "import sys; from hf_recycle.cli.main import main; main(['train', '--list', sys.argv[1]])\n"
+        "import transformers; print(transformers.logging.get_verbosity())\n"
+    )
+    for flag, level in (("--quiet", 40), ("-v", 20)):
+        done = subprocess.run([sys.executable, "-c", code, flag], capture_output=True, text=True, check=True)
+        assert done.stdout.splitlines()[-1] == str(level)
+    code = "from hf_recycle.cli.main import main; main(['train', '--list', '-q'])\nimport tqdm; list(tqdm.tqdm([1]))\n"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stderr == ""
 
 
-def test_help_of_train(capsys):
-    assert main(["train", "--help"]) == 0
-    assert capsys.readouterr().out == help_text() + "\n"
+@pytest.mark.skipif(find_spec("argcomplete") is None, reason="argcomplete is not installed")
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("hf-recycle s", {"shrink", "study"}),
+        ("hf-recycle train scale/lap", {"scale/laptop"}),
+        ("hf-recycle train mi", {"midpoint-1", "mine.yaml"}),
+        ("hf-recycle train demo --learning_rate 1 --recycle_selection high", {"high_magnitude"}),
+        ("hf-recycle train --gradient_acc", {"--gradient_accumulation_steps"}),
+        ("hf-recycle train --accelerate_config zero", {"zero2", "zero3"}),
+        ("hf-recycle study article-", {"article-full"}),
+        ("hf-recycle shrink m --fr", {"--fraction"}),
+    ],
+)
+def test_completion_without_torch(line, offered, tmp_path):
+    (tmp_path / "mine.yaml").touch()
+    answer = tmp_path / "answer"
+    code = (
+        "import os, sys; sys.argv = ['hf-recycle']\n"
+        "def leave(status):\n    assert not {'torch', 'transformers'} & set(sys.modules)\n    end(status)\n"
+        "end, os._exit = os._exit, leave\n"
+        "from hf_recycle.cli.main import main; main()\n"
+    )
+    asked = {"_ARGCOMPLETE": "1", "COMP_LINE": line, "COMP_POINT": str(len(line)), "_ARGCOMPLETE_IFS": "\n"}
+    asked |= {"_ARGCOMPLETE_STDOUT_FILENAME": str(answer), "_ARGCOMPLETE_SUPPRESS_SPACE": "1"}
+    subprocess.run([sys.executable, "-c", code], env=os.environ | asked, cwd=tmp_path, timeout=60, check=True)
+    assert offered <= set(answer.read_text().split("\n"))
+
+
+def test_without_argcomplete_a_shell_gets_no_answer_and_nothing_else_suffers():
+    code = (
+        "import sys; sys.modules['argcomplete'] = None\n"
+        "from hf_recycle.cli.main import main; sys.exit(main(['--version']))\n"
+    )
+    words = [sys.executable, "-c", code]
+    assert subprocess.run(words, capture_output=True, check=True).stdout
+    asked = os.environ | {"_ARGCOMPLETE": "1"}
+    assert subprocess.run(words, capture_output=True, env=asked, check=False).returncode == 1

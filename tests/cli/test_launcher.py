@@ -3,8 +3,8 @@
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 
-from hf_recycle.cli.help import help_text
 from hf_recycle.cli.main import main
+from hf_recycle.engines.launch import EXPECTED_PROCESSES
 from hf_recycle.errors import UserError
 from hf_recycle.runs import launcher
 from hf_recycle.runs.launcher import (
@@ -12,7 +12,6 @@ from hf_recycle.runs.launcher import (
     accelerate_configs,
     find_accelerate_config,
     launch,
-    split_launch_options,
 )
 from hf_recycle.runs.recipes import recipe_names, recipe_root
 
@@ -23,33 +22,30 @@ def started(monkeypatch):
     commands = []
     monkeypatch.setattr(launcher, "_accelerate_launch", lambda command: commands.append(command) or 0)
     # Set by launch; restored after the test.
-    for name in (launcher.EXPECTED_PROCESSES, launcher.LAUNCH_WORDS):
+    for name in (EXPECTED_PROCESSES, launcher.LAUNCH_WORDS):
         monkeypatch.setenv(name, "")
     return commands
-
-
-def test_launch_options_are_told_from_the_others():
-    words = ["demo", "--recycle_layers", "0", "1", "--num_processes=2", "--seed", "3", "--accelerate_config", "ddp"]
-    options, rest = split_launch_options(words)
-    assert options == {"num_processes": "2", "accelerate_config": "ddp"}
-    assert rest == ["demo", "--recycle_layers", "0", "1", "--seed", "3"]
-    assert split_launch_options(["demo", "--seed", "3"]) == ({}, ["demo", "--seed", "3"])
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--accelerate_config"], "--accelerate_config needs a value"),
-        (["--accelerate_config", "--use_cpu"], "--accelerate_config needs a value"),
+        (["--accelerate_config"], "argument --accelerate_config: expected one argument"),
+        (["--accelerate_config", "--use_cpu"], "argument --accelerate_config: expected one argument"),
         (
-            ["--num_processes", "2"],
+            ["--accelerate_config", "ddp", "--num_processes", "two"],
+            "argument --num_processes: invalid int value: 'two'",
+        ),
+        (
+            ["--num-processes", "2"],
             "--num_processes goes with --accelerate_config: name one of ddp, fsdp2, zero2, zero3",
         ),
     ],
 )
-def test_launch_options_that_cannot_work(words, message):
-    with pytest.raises(UserError, match=message):
-        split_launch_options(words)
+def test_launch_options_that_cannot_work(words, message, started, capsys):
+    assert main(["train", "demo", *words]) == 2
+    assert message in capsys.readouterr().err
+    assert not started
 
 
 def test_the_packaged_configurations_are_no_recipes():
@@ -73,27 +69,27 @@ def test_accelerate_reads_the_packaged_configurations(name):
 
 
 def test_the_command_that_is_launched(started, tmp_path):
-    assert main(["train", "demo", "--accelerate_config", "zero3", "--num_processes", "2", "--seed", "3"]) == 0
+    words = ["--recycle_layers", "0", "1", "--num-processes=2", "--seed", "3", "--accelerate_config", "zero3"]
+    assert main(["train", "demo", *words]) == 0
     [command] = started
     assert command[:2] == ["--config_file", str(recipe_root() / "accelerate" / "zero3.yaml")]
     assert command[2:6] == ["--num_processes", "2", "--main_process_port", "0"]
-    assert command[6:] == ["-m", "hf_recycle.train", "demo", "--seed", "3"]
+    assert command[6:] == ["-m", "hf_recycle.train", "demo", "--recycle_layers", "0", "1", "--seed", "3"]
 
     own = tmp_path / "own.yaml"
     own.write_text("distributed_type: MULTI_GPU\nnum_processes: 4\n")
-    machines = {"num_machines": "2", "machine_rank": "1", "main_process_ip": "10.0.0.1", "main_process_port": "29501"}
+    machines = {"num_machines": 2, "machine_rank": 1, "main_process_ip": "10.0.0.1", "main_process_port": 29501}
     assert launch({"accelerate_config": str(own)} | machines, ["demo"]) == 0
     command = started[1]
     assert command[command.index("--num_processes") + 1] == "4"
-    assert all(command[command.index(f"--{name}") + 1] == value for name, value in machines.items())
+    assert all(command[command.index(f"--{name}") + 1] == str(value) for name, value in machines.items())
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_processes": "0"}, "num_processes='0' must be a number of at least 1"),
-        ({"num_processes": "two"}, "num_processes='two' must be a number of at least 1"),
-        ({"num_processes": "2", "machine_rank": "-1"}, "machine_rank='-1' must be a number of at least 0"),
+        ({"num_processes": 0}, "num_processes=0 must be at least 1"),
+        ({"num_processes": 2, "machine_rank": -1}, "machine_rank=-1 must be at least 0"),
         ({}, "no device is visible: say how many processes to start with --num_processes"),
     ],
 )
@@ -106,7 +102,7 @@ def test_numbers_that_cannot_work(options, message, started, monkeypatch):
 
 def test_one_process_for_each_visible_device(started, monkeypatch):
     monkeypatch.setattr(launcher, "_devices", lambda: 8)
-    launch({"accelerate_config": "ddp", "num_machines": "2"}, [])
+    launch({"accelerate_config": "ddp", "num_machines": 2}, [])
     command = started[0]
     assert command[command.index("--num_processes") + 1] == "16"
 
@@ -124,7 +120,7 @@ def test_configurations_that_cannot_work(text, message, started, tmp_path):
     path = tmp_path / "own.yaml"
     path.write_text(text)
     with pytest.raises(UserError, match=message):
-        launch({"accelerate_config": str(path), "num_processes": "2"}, [])
+        launch({"accelerate_config": str(path), "num_processes": 2}, [])
     assert not started
 
 
@@ -135,6 +131,8 @@ def test_a_launch_inside_a_launch(monkeypatch, capsys):
 
 
 def test_the_help_and_the_suggestions_know_them(capsys):
-    assert all(f"--{name} VALUE" in help_text() for name in LAUNCH_OPTIONS)
+    assert main(["train", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"--{name} " in shown for name in LAUNCH_OPTIONS)
     assert main(["train", "demo", "--acelerate_config", "ddp"]) == 2
     assert "did you mean --accelerate_config?" in capsys.readouterr().err

@@ -1,11 +1,15 @@
 import json
 from pathlib import Path
+from typing import get_args, get_origin, get_type_hints
 
 import pytest
+from transformers import HfArgumentParser, TrainingArguments
 
 from hf_recycle.errors import UserError
 from hf_recycle.runs.parse import parse_run
 from hf_recycle.runs.recipes import load_recipes, recipe_names
+from hf_recycle.runs.run_arguments import add_trainer_arguments
+from hf_recycle.utils.command_line import Parser
 
 
 @pytest.fixture
@@ -116,7 +120,7 @@ def test_unknown_flag_names_the_nearest(flag, nearest):
 
 
 def test_a_flag_like_nothing_known_points_to_the_list():
-    refused(["--xyzzy", "3"], "unknown argument --xyzzy; hf-recycle train --help-all lists")
+    refused(["--xyzzy", "3"], "unknown argument --xyzzy; hf-recycle train --help lists the known ones")
 
 
 def test_abbreviations_are_refused():
@@ -124,20 +128,20 @@ def test_abbreviations_are_refused():
 
 
 def test_wrong_types_name_the_argument_and_the_recipe(recipe):
-    refused(["--seed", "many"], "argument seed: invalid int value: 'many'")
-    refused([recipe("seed: many\n")], r"recipe .*some\.yaml: argument seed: invalid int value: 'many'")
-    refused([recipe("seed: 1\n"), "--seed", "many"], "^argument seed")
+    refused(["--seed", "many"], "argument --seed: invalid int value: 'many'")
+    refused([recipe("seed: many\n")], r"recipe .*some\.yaml: argument --seed: invalid int value: 'many'")
+    refused([recipe("seed: 1\n"), "--seed", "many"], "^argument --seed")
     refused([recipe("seed: [1, 2]\n")], r"seed=\[1, 2\] must be one value, not a list")
     refused([recipe("seed: {a: 1}\n")], "seed takes one value, not the mapping .* recipes are flat")
-    refused(["--fp16", "maybe"], "argument fp16: Truthy value expected")
-    refused(["--task", "nsp"], "argument task: invalid choice: 'nsp'")
-    refused(["--seed"], "argument seed: expected one argument")
+    refused(["--fp16", "maybe"], "argument --fp16: 'maybe' must be true or false")
+    refused(["--task", "nsp"], "argument --task: invalid choice: 'nsp'; known are clm, mlm")
+    refused(["--seed"], "argument --seed: expected one argument")
+    refused(["--optim", "adamw_torhc"], r"argument --optim: invalid choice: 'adamw_torhc'; did you mean adamw_torch\?")
 
 
 def test_recipes_go_before_the_arguments():
-    refused(["--seed", "1", "demo"], "unexpected 'demo' after --seed; recipes go before the arguments")
-    refused(["--seed=1", "demo"], "unexpected 'demo'")
-    refused(["-s", "1"], "unknown argument -s; arguments begin with two dashes")
+    refused(["demo", "--seed", "1", "plain"], "unexpected 'plain'; names go before the arguments")
+    refused(["-s", "1"], "unknown argument -s; hf-recycle train --help lists the known ones")
 
 
 def test_values_that_the_classes_refuse():
@@ -188,3 +192,46 @@ def test_the_article_has_the_published_settings():
     assert args.magnitude_steps * args.max_steps == 2_500
     often = parse_run(["scale/article", "smooth-1pct", "--fp16", "false"]).training
     assert often.recycle_steps * often.max_steps == often.recycle_smooth_steps * often.max_steps == 1_000
+
+
+def test_a_hyphen_and_an_underscore_are_the_same():
+    for words in (
+        ["--max-seq-length", "32", "--learning-rate=1e-4"],
+        ["--max_seq-length=32", "--learning_rate", "1e-4"],
+    ):
+        run = parse_run(words)
+        assert (run.data.max_seq_length, run.training.learning_rate) == (32, 1e-4)
+
+
+WORDS = {int: "3", float: "0.25", str: "word", json.loads: '{"a": true}'}
+
+
+def test_the_trainers_arguments_are_read_as_transformers_reads_them():
+    """Each alone, by `HfArgumentParser`: values that are whole, and a second one where there may be several."""
+    theirs = HfArgumentParser(TrainingArguments, add_help=False, allow_abbrev=False)
+    ours = Parser(add_help=False)
+    add_trainer_arguments(ours)
+    hints = get_type_hints(TrainingArguments)
+    compared = 0
+    for action in theirs._actions:
+        name = action.dest
+        # One that no word can be, and one for which a text is as good as a list of enums.
+        if name in ("parallelism_config", "debug") or action.nargs == 0:
+            continue
+        if get_origin(action.type) is dict:
+            action.type = json.loads
+        boolean = bool in (hints[name], *get_args(hints[name]))
+        for word in action.choices or (["true", "False"] if boolean else [WORDS[action.type]]):
+            words = [f"--{name}", word] + [word] * (action.nargs == "+")
+            assert vars(ours.parse_args(words)) == {name: getattr(theirs.parse_args(words), name)}, words
+            compared += 1
+    assert compared > 150
+
+
+def test_where_every_value_comes_from(recipe):
+    path = recipe("seed: 1\nmax_steps: 10\nrecycle_steps: 5\nlogging_steps: 2\n")
+    run = parse_run(["plain", path, "--max_steps", "20", "--recycle_steps", "null"])
+    assert run.given["max_steps"] == 20
+    assert "recycle_steps" not in run.given
+    assert (run.sources["seed"], run.sources["max_steps"]) == (path, "command line")
+    assert run.sources["output_dir"] == "default, named after the recipes"

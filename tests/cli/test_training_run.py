@@ -69,6 +69,40 @@ def test_train_save_report_and_never_mix_two_runs(words, tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_what_a_run_says_before_it_trains_and_how_its_folder_runs_it_again(words, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    assert main([*words, "--dry_run"]) == 0
+    planned = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert not out.exists()
+    assert main(words) == 0
+    said = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+
+    parameters = (
+        f"{sum(value.numel() for value in AutoModelForMaskedLM.from_pretrained(out).parameters()):,} parameters"
+    )
+    assert f"model BertForMaskedLM, {parameters}" in planned
+    assert re.fullmatch(rf"hf-recycle \S+: BertForMaskedLM, {parameters}, 1 feed-forward block x 32 neurons", said[0])
+    assert "device 1 x CPU, one process, float32" in said[:4]
+    steps = sorted(set(RecyclingHistory.from_pretrained(out).events["step"]))
+    for lines in (planned, said):
+        assert "training 8 steps, each of 4 sequences x 32 tokens" in lines
+        assert f"recycling at {len(steps)} steps: {', '.join(map(str, steps))}" in lines
+        assert f"output_dir {out}" in lines
+
+    assert main(["train", str(out / "config.yaml")]) == 2  # it never overwrites the run
+    assert "already holds checkpoints of a run" in capsys.readouterr().err
+    again = ["--output_dir", str(tmp_path / "again"), "-q"]
+    monkeypatch.setattr("hf_recycle.cli.main.set_verbosity", lambda options: None)  # this process goes on
+    assert main(["train", str(out / "config.yaml"), *again]) == 0
+    assert capsys.readouterr().out.startswith("After 8 optimizer steps")
+    assert (tmp_path / "again" / "config.yaml").read_text() == (out / "config.yaml").read_text().replace(
+        f"output_dir: {out}", f"output_dir: {tmp_path / 'again'}"
+    )
+    one, two = weights(out), weights(tmp_path / "again")
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.slow
 @pytest.mark.usefixtures("figures_not_drawn")
 def test_resumed_equals_uninterrupted(words, tmp_path, capsys):
     assert main(words) == 0

@@ -198,12 +198,12 @@ def test_the_pull_command(publish, online, tmp_path, capsys):
     assert advice == f"resume with: --resume_from_checkpoint {address}"
 
     out = tmp_path / "out"
-    assert main(["pull", f"hub://{name}", "--folder", "checkpoint-2", "--to", str(out)]) == 0
+    assert main(["pull", f"hub://{name}", "--folder", "checkpoint-2", "--output", str(out)]) == 0
     copied = out / "checkpoint-2"
     assert {path.name for path in out.iterdir()} == {"checkpoint-2"}
     assert not any(path.is_symlink() for path in copied.iterdir())
     assert {path.name for path in copied.iterdir()} >= NEEDED | set(RECYCLING_FILES)
-    assert main(["pull", name, "--folder", "checkpoint-2", "--to", str(out)]) == 2
+    assert main(["pull", name, "--folder", "checkpoint-2", "--output", str(out)]) == 2
     assert "is there already" in capsys.readouterr().err
     assert main(["pull", f"hub://{name}/checkpoint-2", "--folder", "last-checkpoint"]) == 2
     assert "contradicts" in capsys.readouterr().err

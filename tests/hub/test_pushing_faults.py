@@ -12,7 +12,7 @@ from hub_server import ALICE, ALICE_NO_WRITE, ALICE_READ, BOB, INVALID, Fault, H
 from publishing_runs import QUICK, make_trainer
 
 from hf_recycle.card.card import card_for
-from hf_recycle.cli.push import main as push_command
+from hf_recycle.cli.main import main
 from hf_recycle.errors import UserError
 from hf_recycle.hub.push import repository as repository_module
 from hf_recycle.hub.push.job import JOB_FILE, Push
@@ -296,7 +296,7 @@ def test_the_command_that_is_said_publishes_it(publisher, hub, name, tmp_path, r
     words = failed.push.command.split()
     assert words[:2] == ["hf-recycle", "push"]
     hub.faults.set()
-    assert push_command(words[2:]) == 0
+    assert main(words[1:]) == 0
     assert commits(hub, name) == ["step 4"]
     assert "checkpoint-4/optimizer.pt" in hub.store.paths(name, "step-4")
     assert not (tmp_path / "run" / "unpublished").exists()
@@ -316,7 +316,7 @@ def test_an_older_copy_is_published_as_its_folder_without_touching_the_newer_mod
     (failed,) = publisher.unpublished
     root = {path: hub.store.read(name, path) for path in hub.store.paths(name)}
     hub.faults.set(lost := [Fault(COMMIT, "lose_response", times=1)])  # done, but it does not learn of it
-    assert push_command(failed.push.command.split()[2:]) == 0
+    assert main(failed.push.command.split()[1:]) == 0
     assert lost[0].fired
     assert not (copy / "unpublished").exists()
     now = {path: hub.store.read(name, path) for path in hub.store.paths(name)}
@@ -341,9 +341,9 @@ def test_an_older_copy_without_a_folder_of_its_own_is_refused_in_a_sentence(
     assert command in publisher.report()
     words = command.split()[2:]
     assert words[-2:] == ["--revision", "checkpoint-2"]
-    assert push_command(words[:-2]) == 2
+    assert main(["push", *words[:-2]]) == 2
     assert "holds a newer model" in capsys.readouterr().err
-    assert push_command(words) == 0
+    assert main(["push", *words]) == 0
     assert commits(hub, name) == ["step 4"]
     assert hub.store.titles(name, "checkpoint-2") == ["step 4", "step 2"]
 
@@ -387,13 +387,13 @@ def test_a_tag_that_the_hub_refuses_is_said(publisher, hub, name, checkpoint):
 
 
 def test_pushing_by_hand(online, hub, name, run, capsys):
-    assert push_command([str(run), name, "--tag", "--private", "--resumable", "--commit_message", "my words"]) == 0
+    assert main(["push", str(run), name, "--tag", "--private", "--resumable", "--commit_message", "my words"]) == 0
     assert commits(hub, name) == ["my words"]
     repository = hub.store.repositories["model", name]
     assert repository.private
     assert "step 4, loss" in repository.commits[repository.branches["main"]].message
     assert "last-checkpoint/optimizer.pt" in hub.store.paths(name, "step-4")
-    assert push_command([str(run), name, "--revision", "dev"]) == 0
+    assert main(["push", str(run), name, "--revision", "dev"]) == 0
     assert hub.store.titles(name, "dev")[-1].startswith("step 4, loss")
 
 
@@ -414,7 +414,7 @@ def test_a_mistake_by_hand_is_one_sentence(online, run, tmp_path, monkeypatch, c
     monkeypatch.delenv("HF_TOKEN")
     if token:
         monkeypatch.setenv("HF_TOKEN", token)
-    assert push_command([folder, repo]) == 2
+    assert main(["push", folder, repo]) == 2
     said = capsys.readouterr().err.strip()
     error = said.splitlines()[-1]
     assert error.startswith("error: ")
@@ -429,7 +429,7 @@ def test_what_was_to_be_private_is_published_privately_later(online, hub, name, 
     wanted = Push(checkpoint, name, "step 4", private=True)
     for push, suffix in [(wanted, "-1"), (stage(wanted, tmp_path / "run", link=True), "-2")]:
         words = shlex.split(push.to(repo_id=name + suffix).command)
-        assert push_command(words[2:]) == 0
+        assert main(words[1:]) == 0
         assert hub.store.repositories["model", name + suffix].private
 
 
@@ -437,7 +437,7 @@ def test_the_card_names_the_repository_it_is_published_in(online, hub, name, run
     """Wherever it was written for; what was written by hand stays."""
     local = (run / "checkpoint-4" / "README.md").read_text()
     assert f"hf://{name}" not in local
-    assert push_command([str(run / "checkpoint-4"), name.removeprefix("alice/")]) == 0
+    assert main(["push", str(run / "checkpoint-4"), name.removeprefix("alice/")]) == 0
     card = hub.store.read(name, "README.md").decode()
     assert f'from_pretrained("{name}")' in card
     assert f"hf://{name}" in card
@@ -446,7 +446,7 @@ def test_the_card_names_the_repository_it_is_published_in(online, hub, name, run
     assert re.findall(r"figures/\w+\.png", card) == re.findall(r"figures/\w+\.png", local)
     assert (run / "checkpoint-4" / "README.md").read_text() == local
     again = name + "-again"
-    assert push_command([str(run / "checkpoint-4"), again]) == 0
+    assert main(["push", str(run / "checkpoint-4"), again]) == 0
     assert name not in hub.store.read(again, "README.md").decode().replace(again, "")
 
 
@@ -455,7 +455,7 @@ def test_a_hub_that_is_away_is_status_1(online, run, monkeypatch, capsys):
 
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(repository_module, "RetryPolicy", lambda: RetryPolicy(first=0.01, last_patience=1.0))
-    assert push_command([str(run), "alice/away"]) == 1
+    assert main(["push", str(run), "alice/away"]) == 1
     assert "was not published" in capsys.readouterr().err
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertForMaskedLM
 
-from hf_recycle.cli.push import main as push_command
+from hf_recycle.cli.main import main
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content:DeprecationWarning")  # the client's own
 
@@ -33,7 +33,7 @@ def test_a_card_without_a_valid_header(online, hub, folder, request, header, pub
     name = f"alice/card-{request.node.callspec.indices['header']}"
     for change in ("", "More.\n"):
         (folder / "README.md").write_text(f"{header}# By hand\n{change}")
-        assert push_command([str(folder), name]) == 0
+        assert main(["push", str(folder), name]) == 0
         assert hub.store.read(name, "README.md").decode() == f"{published}# By hand\n"
 
 
@@ -41,7 +41,7 @@ def test_of_a_studys_run_nothing_names_a_folder_of_this_machine(online, hub, fol
     private = b"output_dir: /mnt/lab/wanda/study\n"
     for file in ("study_settings.yaml", "study_result.json", "study_prune_curves.json", "study.log", ".study.lock"):
         (folder / file).write_bytes(private)
-    assert push_command([str(folder), "alice/study"]) == 0
+    assert main(["push", str(folder), "alice/study"]) == 0
     published = hub.store.paths("alice/study")
     assert "model.safetensors" in published
     for path in published:

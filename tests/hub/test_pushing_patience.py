@@ -104,7 +104,7 @@ def test_at_the_start_too_and_nothing_is_left_in_the_clients_session(online, hub
 
 PUSH = """
 import sys, time
-from hf_recycle.cli.push import main
+from hf_recycle.cli.main import main
 from hf_recycle.hub.push import repository
 from hf_recycle.hub.push.publisher import Publisher
 from hf_recycle.hub.retry import RetryPolicy
@@ -115,7 +115,7 @@ def timed(publisher):
     finish(publisher)
     print(time.monotonic() - began)
 Publisher.finish = timed
-sys.exit(main(sys.argv[1:]))
+sys.exit(main(["push", *sys.argv[1:]]))
 """
 
 

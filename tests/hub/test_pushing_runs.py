@@ -20,7 +20,7 @@ from support.tiny_runs import assert_same_weights, sentences
 from transformers import AutoModelForMaskedLM, TrainerCallback
 
 from hf_recycle import RecyclingHistory
-from hf_recycle.cli.push import main as push_command
+from hf_recycle.cli.main import main
 from hf_recycle.hub.push.staging import FOLDER, leftovers
 from hf_recycle.hub.retry import RetryPolicy
 
@@ -168,7 +168,7 @@ def test_a_hub_that_never_takes_a_commit_costs_no_training_and_loses_nothing(
     assert [push.checkpoint for push in leftovers(run)] == ["checkpoint-3", "checkpoint-6"]
 
     hub.faults.set()
-    assert push_command(commands[0].split()[2:]) == 0
+    assert main(commands[0].split()[1:]) == 0
     # A run that goes on takes up what is left before what is new.
     resumed = make_trainer(
         run, hub_model_id=name, hub_strategy="all_checkpoints", save_total_limit=1, save_steps=3, max_steps=9

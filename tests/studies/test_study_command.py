@@ -61,15 +61,14 @@ def study(tmp_path):
         (["article", "--arms", ","], "no arm is named"),
         (["article", "--scale", "laptob"], r"recipe 'scale/laptob' .*did you mean scale/laptop\?"),
         (["article", "--seeds", "none"], "seeds='none' must be a number of seeds"),
-        (["article", "--jobs", "0"], "--jobs 0 must be at least 1"),
+        (["article", "--jobs", "0"], "jobs=0 must be at least 1"),
         (["article", "--jobs", "many"], "argument --jobs: invalid int value: 'many'"),
-        (["article", "--max_step", "3"], r"arm 'baseline': unknown argument max_step; did you mean max_steps\?"),
-        (["article", "--learning_rate", "fast"], "arm 'baseline': argument learning_rate: invalid float value"),
+        (["article", "--max_step", "3"], r"unknown argument --max_step; did you mean --max_steps\?"),
+        (["article", "--learning_rate", "fast"], "argument --learning_rate: invalid float value: 'fast'"),
         (["article", "--recycle_fraction", "7"], "arm 'baseline': .*recycle_fraction"),
         (["article", "--seed", "3"], "command line: seed is not a setting of a study; use the study's seeds"),
-        (["article", "--bf16", "--max_steps", "3"], "--bf16 needs a value"),
-        (["article", "--max_steps"], "--max_steps needs a value"),
-        (["article", "--tokenizer_name", "{"], "--tokenizer_name '{' can't be read"),
+        (["article", "--max_steps"], "argument --max_steps: expected one argument"),
+        (["article", "--streaming", "maybe"], "argument --streaming: 'maybe' must be true or false"),
         (["article", "--eval_strategy", "no"], "eval_strategy=no leaves nothing to compare"),
         (["article", "article"], "two of the studies are called 'article'"),
     ],
@@ -85,12 +84,10 @@ def test_mistakes_are_told_before_anything_starts(tmp_path, monkeypatch, capsys,
 
 
 def test_help(capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(["study", "--help"])
-    assert stop.value.code == 0
+    assert main(["study", "--help"]) == 0
     text = capsys.readouterr().out
-    assert "Packaged studies: article, article-full." in text
-    assert "--report-only" in text
+    assert "packaged studies (article, article-full)" in " ".join(text.split())
+    assert "--report_only" in text
     assert main(["--help"]) == 0
     assert "study" in capsys.readouterr().out
 

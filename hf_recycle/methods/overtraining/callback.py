@@ -44,6 +44,10 @@ class Overtraining(Method[OvertrainingSettings]):
                 f"{smallest.name} is less than one: raise it."
             )
 
+    def acting_steps(self, max_steps: int) -> range:
+        every = resolved(self.settings.steps)
+        return range(every, max_steps + 1, every)
+
     def after_step(self, info: StepInfo) -> None:
         if not info.stepped or info.optimizer_steps % self._every:
             return

@@ -111,6 +111,9 @@ class Recycling(Method[RecyclingSettings]):
                 "neurons that still fade in are not eligible in the next phase."
             )
 
+    def acting_steps(self, max_steps: int) -> range:
+        return make_schedule(self.settings, max_steps).phases_until(max_steps)
+
     def before_clipping(self) -> None:
         if self.smooth_steps and not self._gradients_scaled:
             scale_gradients(self.table, self.smooth_steps)

@@ -1,0 +1,147 @@
+"""What a run would do, told without training: model, data, schedule, memory."""
+
+import math
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from datasets import IterableDataset
+from transformers import PreTrainedModel, set_seed
+
+from hf_recycle.arguments import RecyclingArguments
+from hf_recycle.data.model import load_model, pin_revision
+from hf_recycle.engines.launch import check_process_count, check_same, shared_arguments
+from hf_recycle.errors import UserError
+from hf_recycle.methods.all import CALLBACKS
+from hf_recycle.methods.base import Method
+from hf_recycle.neurons.find import Survey, survey
+from hf_recycle.neurons.left_out import summary
+from hf_recycle.runs.announcement import batch_text, blocks_text, method_text
+from hf_recycle.runs.memory import activation_bytes, optimizer_bytes_per_value
+from hf_recycle.runs.parse import RunArguments
+from hf_recycle.runs.run import check_evaluation, find_checkpoint, prepare_data
+
+
+def dry_run(arguments: RunArguments) -> str:
+    """Checks and prepares all that a run does before it trains; nothing is written but the caches of the data.
+
+    Raises:
+        UserError, ValueError: what the run refuses, but for what only the devices and engines can tell.
+    """
+    args = arguments.training
+    check_process_count(args.world_size)
+    check_same(asdict(arguments.model) | asdict(arguments.data) | shared_arguments(args))
+    checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+    pin_revision(arguments.model)
+    set_seed(args.seed)
+    with args.main_process_first(local=False, desc="preparing the data"):
+        tokenizer, train, validation = prepare_data(arguments.model, arguments.data)
+    check_evaluation(args, validation)
+    model = _shapes_of_model(arguments, tokenizer)
+    max_steps = planned_steps(args, None if isinstance(train, IterableDataset) else len(train))
+    methods = list(_methods(args, max_steps))
+    found = _survey(model, args, needed=bool(methods))
+    for method in methods:
+        method.check_blocks(found.blocks)
+    left_out = [f"  left out    {len(found.left_out)} modules of unknown layout: {summary(found.left_out)}"]
+    length = arguments.data.max_seq_length
+    return "\n".join(
+        [
+            f"  model       {type(model).__name__}, {model.num_parameters():,} parameters",
+            f"  blocks      {blocks_text(found.blocks)}",
+            *(left_out if found.left_out else []),
+            f"  tokenizer   {len(tokenizer):,} entries",
+            f"  data        {_size(train)} of at most {length} tokens to train on, {_size(validation)} to evaluate on",
+            f"  training    {max_steps:,} steps, each of {batch_text(args, length)}",
+            *(method_text(method, max_steps, everything=True) for method in methods),
+            *_memory(arguments, model),
+            f"  output_dir  {args.output_dir}" + (f", going on from {checkpoint}" if checkpoint else ""),
+            "nothing was trained (dry_run)",
+        ]
+    )
+
+
+def planned_steps(args: RecyclingArguments, examples: int | None) -> int:
+    """The steps that the Trainer takes.
+
+    Args:
+        examples: of the training data; None: a stream.
+
+    Raises:
+        UserError: a stream without max_steps.
+    """
+    if args.max_steps > 0:
+        return args.max_steps
+    if examples is None:
+        raise UserError("max_steps is missing: a stream has no end of its own; say how many steps to train")
+    rounded = math.floor if args.dataloader_drop_last else math.ceil
+    batches = rounded(rounded(examples / args.per_device_train_batch_size) / args.world_size)
+    steps_of_epoch = max(math.ceil(batches / args.gradient_accumulation_steps), 1)
+    return math.ceil(args.num_train_epochs * steps_of_epoch)
+
+
+def _shapes_of_model(arguments: RunArguments, tokenizer: Any) -> PreTrainedModel:
+    """The model, without weights where it is built from scratch and its code can do that."""
+    length = arguments.data.max_seq_length
+    with suppress(RuntimeError, NotImplementedError), torch.device("meta"):
+        return load_model(arguments.model, tokenizer, length)
+    return load_model(arguments.model, tokenizer, length)
+
+
+def _methods(args: RecyclingArguments, max_steps: int) -> Iterator[Method]:
+    """The methods that are on, in their order, with their settings in force."""
+    for callback in CALLBACKS:
+        settings = args.method_settings(callback.method_class.settings_class)
+        if settings.enabled:
+            method = callback.method_class(settings)
+            method.settings = settings.resolve(max_steps, args.seed)
+            yield method
+
+
+def _survey(model: PreTrainedModel, args: RecyclingArguments, *, needed: bool) -> Survey:
+    try:
+        return survey(model, args.ff_pattern, args.ff_blocks)
+    except ValueError:
+        if needed or args.ff_pattern or args.ff_blocks:
+            raise
+        return Survey([], [])
+
+
+def _size(data: Any) -> str:
+    if data is None:
+        return "none"
+    return "a stream of sequences" if isinstance(data, IterableDataset) else f"{len(data):,} sequences"
+
+
+def _memory(arguments: RunArguments, model: PreTrainedModel) -> Iterator[str]:
+    """What training keeps, by the shapes: an estimate, without what libraries and allocators take."""
+    args = arguments.training
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    state = optimizer_bytes_per_value(args)
+    activations = None
+    if not args.gradient_checkpointing:
+        share = arguments.data.mlm_probability if args.masked_head and arguments.model.task == "mlm" else 1
+        shape = (args.per_device_train_batch_size, arguments.data.max_seq_length)
+        activations = activation_bytes(model, shape, head_share=share)
+    parts = {
+        "weights": weights,
+        "gradients": 4 * trained,
+        "optimizer": None if state is None else round(state * trained),
+        "activations of a process": activations,
+    }
+    known = sum(filter(None, parts.values()))
+    told = ", ".join(f"{name} {'unknown' if size is None else _bytes(size)}" for name, size in parts.items())
+    yield f"  memory      about {_bytes(known)} in float32: {told}"
+    if args.world_size > 1:
+        yield "              (DDP keeps it all on each process; ZeRO and FSDP shard weights, gradients or optimizer)"
+
+
+def _bytes(size: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}"
+        size /= 1000
+    return f"{size:.1f} GB"
