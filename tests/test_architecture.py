@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 LEVELS = (
-    *("errors", "utils", "internals", "neurons", "hub.checks", "hub", "records", "engines", "speed", "batches", "mlm"),
+    *("errors", "internals", "utils", "neurons", "hub.checks", "hub", "records", "engines", "speed", "batches", "mlm"),
     *("methods", "arguments", "plots", "card", "trainer.base", "hub.push", "hub.pull", "checkpoints", "trainer"),
     *("data", "runs", "analysis", "studies", "cli", "train"),
 )

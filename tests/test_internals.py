@@ -4,6 +4,7 @@ An upgrade that renames one fails here first. What the mixins of the Trainer ove
 listed here.
 """
 
+import argparse
 import ast
 import atexit
 import inspect
@@ -24,7 +25,7 @@ from datasets.distributed import split_dataset_by_node
 from torch import nn
 from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM, PreTrainedModel, Trainer
 
-from hf_recycle.internals import of_accelerate, of_datasets, of_torch, of_transformers
+from hf_recycle.internals import of_accelerate, of_datasets, of_python, of_torch, of_transformers
 
 ROOT = Path(__file__).parents[1]
 
@@ -274,6 +275,15 @@ def test_datasets_has_the_streams_that_we_know(name):
 def test_python_ends_in_two_steps():
     assert arguments(threading._shutdown) == ""
     assert callable(atexit._run_exitfuncs)
+
+
+def test_a_parser_knows_its_flags_and_commands():
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("-o", "--output")
+    assert list(of_python.flags_of(parser)) == ["-o", "--output"]
+    assert not of_python.has_commands(parser)
+    parser.add_subparsers()
+    assert of_python.has_commands(parser)
 
 
 # ---- DeepSpeed ----
