@@ -106,7 +106,7 @@ def _train(contestant: Contestant, steps: int, link: Connection, folder: str) ->
 def make_trainer(contestant: Contestant, steps: int, folder: str) -> Trainer:
     """The contestant's trainer, for `steps` steps. It notes what a callback can't see: `waiting`, the seconds that the
     last batch took to come, and `loss`, that of the last step."""
-    from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments, set_seed
+    from transformers import Trainer, TrainingArguments, set_seed
 
     from hf_recycle import RecyclingArguments, RecyclingTrainer
 
@@ -145,6 +145,6 @@ def make_trainer(contestant: Contestant, steps: int, folder: str) -> Trainer:
         args=arguments,
         # More than is used: data workers are ended with their data, which is not to be timed.
         train_dataset=packed_dataset(shape, sequences=shape.batch * (steps + 16)),
-        data_collator=DataCollatorForLanguageModeling(tokenizer),
+        data_collator=shape.collator(tokenizer),
         processing_class=tokenizer,
     )

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import datasets
 import numpy as np
 from tokenizers import Tokenizer, models
-from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    DataCollatorForLanguageModeling,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from benchmarks.floor import Step
 
@@ -41,7 +50,7 @@ class Shape:
         """What a step of this model computes, for counting."""
         return Step(self.layers, self.d_model, self.d_ff, self.vocabulary, self.batch, self.sequence)
 
-    def model(self) -> BertForMaskedLM:
+    def model(self) -> PreTrainedModel:
         """A fresh model; its weights depend on torch's global random state."""
         return BertForMaskedLM(
             BertConfig(
@@ -54,6 +63,10 @@ class Shape:
             )
         )
 
+    def collator(self, tokenizer: PreTrainedTokenizerFast) -> Callable:
+        """The stock collator of the task."""
+        return DataCollatorForLanguageModeling(tokenizer)
+
     def __str__(self) -> str:
         return (
             f"{self.layers} layers × {self.d_model}, d_ff {self.d_ff:,}, vocabulary {self.vocabulary:,}, "
@@ -61,8 +74,32 @@ class Shape:
         )
 
 
+@dataclass(frozen=True)
+class CausalShape(Shape):
+    """A Llama with tied embeddings, and its batches."""
+
+    def model(self) -> LlamaForCausalLM:
+        return LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=self.vocabulary,
+                hidden_size=self.d_model,
+                num_hidden_layers=self.layers,
+                num_attention_heads=self.heads,
+                intermediate_size=self.d_ff,
+                max_position_embeddings=self.sequence,
+                tie_word_embeddings=True,
+                pad_token_id=_SPECIAL.index("[PAD]"),
+            )
+        )
+
+    def collator(self, tokenizer: PreTrainedTokenizerFast) -> Callable:
+        return DataCollatorForLanguageModeling(tokenizer, mlm=False)
+
+
 MEDIUM = Shape("BERT Medium", layers=8, d_model=512, heads=8, d_ff=2048)
 SMALL = Shape("4 layers × 256", layers=4, d_model=256, heads=4, d_ff=1024)
+CAUSAL = CausalShape("Llama of 4 layers × 256", layers=4, d_model=256, heads=4, d_ff=768, vocabulary=50_257)
+CAUSAL_TINY = CausalShape("quick", layers=2, d_model=64, heads=2, d_ff=192, vocabulary=16_384, batch=8, sequence=64)
 TINY = Shape("quick", layers=2, d_model=64, heads=2, d_ff=256, vocabulary=2048, batch=8, sequence=64)
 GPU_MEDIUM = Shape("BERT Medium", layers=8, d_model=512, heads=8, d_ff=2048, batch=256)
 

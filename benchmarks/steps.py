@@ -23,7 +23,7 @@ EVERYTHING = {
 }
 """All methods that go together."""
 
-_SAME_LOSS = 1e-4  # relative; float32 sums in another order
+SAME_LOSS = 1e-4  # relative; float32 sums in another order
 
 
 def against_stock(shape: Shape, effort: Effort) -> tuple[Measured, Measured | NotMeasured]:
@@ -41,13 +41,13 @@ def against_stock(shape: Shape, effort: Effort) -> tuple[Measured, Measured | No
         Contestant("everything", OURS, shape, EVERYTHING),
     ]
     turns = hold_match(contestants, effort.rounds)
-    worst = _difference(turns["stock"], turns["no method"])
-    if worst > _SAME_LOSS:
+    worst = difference(turns["stock"], turns["no method"])
+    if worst > SAME_LOSS:
         raise UserError(f"the losses of Trainer and RecyclingTrainer differ by {worst:.1e} on the same batches")
-    seconds = {name: _seconds(taken) for name, taken in turns.items()}
+    seconds = {name: seconds_of(taken) for name, taken in turns.items()}
     ratios = {name: [a / b for a, b in zip(seconds["stock"], seconds[name], strict=True)] for name in seconds}
     note = (
-        f"{_milliseconds(seconds['stock'])} → {_milliseconds(seconds['everything'])} ms; without a method "
+        f"{milliseconds(seconds['stock'])} → {milliseconds(seconds['everything'])} ms; without a method "
         f"{estimate(ratios['no method']).median:.2f}×, its losses equal to {worst:.0e}; {_reach(shape, seconds)}"
     )
     raw = {"seconds": seconds, "relative difference of losses": worst}
@@ -75,16 +75,16 @@ def _reach(shape: Shape, seconds: Mapping[str, Sequence[float]]) -> str:
     return f"{100 * reached[0]:.0f}% → {100 * reached[1]:.0f}% of the floor"
 
 
-def _seconds(turns: Sequence[Turn]) -> list[float]:
+def seconds_of(turns: Sequence[Turn]) -> list[float]:
     return [turn.seconds for turn in turns[WARM_UP:]]
 
 
-def _difference(one: Sequence[Turn], other: Sequence[Turn]) -> float:
+def difference(one: Sequence[Turn], other: Sequence[Turn]) -> float:
     """The largest relative difference of the losses of two trainings, step by step."""
     return max(abs(a.loss - b.loss) / abs(a.loss) for a, b in zip(one, other, strict=True))
 
 
-def _milliseconds(seconds: Sequence[float]) -> str:
+def milliseconds(seconds: Sequence[float]) -> str:
     return f"{1e3 * estimate(seconds).median:,.0f}"
 
 

@@ -5,11 +5,13 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from hf_recycle.arguments import RecyclingArguments as RecyclingArguments
+    from hf_recycle.methods.all import L2InitCallback as L2InitCallback
     from hf_recycle.methods.all import MagnitudeCallback as MagnitudeCallback
     from hf_recycle.methods.all import MidpointLossCallback as MidpointLossCallback
     from hf_recycle.methods.all import OvertrainingCallback as OvertrainingCallback
     from hf_recycle.methods.all import PruningCallback as PruningCallback
     from hf_recycle.methods.all import RecyclingCallback as RecyclingCallback
+    from hf_recycle.methods.all import ShrinkPerturbCallback as ShrinkPerturbCallback
     from hf_recycle.neurons.find import find_feed_forwards as find_feed_forwards
     from hf_recycle.neurons.magnitudes import neuron_magnitudes as neuron_magnitudes
     from hf_recycle.records.history import RecyclingHistory as RecyclingHistory
@@ -26,6 +28,8 @@ _HOMES = {
     "PruningCallback": "hf_recycle.methods.all",
     "OvertrainingCallback": "hf_recycle.methods.all",
     "MagnitudeCallback": "hf_recycle.methods.all",
+    "L2InitCallback": "hf_recycle.methods.all",
+    "ShrinkPerturbCallback": "hf_recycle.methods.all",
     "find_feed_forwards": "hf_recycle.neurons.find",
     "neuron_magnitudes": "hf_recycle.neurons.magnitudes",
     "RecyclingHistory": "hf_recycle.records.history",

@@ -2,15 +2,20 @@
 
 import math
 import os
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from transformers import TrainingArguments
+from transformers.training_args import OptimizerNames
 
 from hf_recycle.methods.arguments import OwnArguments
 from hf_recycle.methods.settings import LARGEST, METHODS, MOST, Settings
 
 SettingsT = TypeVar("SettingsT", bound=Settings)
+
+MUON = "muon"
+"""An optimizer that transformers has no name for, see `hf_recycle.trainer.muon`."""
+OPTIMIZERS = [*(each.value for each in OptimizerNames), MUON]
 
 
 def check_training_numbers(arguments: TrainingArguments) -> None:
@@ -38,12 +43,28 @@ class RecyclingArguments(OwnArguments, TrainingArguments):
     off. A value that is not allowed raises a `ValueError` that names the field, the value and what is allowed.
     """
 
+    optim: str = field(
+        default=TrainingArguments.optim,
+        metadata={
+            "help": "The optimizer: one that transformers names (OptimizerNames), or muon: Muon for the matrices in "
+            "layers, AdamW for everything else; optim_args takes momentum, nesterov, ns_steps and adjust_lr_fn.",
+            "choices": OPTIMIZERS,
+        },
+    )
+
     if TYPE_CHECKING:
         output_dir: str = ""  # never None once `__post_init__` is through
 
     def __post_init__(self):
         check_training_numbers(self)
+        chosen = self.optim
+        if chosen not in OPTIMIZERS:
+            raise ValueError(f"optim={chosen!r} is not allowed: it must be one of {', '.join(OPTIMIZERS)}.")
+        if chosen == MUON:
+            self.optim = TrainingArguments.optim  # one that the parent class knows
         super().__post_init__()
+        if chosen == MUON:
+            self.optim = MUON
         self.output_dir = os.path.abspath(self.output_dir)  # also where the working directory changes later
         for method in METHODS:
             self.method_settings(method)
@@ -61,6 +82,6 @@ class RecyclingArguments(OwnArguments, TrainingArguments):
     def method_arguments(self) -> dict[str, Any]:
         """All settings of all methods, flat: what `recycling_config.json` records."""
         names = [method.prefix + item.name for method in METHODS for item in fields(method)]
-        names += ["masked_head", "recompute_activations", "onednn_linear", "deterministic_masking"]
+        names += ["masked_head", "chunked_head", "recompute_activations", "onednn_linear", "deterministic_masking"]
         names += ["ff_pattern", "ff_blocks"]
         return {name: getattr(self, name) for name in names}

@@ -31,9 +31,10 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    # With `--dist loadfile` one worker does all tests of a module, whose launches they share: those that take longest
-    # begin.
-    items.sort(key=lambda item: item.path.parent.name != "distributed")
+    # With `--dist loadfile` one worker does all tests of a module, whose launches they share: those that start real
+    # processes take longest and begin.
+    folders = ("distributed", "studies", "bench", "cli")
+    items.sort(key=lambda item: (*folders, item.path.parent.name).index(item.path.parent.name))
 
 
 def pytest_collection_finish():

@@ -66,7 +66,13 @@ TRAINER_METHODS = {
 }
 """Of `transformers.Trainer`: what the mixins override or call."""
 
-TRAINER_ATTRIBUTES = {"_globalstep_last_logged", "_initial_global_step", "_total_loss_scalar", "_tr_loss"}
+TRAINER_ATTRIBUTES = {
+    "_globalstep_last_logged",
+    "_initial_global_step",
+    "_loss_shifts_labels",
+    "_total_loss_scalar",
+    "_tr_loss",
+}
 """Of `transformers.Trainer`: what the mixins read or set while it trains."""
 
 METRIC_METHODS = {"_build_data_dir": "self", "_compute": "self, *, predictions=None, references=None, **kwargs"}

@@ -1,8 +1,10 @@
 """The feed-forward blocks of a checkpoint whose weights stay on disk."""
 
+import copy
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -20,7 +22,7 @@ from transformers.core_model_loading import (
 )
 
 from hf_recycle.analysis.source import Source
-from hf_recycle.analysis.weight_files import PickledFile, SafetensorsFile, WeightFile
+from hf_recycle.analysis.weight_files import SafetensorsFile, Tensors, WeightFile, read_pickled
 from hf_recycle.errors import UserError
 from hf_recycle.hub.checks.configuration import configuration_problem
 from hf_recycle.neurons.blocks import FeedForward, NeuronSlice
@@ -45,6 +47,7 @@ class Checkpoint:
     pattern: str | None = None
     ff_blocks: str | None = None
     _files: dict[str, WeightFile] = field(default_factory=dict, init=False, repr=False)
+    _converted: tuple[str, Tensors] = field(default=("", Tensors(Path(), {})), init=False, repr=False)
 
     @cached_property
     def config(self) -> PreTrainedConfig:
@@ -55,8 +58,8 @@ class Checkpoint:
             raise UserError(f"{self.source.name}: its config.json can't be used ({problem})")
         try:
             config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            reason = str(error).strip().split("\n", 1)[0].rstrip(". ")
+        except Exception as error:  # of many kinds: every family has checks of its own
+            reason = str(error).strip().replace("\n", " ").rstrip(". ")[:300]
             raise UserError(f"{self.source.name}: its config.json can't be used ({reason})") from error
         if getattr(config, "quantization_config", None) is not None:
             raise UserError(
@@ -75,7 +78,7 @@ class Checkpoint:
                 if isinstance(cls, type) and issubclass(cls, PreTrainedModel):
                     return cls(self.config)
                 return AutoModel.from_config(self.config, trust_remote_code=False)
-        except (ValueError, ImportError) as error:
+        except Exception as error:  # of many kinds, as above
             raise UserError(
                 f"{self.source.name}: transformers can't build its architecture {architecture!r} ({error})"
             ) from error
@@ -127,29 +130,51 @@ class Checkpoint:
         if stored.is_whole:
             [[key]] = stored.keys
             return [_Part(key, self._open(key, shape), 0, rows, piece.first_row)]
+        if not stored.is_stacked:
+            return [_Part(name, self._convert(stored, name, shape), 0, rows, piece.first_row)]
         keys = [
             column[piece.expert or 0]
             for column in stored.keys
             if len(column) == (1 if piece.expert is None else shape[0])
         ]
-        if not stored.is_stacked or len(keys) != len(stored.keys) or rows % len(keys):
-            raise UserError(
-                f"{self.source.name}: {name} is put together from several tensors when transformers loads it, in a way "
-                "that is not known here; load the model and save it with save_pretrained(..., save_original_format="
-                "False) first"
-            )
+        if len(keys) != len(stored.keys) or rows % len(keys):
+            raise UserError(f"{self.source.name}: its weights lack a part of {name}; copy or download it again")
         height = rows // len(keys)
         below = (height, *shape[(1 if piece.expert is None else 2) :])
         return [_Part(key, self._open(key, below), n * height, height, 0) for n, key in enumerate(keys)]
 
-    def _open(self, key: str, expected: tuple[int, ...]) -> WeightFile:
+    def _open(self, key: str, expected: tuple[int, ...] | None = None) -> WeightFile:
         file = self._file(self._weight_map[0][key] if self._weight_map[0] else self._weight_map[1])
         if key not in file.entries:
             raise UserError(f"{file.path} lacks {key}, which the index places there; copy or download it again")
         shape = file.shape(key)
-        if shape != expected:
+        if expected not in (None, shape):
             raise UserError(f"{file.path}: {key} has shape {shape}, and config.json asks for {expected}")
         return file
+
+    def _convert(self, stored: "Stored", name: str, expected: tuple[int, ...]) -> Tensors:
+        """What transformers makes of some tensors: whole, and kept until others are asked for."""
+        if self._converted[0] != stored.first:
+            assert stored.converter is not None, "one tensor is not converted"
+            parts = copy.deepcopy(stored.converter)
+            for pattern, keys in zip(parts.source_patterns, stored.keys, strict=True):
+                for key in keys:
+                    parts.add_tensor(stored.first, key, pattern, partial(self._whole, key))  # type: ignore[arg-type]
+            try:
+                made = parts.convert(stored.first, model=self.model, config=self.config)
+            except Exception as error:  # as many kinds as there are conversions
+                raise UserError(f"{self.source.name}: the parts of {name} don't fit together ({error})") from error
+            whole = {key: tensor[0] if isinstance(tensor, list) else tensor for key, tensor in made.items()}
+            self._converted = stored.first, Tensors(Path(self.source.name), whole)
+        tensors = self._converted[1]
+        if name not in tensors.entries or tensors.shape(name) != expected:
+            raise UserError(f"{self.source.name}: its weights don't give a {name} of shape {expected}")
+        return tensors
+
+    def _whole(self, key: str) -> Tensor:
+        file = self._open(key)
+        rows, *columns = file.shape(key)
+        return file.rows(key, 0, rows, math.prod(columns)).view(rows, *columns)
 
     @cached_property
     def _weight_map(self) -> tuple[dict[str, str] | None, str]:
@@ -180,7 +205,7 @@ class Checkpoint:
 
 
 def open_weights(path: Path) -> WeightFile:
-    return SafetensorsFile(path) if path.suffix == ".safetensors" else PickledFile(path)
+    return SafetensorsFile(path) if path.suffix == ".safetensors" else read_pickled(path)
 
 
 @dataclass(frozen=True)
@@ -201,10 +226,12 @@ class Stored:
     Attributes:
         keys: names of tensors; for each part that the parameter is put together from, those of all experts.
         converter: how transformers puts them together; None: the parameter is the one tensor.
+        first: name of the first parameter that it makes of them.
     """
 
     keys: list[list[str]]
     converter: WeightConverter | None = None
+    first: str = ""
 
     @property
     def is_whole(self) -> bool:
@@ -213,10 +240,12 @@ class Stored:
     @property
     def is_stacked(self) -> bool:
         """Whether the parts lie one below the other in the matrix: in that of each expert, if there are experts."""
-        operations = [] if self.converter is None else self.converter.operations
-        steps = [(type(step), getattr(step, "dim", None)) for step in operations]
+        if self.converter is None:
+            return False
+        steps = [(type(step), getattr(step, "dim", None)) for step in self.converter.operations]
         merge = (MergeModulelist, 0)
-        return steps in ([merge], [merge, (Concatenate, 1)], [(Concatenate, 0)])
+        known = steps in ([merge], [merge, (Concatenate, 1)], [(Concatenate, 0)])
+        return known and len(self.converter.target_patterns) == 1
 
 
 def stored_names(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, Stored]:
@@ -240,7 +269,12 @@ def stored_names(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, Sto
             continue
         converter = by_pattern[pattern]
         patterns = converter.source_patterns
-        known = names.setdefault(name, Stored([[] for _ in patterns], converter))
+        known = names.setdefault(name, Stored([[] for _ in patterns], converter, name))
         if known.converter is converter:
             known.keys[patterns.index(pattern)].append(key)
+    for each in list(names.values()):
+        if each.converter is not None:
+            own, *others = each.converter.target_patterns
+            for other in others:
+                names.setdefault(each.first.replace(own, other), each)
     return names

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
@@ -18,15 +18,14 @@ from hf_recycle.analysis.source import Source
 from hf_recycle.batches.numbered import Numbered
 from hf_recycle.batches.seeded import EVALUATION_SEED, SeededCollator
 from hf_recycle.data.arguments import DataArguments, ModelArguments
-from hf_recycle.data.collate import CausalCollator
 from hf_recycle.data.loading import load_data
 from hf_recycle.data.model import load_model, positions_needed
 from hf_recycle.data.tokenizer import load_tokenizer
 from hf_recycle.errors import UserError
 from hf_recycle.internals.of_transformers import has_class_for
 from hf_recycle.mlm.heads import find_masked_head
-from hf_recycle.mlm.loss import IGNORED, masked_positions, token_losses
-from hf_recycle.mlm.masking import MaskedLanguageModelingCollator
+from hf_recycle.mlm.loss import IGNORED, target_positions, token_losses
+from hf_recycle.mlm.tasks import TASKS, Task
 
 Batch = dict[str, Tensor]
 
@@ -79,32 +78,30 @@ class LanguageModel:
     """A model with its batches: `loss()` measures it as it is now.
 
     Attributes:
-        task: "mlm" or "clm".
+        task: what its loss is taken over.
         batches: `input_ids`, `labels` and what else the forward takes, on the model's device.
         tokens: how many tokens are predicted.
     """
 
     model: PreTrainedModel
-    task: str
+    task: Task
     batches: Sequence[Batch]
     tokens: int
 
     @torch.inference_mode()
     def loss(self) -> float:
         """Mean cross entropy of the predicted tokens in nats."""
-        head = find_masked_head(self.model) if self.task == "mlm" else None
+        head = find_masked_head(self.model) if self.task.name == "mlm" else None
         return sum(float(self._losses(batch, head).sum(dtype=torch.float64)) for batch in self.batches) / self.tokens
 
     def _losses(self, batch: Batch, head) -> Tensor:
         inputs = {name: value for name, value in batch.items() if name != "labels"}
-        labels = batch["labels"]
-        if self.task == "clm":
-            return token_losses(self.model(**inputs).logits[:, :-1].flatten(0, 1), labels[:, 1:])
+        targets = self.task.targets(batch["labels"])
         if head is None:
-            return token_losses(self.model(**inputs).logits, labels)
-        positions = masked_positions(labels)
+            return token_losses(self.model(**inputs).logits, targets)
+        positions = target_positions(targets)
         with head.at(positions):
-            return token_losses(self.model(**inputs).logits, labels.flatten()[positions])
+            return token_losses(self.model(**inputs).logits, targets.flatten()[positions])
 
 
 def load_language_model(source: Source, settings: EvaluationSettings) -> LanguageModel:
@@ -118,24 +115,19 @@ def load_language_model(source: Source, settings: EvaluationSettings) -> Languag
     where, revision = (str(source.folder), "main") if source.folder else (source.name, source.revision or "main")
     length = settings.length(config)
     tokenizer = load_tokenizer(where, length, revision)
-    arguments = ModelArguments(model_name_or_path=where, model_revision=revision, task=task)
+    arguments = ModelArguments(model_name_or_path=where, model_revision=revision, task=task.name)
     model = load_model(arguments, tokenizer, length)
     sequences = load_data(settings.data(length), tokenizer)[1]
     assert isinstance(sequences, Dataset), "eval_file is given"
-    collator: MaskedLanguageModelingCollator | CausalCollator
-    if task == "mlm":
-        collator = MaskedLanguageModelingCollator(tokenizer)
-    else:
-        collator = CausalCollator(tokenizer.pad_token_id or tokenizer.eos_token_id or 0)
     rows = [sequences[index] for index in range(len(sequences))]
-    subject = language_model(model, task, rows, collator, settings.batch_size)
+    subject = language_model(model, task, rows, task.collator(tokenizer), settings.batch_size)
     if not subject.tokens:
         raise UserError(f"eval_file={settings.eval_file!r} gives no token to predict; pass a longer text")
     return subject
 
 
 def language_model(
-    model: PreTrainedModel, task: str, rows: Sequence[Any], collator: Callable[[Any], Batch], batch_size: int
+    model: PreTrainedModel, task: Task, rows: Sequence[Any], collator: Callable[[Any], Batch], batch_size: int
 ) -> LanguageModel:
     """A model in evaluation mode, on a GPU if there is one, with batches of sequences.
 
@@ -148,23 +140,22 @@ def language_model(
     collator = SeededCollator(collator, EVALUATION_SEED)  # the masks of every evaluation
     batches = [collator(numbered[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
     batches = [{name: value.to(device) for name, value in batch.items()} for batch in batches]
-    shift = 1 if task == "clm" else 0
-    tokens = sum(int((batch["labels"][:, shift:] != IGNORED).sum()) for batch in batches)
+    tokens = sum(int((task.targets(batch["labels"]) != IGNORED).sum()) for batch in batches)
     model.to(device)  # type: ignore[arg-type]  # transformers hides the signature
     return LanguageModel(model.eval(), task, batches, tokens)
 
 
-def _task(config: PreTrainedConfig, source: Source) -> str:
+def _task(config: PreTrainedConfig, source: Source) -> Task:
     architecture = (config.architectures or ["no architecture"])[0]
     if not config.is_encoder_decoder:
         causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()) - set(MODEL_FOR_MASKED_LM_MAPPING_NAMES.values())
-        if architecture in causal and has_class_for(AutoModelForCausalLM, config):
-            return "clm"
+        if architecture in causal and has_class_for(TASKS["clm"].auto_class, config):
+            return TASKS["clm"]
         heads = {*MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()}
         if (architecture in heads or architecture.endswith("ForPreTraining")) and (
-            has_class_for(AutoModelForMaskedLM, config)
+            has_class_for(TASKS["mlm"].auto_class, config)
         ):
-            return "mlm"
+            return TASKS["mlm"]
     raise UserError(
         f"{source.name} is a {architecture}: pruning curves need a model with a masked or causal language modelling "
         "head, such as BertForMaskedLM or GPT2LMHeadModel"

@@ -13,6 +13,7 @@ from hf_recycle.analysis.evaluation import EvaluationSettings, LanguageModel, lo
 from hf_recycle.analysis.source import Source
 from hf_recycle.errors import UserError
 from hf_recycle.methods.recycling.selection import CRITERIA, Signals, select
+from hf_recycle.methods.registry import by_weights
 from hf_recycle.neurons.blocks import FeedForward
 from hf_recycle.neurons.find import find_feed_forwards
 from hf_recycle.utils.seeds import generator_for
@@ -30,7 +31,7 @@ class PruneSettings:
         pattern: see `find_feed_forwards`.
     """
 
-    criteria: tuple[str, ...] = tuple(CRITERIA)
+    criteria: tuple[str, ...] = tuple(by_weights(CRITERIA))
     shares: tuple[float, ...] = tuple(step / 10 for step in range(11))
     seed: int = 0
     pattern: str | None = None
@@ -44,11 +45,20 @@ class PruneSettings:
         """
         names = cls.criteria if criteria is None else tuple(name.strip() for name in criteria.split(","))
         for name in names:
-            if name not in tuple(CRITERIA):
-                raise UserError(
-                    f"criteria names the unknown criterion {name!r}; {nearest(name, CRITERIA, show_all=True)}"
-                )
+            check_criterion(f"criteria names the criterion {name!r}, which", name)
         return cls(names, cls.shares if shares is None else _parse_shares(shares), seed, pattern)
+
+
+def check_criterion(subject: str, name: str) -> None:
+    """Refuses a criterion that is unknown, or that looks at more than weights.
+
+    Raises:
+        UserError: a sentence that begins with `subject`.
+    """
+    known = list(by_weights(CRITERIA))
+    if name not in known:
+        why = "looks at activations, which it has no data for" if name in list(CRITERIA) else "is unknown"
+        raise UserError(f"{subject} {why}; {nearest(name, known, show_all=True)}")
 
 
 @dataclass(frozen=True)
@@ -92,7 +102,7 @@ def prune_curves(source: Source, settings: PruneSettings, evaluation: Evaluation
     except ValueError as error:
         raise UserError(f"{source.name}: {error}") from error
     losses = {name: measure_curve(subject, blocks, name, settings) for name in settings.criteria}
-    return PruneCurves(source.label, subject.task, subject.tokens, settings.shares, losses)
+    return PruneCurves(source.label, subject.task.name, subject.tokens, settings.shares, losses)
 
 
 def measure_curve(

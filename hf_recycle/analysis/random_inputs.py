@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from hf_recycle.errors import UserError
 
 _AUDIO = 16_000  # samples: a second
+_IMAGE = 64  # pixels of a side
 
 
 def random_inputs(model: PreTrainedModel, batch: int, length: int) -> dict[str, Tensor]:
@@ -48,7 +49,7 @@ def _guesses(model: PreTrainedModel, batch: int, length: int) -> Iterator[dict[s
     config = model.config
     guessed: dict[str, Tensor | None] = {
         "input_ids": _tokens(config.get_text_config(), batch, length),
-        "pixel_values": _image(config, batch, model.dtype),
+        "pixel_values": _image(config, batch, model),
         "input_values": _normal((batch, _AUDIO), model.dtype),
         "input_features": _features(config, batch, model.dtype),
     }
@@ -76,13 +77,14 @@ def _tokens(config: PreTrainedConfig, batch: int, length: int) -> Tensor | None:
     return torch.randint(config.vocab_size, (batch, length), generator=_generator())
 
 
-def _image(config: PreTrainedConfig, batch: int, dtype: torch.dtype) -> Tensor | None:
+def _image(config: PreTrainedConfig, batch: int, model: PreTrainedModel) -> Tensor | None:
     config = getattr(config, "vision_config", config)
-    size = getattr(config, "image_size", None)
+    # Convolutional models name no size, and take any.
+    size = getattr(config, "image_size", _IMAGE if model.main_input_name == "pixel_values" else None)
     if size is None:
         return None
     height, width = (size, size) if isinstance(size, int) else tuple(size)[-2:]
-    return _normal((batch, getattr(config, "num_channels", 3), height, width), dtype)
+    return _normal((batch, getattr(config, "num_channels", 3), height, width), model.dtype)
 
 
 def _features(config: PreTrainedConfig, batch: int, dtype: torch.dtype) -> Tensor | None:

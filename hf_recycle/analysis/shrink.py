@@ -1,7 +1,8 @@
 """Taking feed-forward neurons out of a model, so that a smaller plain transformers model remains.
 
-A configuration knows one width for all layers, or for those of each part of a model. It becomes the largest number of
-neurons that one of these layers keeps, rounded up; the others are filled up with neurons of zeros. A neuron whose
+A configuration knows one width for all layers, or for those of each part of a model, or a ratio to the width of the
+model. It becomes what the layer needs that keeps most of its neurons, rounded up; the others are filled up with neurons
+of zeros. A neuron whose
 out-column is zero outputs nothing, whatever its in-row, its bias and the activation are: it is *pruned*, and leaving it
 out changes nothing.
 """
@@ -81,12 +82,11 @@ def shrink(model: PreTrainedModel, settings: ShrinkSettings) -> Shrunk:
         raise UserError(str(error)) from error
     removed = removed_neurons(blocks, settings)
     kept = [_others(block, index) for block, index in zip(blocks, removed, strict=True)]
-    new_widths = {
-        field: _width([kept[n] for n in field.blocks], blocks[field.blocks[0]].num_neurons, settings.multiple_of)
-        for field in width_fields(model, blocks)
-    }
+    shares = [_width(len(index), block, settings.multiple_of) for index, block in zip(kept, blocks, strict=True)]
+    fields = width_fields(model, blocks)
+    values = {field: field.value_for(max(shares[n] for n in field.blocks)) for field in fields}
     inputs = random_inputs(model, batch=2, length=16)
-    new = with_neurons(model, blocks, kept, new_widths)
+    new, new_blocks = with_neurons(model, blocks, kept, values)
     try:
         with pruned(blocks, removed):
             difference = _difference(outputs(model, inputs), outputs(new, inputs))
@@ -100,16 +100,14 @@ def shrink(model: PreTrainedModel, settings: ShrinkSettings) -> Shrunk:
             f"the smaller model's outputs differ from those of the masked one by {difference:.2g}: its feed-forward "
             "blocks do more than W_out f(W_in x), and can't be shrunk"
         )
-    widths = {
-        blocks[n].name: (blocks[n].num_neurons, width) for field, width in new_widths.items() for n in field.blocks
-    }
     names = [block.name for block in blocks]
-    return Shrunk(new, {name: widths[name] for name in names}, dict(zip(names, kept, strict=True)), difference)
+    widths = [(old.num_neurons, now.num_neurons) for old, now in zip(blocks, new_blocks, strict=True)]
+    return Shrunk(new, dict(zip(names, widths, strict=True)), dict(zip(names, kept, strict=True)), difference)
 
 
-def _width(kept: Sequence[Tensor], before: int, multiple_of: int) -> int:
-    most = max(map(len, kept))
-    return min(-(-most // multiple_of) * multiple_of, before)
+def _width(kept: int, block: FeedForward, multiple_of: int) -> float:
+    """What so many neurons take, as a share of a block's width: a multiple of a number, or all."""
+    return min(-(-kept // multiple_of) * multiple_of, block.num_neurons) / block.num_neurons
 
 
 def removed_neurons(blocks: Sequence[FeedForward], settings: ShrinkSettings) -> list[Tensor]:

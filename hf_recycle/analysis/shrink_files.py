@@ -59,7 +59,8 @@ def load_model(
     if source.subfolder:
         options["subfolder"] = source.subfolder.rstrip("/")
     if source.folder is None:
-        options["use_safetensors"] = True
+        index, single = source.weight_map()
+        options["use_safetensors"] = all(name.endswith(".safetensors") for name in (index or {"": single}).values())
         with explained(source.name):
             check_small_files(source.name, source.subfolder, source.revision, source.token)
     try:

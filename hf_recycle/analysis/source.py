@@ -27,6 +27,8 @@ class Source:
             a repository of the Hub, also as `hf://user/repo[@revision][/folder]`, which becomes the repository's name.
         revision: branch, tag or commit of a repository; after the first file, the commit it came from.
         token: token for a private repository.
+        trust_pickle: read a repository's `pytorch_model.bin`, if it has no safetensors: torch's unpickler for weights
+            refuses everything else, but whoever finds a hole in it can run code on this machine.
         folder: the local one, or None.
         subfolder: of the repository; empty, or ends with a slash.
     """
@@ -34,6 +36,7 @@ class Source:
     name: str
     revision: str | None = None
     token: str | None = None
+    trust_pickle: bool = False
     folder: Path | None = field(init=False)
     subfolder: str = field(init=False, default="")
 
@@ -101,7 +104,7 @@ class Source:
             UserError: the checkpoint has no weights that can be read, or a damaged index.
         """
         for index, single in ((INDEX, WEIGHTS), (PICKLED_INDEX, PICKLED)):
-            if self.folder is None and single == PICKLED:
+            if self.folder is None and single == PICKLED and not self.trust_pickle:
                 break  # nothing that was downloaded is unpickled
             if (path := self.file(index)) is not None:
                 return _read_index(path), ""
@@ -109,8 +112,10 @@ class Source:
                 return None, single
         if self.folder is None:
             raise UserError(
-                f"{self.name} has no {WEIGHTS}: other formats of weights are not read from the Hub; download it, load "
-                "it with transformers and save it with save_pretrained"
+                f"{self.name} has no {WEIGHTS} and no {PICKLED}"
+                if self.trust_pickle
+                else f"{self.name} has no {WEIGHTS}; if it has a {PICKLED}, and you trust whoever wrote it to run code "
+                "on this machine, pass trust_pickle"
             )
         raise UserError(f"{self.folder} holds neither {WEIGHTS} nor {INDEX}; name the folder of a saved model")
 

@@ -1,5 +1,6 @@
 """How much faster one model is than another: paired, interleaved measurements."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -29,9 +30,10 @@ class Speedup:
         return self.before / self.after
 
     def __str__(self) -> str:
+        told = "" if self.low > 1 or self.high < 1 else ": no difference that can be told from noise"
         return (
-            f"{1e3 * self.before:.1f} ms -> {1e3 * self.after:.1f} ms, {self.ratio:.2f}x as fast "
-            f"(quartiles of the pairs: {self.low:.2f} to {self.high:.2f})"
+            f"{_milliseconds(self.before)} ms -> {_milliseconds(self.after)} ms, {self.ratio:.2f}x as fast "
+            f"(quartiles of the pairs: {self.low:.2f} to {self.high:.2f}){told}"
         )
 
 
@@ -54,6 +56,11 @@ def forward(model: nn.Module, inputs: dict[str, Tensor]) -> Callable[[], object]
             torch.cuda.synchronize()
 
     return run
+
+
+def _milliseconds(seconds: float) -> str:
+    """Three digits that count: as many as the ratio of two of them needs."""
+    return f"{1e3 * seconds:.{max(0, 2 - math.floor(math.log10(1e3 * seconds)))}f}"
 
 
 def _seconds(function: Callable[[], object]) -> float:

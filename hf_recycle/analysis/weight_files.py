@@ -7,6 +7,7 @@ would forbid mapping a file larger than it.
 import json
 import math
 import struct
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,23 +68,12 @@ class SafetensorsFile:
         return values.to(torch.promote_types(dtype, torch.float32))
 
 
-class PickledFile:
-    """A `pytorch_model.bin`, read without executing anything it holds (`weights_only`), memory-mapped.
+@dataclass(frozen=True)
+class Tensors:
+    """Tensors in memory, or mapped into it, that came from a file or several in the folder `path`."""
 
-    Raises:
-        UserError: it can't be read so.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            self._tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except Exception as error:  # the unpickler and the archive reader have many
-            raise UserError(
-                f"{path} can't be read as plain weights ({_first_line(error)}); load the model with transformers and "
-                "save it with save_pretrained, which writes safetensors"
-            ) from error
-        self.entries = {name: tensor for name, tensor in self._tensors.items() if isinstance(tensor, Tensor)}
+    path: Path
+    entries: Mapping[str, Tensor]
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self.entries[name].shape)
@@ -93,7 +83,24 @@ class PickledFile:
         return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
-WeightFile = SafetensorsFile | PickledFile
+def read_pickled(path: Path) -> Tensors:
+    """A `pytorch_model.bin`, read as transformers reads it: by torch's unpickler for weights, which refuses everything
+    else (`weights_only`). Memory-mapped, but for the format of before 2020.
+
+    Raises:
+        UserError: it can't be read so.
+    """
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        return Tensors(path, {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)})
+    except Exception as error:  # the unpickler and the archive reader have many
+        raise UserError(
+            f"{path} can't be read as plain weights ({_first_line(error)}); load the model with transformers and "
+            "save it with save_pretrained, which writes safetensors"
+        ) from error
+
+
+WeightFile = SafetensorsFile | Tensors
 
 
 def _read_header(path: Path) -> dict[str, Entry]:

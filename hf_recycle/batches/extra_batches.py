@@ -23,19 +23,22 @@ class ExtraBatches:
         dataset: a map-style dataset.
         collator: makes batches of its samples.
         seed: seed of the order and the masks.
+        wanted_by: the argument that asks for it, for messages.
 
     Raises:
         ValueError: if the dataset is a stream or empty.
     """
 
-    def __init__(self, dataset: Any, collator: Callable[[list[Any]], Any], seed: int):
+    def __init__(
+        self, dataset: Any, collator: Callable[[list[Any]], Any], seed: int, wanted_by: str = "overtrain_steps"
+    ):
         if isinstance(dataset, IterableDataset) or not has_length(dataset):
             raise ValueError(
-                "overtrain_steps needs a training set with a length, which it reads a second time in another order, "
+                f"{wanted_by} needs a training set with a length, which it reads a second time in another order, "
                 f"and {type(dataset).__name__} is a stream: load the data without streaming."
             )
         if not len(dataset):
-            raise ValueError("overtrain_steps needs a training set, and this one is empty.")
+            raise ValueError(f"{wanted_by} needs a training set, and this one is empty.")
         self.dataset: Any = dataset
         self.seed = seed
         self.collator = SeededCollator(collator, generator_for(seed, 0, 0, "overtrain masks").initial_seed())

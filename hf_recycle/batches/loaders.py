@@ -7,7 +7,8 @@ from typing import Any
 from accelerate.data_loader import IterableDatasetShard
 from torch.utils.data import DataLoader, IterableDataset
 
-from hf_recycle.batches.numbered import NumberedDataset, NumberedStream, SharedNumber
+from hf_recycle.batches.clock import TrainingClock
+from hf_recycle.batches.numbered import NumberedDataset, NumberedStream
 from hf_recycle.batches.sampling import SeededSampler
 from hf_recycle.batches.seeded import SeededCollator
 
@@ -19,13 +20,13 @@ def base_loader(loader: Any) -> Any:
     return getattr(loader, "base_dataloader", loader)
 
 
-def make_reproducible(loader: Any, seed: int, epoch: SharedNumber) -> bool:
+def make_reproducible(loader: Any, seed: int, clock: TrainingClock) -> bool:
     """Wraps, in place, the dataset, the collator and the sampler of a loader, which then number and seed by themselves.
 
     Args:
         loader: a torch loader, prepared by Accelerate or not; one that was wrapped before is left as it is.
         seed: any integer.
-        epoch: the current one.
+        clock: tells the epoch, and in a training when examples are trained.
 
     Returns:
         Whether it could be done: not for a loader that is no torch loader.
@@ -38,10 +39,10 @@ def make_reproducible(loader: Any, seed: int, epoch: SharedNumber) -> bool:
     # Past the guard of DataLoader, which keeps a dataset from being exchanged for another one.
     holder = base.dataset if isinstance(base.dataset, IterableDatasetShard) else base
     if not isinstance(holder.dataset, IterableDataset):
-        vars(holder)["dataset"] = NumberedDataset(holder.dataset, epoch, seed)
-        _seed_sampler(base, epoch, seed)
+        vars(holder)["dataset"] = NumberedDataset(holder.dataset, clock, seed)
+        _seed_sampler(base, clock, seed)
     elif not isinstance(holder.dataset, NumberedStream):
-        vars(holder)["dataset"] = NumberedStream(holder.dataset, epoch, seed)
+        vars(holder)["dataset"] = NumberedStream(holder.dataset, clock, seed)
     base.collate_fn = SeededCollator(base.collate_fn, seed)
     setattr(base, _DONE, True)
     return True
@@ -57,13 +58,13 @@ def set_sampler_epoch(loader: Any, epoch: int) -> None:
             holder.set_epoch(epoch)
 
 
-def _seed_sampler(base: DataLoader, epoch: SharedNumber, seed: int) -> None:
+def _seed_sampler(base: DataLoader, clock: TrainingClock, seed: int) -> None:
     holder: Any = base
     name = _inner_sampler(base)
     assert name is not None, "every loader of a dataset with a length draws from a sampler"
     while (inner := _inner_sampler(vars(holder)[name])) is not None:
         holder, name = vars(holder)[name], inner
-    vars(holder)[name] = SeededSampler(vars(holder)[name], epoch, seed)
+    vars(holder)[name] = SeededSampler(vars(holder)[name], clock, seed)
 
 
 def _inner_sampler(holder: Any) -> str | None:

@@ -9,43 +9,39 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 import datasets
-import torch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
+from hf_recycle.batches.clock import Moment, TrainingClock
 from hf_recycle.batches.stream_state import StreamState, can_resume
 from hf_recycle.utils.random_state import OwnRandomState, generators_of, seed_of
 
 
 class Numbered(NamedTuple):
-    """An example, its epoch, and its number: its index in a dataset, or its place in a stream."""
+    """An example, its epoch, its number (its index in a dataset, or its place in a stream), and when it is trained."""
 
     epoch: int
     number: int
     example: Any
+    moment: Moment | None = None
 
 
-class SharedNumber:
-    """A whole number in shared memory: data workers that run already see it change."""
+class Placed(int):
+    """An index of a dataset that knows its place in the order of the epoch."""
 
-    def __init__(self) -> None:
-        self._value = torch.zeros(1, dtype=torch.int64).share_memory_()
+    place: int
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._value.share_memory_()  # plain pickle gives the tensor ordinary memory
-
-    def set(self, number: int) -> None:
-        self._value.fill_(number)
-
-    def get(self) -> int:
-        return int(self._value.item())
+    @classmethod
+    def at(cls, index: int, place: int) -> Placed:
+        placed = cls(index)
+        placed.place = place
+        return placed
 
 
 class _Wrapper:
     """What a wrapper of a dataset does not do itself, the dataset does: callbacks find there what the user gave."""
 
-    def __init__(self, dataset: Any, epoch: SharedNumber, seed: int) -> None:
-        vars(self).update(dataset=dataset, _epoch=epoch, _seed=seed)
+    def __init__(self, dataset: Any, clock: TrainingClock, seed: int) -> None:
+        vars(self).update(dataset=dataset, _clock=clock, _seed=seed)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -59,7 +55,7 @@ class _Wrapper:
         setattr(self.dataset, name, value)
 
     def __reduce__(self):
-        return type(self), (self.dataset, self._epoch, self._seed)
+        return type(self), (self.dataset, self._clock, self._seed)
 
 
 class NumberedDataset(_Wrapper, Dataset):
@@ -68,22 +64,24 @@ class NumberedDataset(_Wrapper, Dataset):
     What the dataset draws while it loads a batch depends on the seed, the epoch and the batch, and on nothing else.
     """
 
-    def __init__(self, dataset: Any, epoch: SharedNumber, seed: int) -> None:
-        super().__init__(dataset, epoch, seed)
+    def __init__(self, dataset: Any, clock: TrainingClock, seed: int) -> None:
+        super().__init__(dataset, clock, seed)
         vars(self).update(_draws=_may_draw(dataset))
 
     def __getitem__(self, index: Any) -> Numbered:
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[Any]) -> list[Numbered]:
-        epoch, numbers = self._epoch.get(), [_number(index) for index in indices]
+        epoch, numbers = self._clock.epoch, [_number(index) for index in indices]
+        moments = [self._clock.moment(getattr(index, "place", None)) for index in indices]
+        indices = [int(index) if isinstance(index, Placed) else index for index in indices]
         if self._draws:
             seed = seed_of("dataset", self._seed, epoch, *numbers)
             with OwnRandomState(seed, generators_of(self.dataset), once=True):
                 examples = _load(self.dataset, indices)
         else:
             examples = _load(self.dataset, indices)
-        return [Numbered(epoch, number, example) for number, example in zip(numbers, examples, strict=True)]
+        return [Numbered(epoch, *each) for each in zip(numbers, examples, moments, strict=True)]
 
 
 class NumberedStream(_Wrapper, IterableDataset):
@@ -93,16 +91,17 @@ class NumberedStream(_Wrapper, IterableDataset):
     draws random numbers before its first example, as for another order, draws by epoch; if it does, all that it draws.
     """
 
-    def __init__(self, dataset: Any, epoch: SharedNumber, seed: int) -> None:
-        super().__init__(dataset, epoch, seed)
+    def __init__(self, dataset: Any, clock: TrainingClock, seed: int) -> None:
+        super().__init__(dataset, clock, seed)
         vars(self).update(_state=None)
 
     def __iter__(self) -> Iterator[Numbered]:
         worker = get_worker_info()
         first, step = (worker.id, worker.num_workers) if worker else (0, 1)
-        epoch = self._epoch.get()
+        epoch = self._clock.epoch
         for place, example in self._examples(seed_of("stream", self._seed, epoch, first)):
-            yield Numbered(epoch, first + place * step, example)
+            number = first + place * step
+            yield Numbered(epoch, number, example, self._clock.moment(number))
 
     def _examples(self, seed: int) -> Iterator[tuple[int, Any]]:
         examples = iter(self._state.iterate() if self._state else enumerate(self.dataset))

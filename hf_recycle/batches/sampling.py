@@ -8,7 +8,8 @@ from typing import Any
 
 from torch.utils.data import Sampler
 
-from hf_recycle.batches.numbered import SharedNumber
+from hf_recycle.batches.clock import TrainingClock
+from hf_recycle.batches.numbered import Placed
 from hf_recycle.utils.random_state import OwnRandomState, generators_of, seed_of
 
 _CHUNK = 32  # indices drawn at a time, because exchanging random states takes longer than drawing
@@ -21,8 +22,8 @@ class SeededSampler(Sampler):
     what it drew before is not known there.
     """
 
-    def __init__(self, sampler: Any, epoch: SharedNumber, seed: int) -> None:
-        self.sampler, self._epoch, self._seed = sampler, epoch, seed
+    def __init__(self, sampler: Any, clock: TrainingClock, seed: int) -> None:
+        self.sampler, self._clock, self._seed = sampler, clock, seed
 
     def __len__(self) -> int:
         return len(self.sampler)
@@ -33,12 +34,13 @@ class SeededSampler(Sampler):
         return getattr(self.sampler, name)
 
     def __iter__(self) -> Iterator[Any]:
-        state = OwnRandomState(seed_of("sampler", self._seed, self._epoch.get()), generators_of(self.sampler))
+        state = OwnRandomState(seed_of("sampler", self._seed, self._clock.epoch), generators_of(self.sampler))
         with state:
-            indices = iter(self.sampler)
+            indices = enumerate(self.sampler)
         while True:
             with state:
                 chunk = list(islice(indices, _CHUNK))
             if not chunk:
                 return
-            yield from chunk
+            for place, index in chunk:
+                yield Placed.at(index, place) if type(index) is int else index

@@ -13,9 +13,10 @@ from torch.utils.data import get_worker_info
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from hf_recycle.batches.clock import Moment, collating
 from hf_recycle.batches.counter import example_keys
 from hf_recycle.batches.example_draws import ExampleDraws
-from hf_recycle.batches.numbered import Numbered, SharedNumber
+from hf_recycle.batches.numbered import Numbered
 from hf_recycle.utils.random_state import OwnRandomState, generators_of, seed_of
 
 logger = logging.get_logger(__name__)
@@ -42,7 +43,7 @@ class SeededCollator:
 
     def __init__(self, collator: Callable[[list[Any]], Any], seed: int) -> None:
         self.collator, self.seed = collator, seed
-        self._checked = SharedNumber()
+        self._checked = torch.zeros((), dtype=torch.bool).share_memory_()  # by the first of the data workers
 
     def __call__(self, numbered: Sequence[Numbered]) -> Any:
         if numbered[0].example is None:  # of a resumed stream: nothing was read, and the loader skips it
@@ -50,17 +51,18 @@ class SeededCollator:
         epochs = np.array([item.epoch & _WORD for item in numbered], dtype=np.uint64)
         numbers = np.array([item.number & _WORD for item in numbered], dtype=np.uint64)
         keys, examples = example_keys(self.seed, epochs, numbers), [item.example for item in numbered]
-        if not self._checked.get() and getattr(get_worker_info(), "id", 0) == 0:
-            self._checked.set(1)
-            self._check(keys, examples)
-        return _collate(self.collator, keys, examples)
+        moments = [item.moment for item in numbered]
+        if not self._checked and getattr(get_worker_info(), "id", 0) == 0:
+            self._checked.fill_(True)
+            self._check(keys, examples, moments)
+        return _collate(self.collator, keys, examples, moments)
 
-    def _check(self, keys: np.ndarray, examples: list[Any]) -> None:
+    def _check(self, keys: np.ndarray, examples: list[Any], moments: list[Moment | None]) -> None:
         """Says so if the collator makes two batches of the same examples."""
         shared = {id(value): value for value in _attributes(self.collator) if isinstance(value, _HEAVY)}
         try:
             twin = copy.deepcopy(self.collator, shared)
-            batches = [_collate(twin, keys, copy.deepcopy(examples)) for _ in range(2)]
+            batches = [_collate(twin, keys, copy.deepcopy(examples), moments) for _ in range(2)]
             differs = not _same(*batches)
         except Exception:  # it can't be copied, or its batch not compared; what is wrong with it will show in its use
             return
@@ -72,14 +74,16 @@ class SeededCollator:
             )
 
 
-def _collate(collator: Callable[[list[Any]], Any], keys: np.ndarray, examples: list[Any]) -> Any:
+def _collate(
+    collator: Callable[[list[Any]], Any], keys: np.ndarray, examples: list[Any], moments: list[Moment | None]
+) -> Any:
     for inner in (collator, *_attributes(collator)):
         if getattr(inner, "seed", None) is not None and getattr(inner, "generator", 0) is None:
             make = getattr(inner, "create_rng", None)  # stock: made on first use, by which it would be too late
             if make is not None:
                 make()
     own = OwnRandomState(seed_of("collator", keys.tobytes()), generators_of(collator), once=True)
-    with own, _draws(collator, keys, examples):
+    with own, _draws(collator, keys, examples), collating(moments):
         return collator(examples)
 
 

@@ -17,9 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from hf_recycle.card.architectures import task_of
+from hf_recycle.card.architectures import Task, task_of
 from hf_recycle.card.escape import one_line
 from hf_recycle.card.run_facts import is_repo_id
+from hf_recycle.card.words import told_facts
 from hf_recycle.methods.settings import METHODS, Settings
 from hf_recycle.records.history import RecyclingHistory
 from hf_recycle.records.naming import short_names
@@ -69,6 +70,11 @@ def facts_of(history: RecyclingHistory, folder: Path, repo_id: str | None = None
     return {
         "repo_id": repo_id,
         "name": name or "A model trained with hf_recycle",
+        "license": None,
+        "language": "en" if data.get("name") == BUILT_IN_CORPUS else None,
+        "more_tags": [],
+        "pipeline_tag": task.pipeline,
+        "widget": _widget(task, run),
         "place": repo_id or "path/to/this/folder",
         "task": task,
         "architecture": architecture,
@@ -84,6 +90,7 @@ def facts_of(history: RecyclingHistory, folder: Path, repo_id: str | None = None
         "evaluation": _evaluation(history),
         "data_name": data.get("name"),
         "datasets": [name for name in data.get("datasets", []) if is_repo_id(name)],
+        "dataset_config": data.get("config"),
         "data_files": data.get("files", []),
         "trained_on": data.get("datasets") or data.get("files") or [name for name in [data.get("name")] if name],
         "neurons": history.stats["neurons"],
@@ -91,13 +98,21 @@ def facts_of(history: RecyclingHistory, folder: Path, repo_id: str | None = None
         "recyclings": history.stats["recycling_events"],
         "blocks": _blocks(history),
         "changed": _listed(run.get("arguments", {})),
-        "defaults": _listed(run.get("defaults", {})),
         "surroundings": _surroundings(run),
         "versions": _listed(run.get("versions", {})),
         "seed": run.get("arguments", {}).get("seed", run.get("defaults", {}).get("seed")),
         "unigram_entropy": run.get("unigram_entropy"),
         "figures": {},
+        **told_facts(run.get("card", {})),
     }
+
+
+def _widget(task: Task, run: Mapping[str, Any]) -> str | None:
+    """A text to try the model on, with its mask; only for English, and for words."""
+    mask = (run.get("tokenizer") or {}).get("mask_token")
+    languages = run.get("card", {}).get("language") or ["en"]
+    english = "en" in ([languages] if isinstance(languages, str) else languages)
+    return f"The function returns a {mask} of strings." if mask and english and task.pipeline == "fill-mask" else None
 
 
 # ---- Methods ----
@@ -114,7 +129,7 @@ def _methods(arguments: Mapping[str, Any]) -> list[dict[str, Any]]:
         changed = [
             (method.prefix + item.name, _show(getattr(settings, item.name)))
             for item in fields(method)
-            if item.name != "seed" and getattr(settings, item.name) != item.default
+            if item.name != "seed" and getattr(settings, item.name) != getattr(method(), item.name)
         ]
         methods.append({"name": name.strip(" ."), "what": what.strip(), "settings": changed, "prefix": method.prefix})
     return methods

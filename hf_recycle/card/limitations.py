@@ -5,20 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from hf_recycle.card.comparisons import changes_training
 from hf_recycle.card.facts import BUILT_IN_CORPUS
 
 
 def limitations(facts: Mapping[str, Any]) -> list[str]:
     """Sentences, the weightiest first, for the facts of a run."""
     sentences = []
-    changes_training = any(method["prefix"] != "magnitude_" for method in facts["methods"])
-    if changes_training:
-        sentences += [
-            "This run was not compared with a baseline: nothing here says that the methods helped it. For that, train "
-            "the same recipe without them, on the same seeds, and compare.",
+    if changes_training(facts):
+        sentences.append(
             'The article that the methods follow ("Neuron Recycling", 2023) found no variant of recycling that trains '
-            "better than plain training does.",
-        ]
+            "better than plain training does."
+        )
     seed = "" if facts["seed"] is None else f" (seed {facts['seed']})"
     sentences.append(f"It is one run with one seed{seed}: a small difference from another run may be chance.")
     if facts["data_name"] == BUILT_IN_CORPUS:

@@ -29,6 +29,8 @@ _DERIVED = {
     "disable_tqdm",
     "fsdp_config",
     "greater_is_better",
+    "hub_language",
+    "hub_license",
     "hub_model_id",
     "local_rank",
     "metric_for_best_model",
@@ -61,6 +63,7 @@ def run_facts(trainer: Trainer) -> dict[str, Any]:
             "hf_recycle": package_version(),
             **{name: importlib.metadata.version(name) for name in _LIBRARIES},
         },
+        "card": dict(getattr(trainer, "card_words", {})),
         **context,
         "arguments": {**context.get("arguments", {}), **changed},
         "defaults": {**context.get("defaults", {}), **unchanged},
@@ -124,7 +127,8 @@ def _data(dataset: Any) -> dict[str, Any]:
     """Repositories that a dataset of the `datasets` library was downloaded from."""
     sources = getattr(getattr(dataset, "info", None), "download_checksums", None) or {}
     found = {match[1] for source in sources if (match := re.match(r"hf://datasets/([^/@]+(?:/[^/@]+)?)@", source))}
-    return {"datasets": sorted(found)}
+    config = getattr(getattr(dataset, "info", None), "config_name", None)
+    return {"datasets": sorted(found), "config": config if len(found) == 1 and config != "default" else None}
 
 
 def _tokenizer(tokenizer: Any) -> dict[str, Any] | None:
@@ -133,7 +137,12 @@ def _tokenizer(tokenizer: Any) -> dict[str, Any] | None:
     except TypeError:  # none, or a processor of something else than text
         return None
     name = getattr(tokenizer, "name_or_path", "")
-    return {"name": name if is_repo_id(name) and not os.path.isdir(name) else None, "vocabulary": size}
+    mask = getattr(tokenizer, "mask_token", None)
+    return {
+        "name": name if is_repo_id(name) and not os.path.isdir(name) else None,
+        "vocabulary": size,
+        "mask_token": mask if isinstance(mask, str) else None,
+    }
 
 
 def hardware(trainer: Trainer) -> dict[str, Any]:

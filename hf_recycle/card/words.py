@@ -1,4 +1,4 @@
-"""What a caller of `create_model_card` tells, as facts and as metadata of the card."""
+"""What a caller of `create_model_card` tells, as facts of the card."""
 
 from __future__ import annotations
 
@@ -17,24 +17,16 @@ def told_facts(words: Words) -> dict[str, Any]:
     base = words.get("finetuned_from")
     facts = {
         "name": words.get("model_name"),
+        "license": words.get("license"),
+        "language": words.get("language"),
+        "more_tags": _listed(words.get("tags")),
+        "pipeline_tag": next(iter(_listed(words.get("tasks"))), None),
         "base_model": {"name": base, "revision": None} if base else None,
+        "datasets": tags,
         "trained_on": [name or tag for name, tag, _ in datasets],
         "evaluated_on": [(name or tag, tag or name, arg) for name, tag, arg in datasets],
     }
     return {name: value for name, value in facts.items() if value}
-
-
-def told_metadata(words: Words) -> dict[str, Any]:
-    """The entries of the card's header."""
-    metadata = {
-        "language": words.get("language"),
-        "license": words.get("license"),
-        "base_model": words.get("finetuned_from"),
-        "pipeline_tag": next(iter(_listed(words.get("tasks"))), None),
-        "tags": _listed(words.get("tags")),
-        "datasets": _listed(words.get("dataset_tags")),
-    }
-    return {name: value for name, value in metadata.items() if value}
 
 
 def _listed(value: str | list[str] | None) -> list[str]:

@@ -29,6 +29,7 @@ class CheckpointMixin(CheckpointWritingMixin, FinishedRunMixin, ContinuationMixi
         )
         self._resumed_loss = None
         self.neuron_methods.began_with = {}
+        self.neuron_methods.checkpoint = resume_from_checkpoint
         if resume_from_checkpoint is None:
             self.neuron_methods.use_recorder(HistoryRecorder())
             self.meter.start({"seconds": 0.0, "tokens": 0})

@@ -62,7 +62,7 @@ class CheckpointWritingMixin(ContinuationMixin):
         if self.args.should_save:
             self._export_callback_states()
             self.state.save_to_json(str(staging / TRAINER_STATE_NAME))
-            self.write_card(staging)
+            self.write_card(staging, figures=False)  # they are drawn for what is published, beside training
         self._wait_for_everyone()  # every process has written its part
         if self.args.should_save:
             write_list(staging, self.state.global_step, checksum_all=self.args.verify_checkpoint)
@@ -112,18 +112,19 @@ class CheckpointWritingMixin(ContinuationMixin):
         if self.args.push_to_hub:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
-    def write_card(self, folder: str | os.PathLike[str]) -> None:
+    def write_card(self, folder: str | os.PathLike[str], *, figures: bool = True) -> None:
         """Writes the model card of `folder`, on the process that saves. Training never stops for it: what keeps it from
         being written is said once."""
         if not self.args.should_save or self.neuron_table() is None:
             return
         try:
-            # Late, because it brings matplotlib, which a run that saves nothing can do without.
+            # Late, because it brings pandas, which a run that saves nothing can do without.
             from hf_recycle.card.card import write_card
 
             name = self.hub_model_id or self.args.hub_model_id
             # Its namespace is not known as long as the Hub can't be reached.
-            write_card(folder, repo_id=name if name and "/" in name else None, told=told_facts(self.card_words))
+            repo_id = name if name and "/" in name else None
+            write_card(folder, repo_id=repo_id, told=told_facts(self.card_words), figures=figures)
         except Exception as error:  # a card is drawn by libraries that may fail in any way
             logger.warning_once(f"No model card is written ({type(error).__name__}: {error}); training goes on.")
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hf_recycle.cli.common import add_json_argument, no_progress_bars, print_result
-from hf_recycle.cli.model_arguments import add_block_arguments, add_revision_argument
+from hf_recycle.cli.model_arguments import add_block_arguments, add_revision_argument, add_trust_argument
 from hf_recycle.errors import UserError
 from hf_recycle.utils.command_line import Parser
 
@@ -36,6 +36,7 @@ def add_arguments(parser: Parser) -> None:
     add_json_argument(parser)
     add_block_arguments(parser)
     add_revision_argument(parser)
+    add_trust_argument(parser)
     parser.add_argument("--revisions", help="Of one repository: all (commits of its main branch, and tags), or A,B,...")
     parser.add_argument(
         "--blocks",
@@ -100,6 +101,8 @@ def _check(options: argparse.Namespace) -> None:
         raise UserError("blocks lists the feed-forward blocks of a model and measures nothing; pass it alone")
     if options.ff_blocks and (options.prune_curve or options.revisions):
         raise UserError(f"ff_blocks={options.ff_blocks!r} does not go with prune_curve or revisions")
+    if options.trust_pickle and (options.prune_curve or options.revisions):
+        raise UserError("trust_pickle does not go with prune_curve or revisions")
     curve_only = ("eval_file", "criteria", "shares")
     if options.prune_curve and options.eval_file is None:
         raise UserError("prune_curve needs a text to measure the loss on; pass eval_file")
@@ -158,7 +161,7 @@ def _prune_curves(options: argparse.Namespace) -> None:
 def _sources(options: argparse.Namespace) -> list:
     from hf_recycle.analysis.source import Source
 
-    return [Source(model, options.revision) for model in options.models]
+    return [Source(model, options.revision, trust_pickle=options.trust_pickle) for model in options.models]
 
 
 def _thresholds(options: argparse.Namespace):

@@ -19,7 +19,9 @@ def argument_table() -> str:
     for field in dataclasses.fields(RecyclingArguments):
         if field.name not in inherited:
             meaning = field.metadata["help"].replace("|", "\\|")
-            default = "`seed`" if field.name.endswith("_seed") else f"`{field.default}`"
+            default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+            default = " ".join(default) if isinstance(default, list) else default
+            default = "`seed`" if field.name.endswith("_seed") else f"`{default}`"
             rows.append(f"| `{field.name}` | {default} | {meaning} |")
     return "\n".join(rows)
 

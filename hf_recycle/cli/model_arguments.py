@@ -10,6 +10,16 @@ def add_revision_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_trust_argument(parser: argparse.ArgumentParser) -> None:
+    """--trust_pickle."""
+    parser.add_argument(
+        "--trust_pickle",
+        action="store_true",
+        help="Read the pytorch_model.bin of a repository without safetensors: whoever wrote it may be able to run code "
+        "on this machine.",
+    )
+
+
 def add_block_arguments(parser: argparse.ArgumentParser) -> None:
     """--ff_pattern and --ff_blocks."""
     from hf_recycle.methods.arguments import OwnArguments

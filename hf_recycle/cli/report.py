@@ -47,7 +47,7 @@ def report(run: str, revision: str | None = None) -> str:
     from hf_recycle.card.facts import facts_of
     from hf_recycle.card.html import render_report
     from hf_recycle.hub.address import locate
-    from hf_recycle.plots.run import figure_images
+    from hf_recycle.plots.run import figure_pictures
     from hf_recycle.records.history import RecyclingHistory
 
     local = os.path.isdir(run)
@@ -57,7 +57,7 @@ def report(run: str, revision: str | None = None) -> str:
     folder = (history.folder if local else None) or _small_files(run, revision)
     facts = facts_of(history, folder, None if local else locate(run)[0])
     title = Path(run).resolve().name if local else f"{run} at {revision}" if revision else run
-    return render_report(facts, figure_images(history, unigram_entropy=facts["unigram_entropy"]), title)
+    return render_report(facts, figure_pictures(history, unigram_entropy=facts["unigram_entropy"]), title)
 
 
 def _small_files(text: str, revision: str | None) -> Path:

@@ -5,11 +5,9 @@ import sys
 from pathlib import Path
 
 from hf_recycle.cli.common import add_json_argument, no_progress_bars, print_result
-from hf_recycle.cli.model_arguments import add_block_arguments, add_revision_argument
+from hf_recycle.cli.model_arguments import add_block_arguments, add_revision_argument, add_trust_argument
 from hf_recycle.errors import UserError
-from hf_recycle.methods.registry import CRITERIA
 from hf_recycle.utils.command_line import Parser, completed_by
-from hf_recycle.utils.suggest import nearest
 
 HELP = "Take the pruned or the least important neurons out of a model."
 
@@ -38,26 +36,30 @@ def add_arguments(parser: Parser) -> None:
         "--criterion",
         default="low_magnitude",
         metavar="NAME",
-        help=f"With fraction: the neurons of lowest score go (default: %(default)s). {CRITERIA.describe()}.",
+        help="With fraction: the neurons of lowest score go (default: %(default)s). One that looks at weights alone: "
+        "low_magnitude, high_magnitude or random.",
     )
-    completed_by(criterion, lambda prefix: CRITERIA.names())
+    completed_by(criterion, lambda prefix: ["low_magnitude", "high_magnitude", "random"])
     parser.add_argument(
         "--multiple_of", type=int, default=8, help="Round the width up to a multiple of it (default: %(default)s)."
     )
     parser.add_argument("--seed", type=int, default=0, help="Seed of the criterion random (default: %(default)s).")
     add_revision_argument(parser)
+    add_trust_argument(parser)
     add_block_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     _check(options)
 
+    from hf_recycle.analysis.pruning import check_criterion
     from hf_recycle.analysis.shrink import ShrinkSettings, shrink
     from hf_recycle.analysis.shrink_files import load_model, save_whole
     from hf_recycle.analysis.source import Source
 
+    check_criterion(f"criterion={options.criterion!r}", options.criterion)
     no_progress_bars()
-    source = Source(options.model, options.revision)
+    source = Source(options.model, options.revision, trust_pickle=options.trust_pickle)
     model, processor = load_model(source, options.ff_pattern, options.ff_blocks)
     settings = ShrinkSettings(
         options.fraction, options.criterion, options.multiple_of, options.seed, options.ff_pattern, options.ff_blocks
@@ -82,10 +84,6 @@ def _check(options: argparse.Namespace) -> None:
     if options.fraction is not None and not 0 < options.fraction < 1:
         raise UserError(
             f"fraction={options.fraction} must lie between 0 and 1, both excluded: every layer keeps a neuron"
-        )
-    if options.criterion not in CRITERIA.names():
-        raise UserError(
-            f"criterion={options.criterion!r} is unknown; {nearest(options.criterion, CRITERIA.names(), show_all=True)}"
         )
     if options.multiple_of < 1:
         raise UserError(f"multiple_of={options.multiple_of} must be at least 1")

@@ -1,10 +1,11 @@
 """Model and data arguments of the command line; their names are those of transformers' `run_mlm.py`."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from hf_recycle.errors import UserError
+from hf_recycle.mlm.mask_rates import SHAPES, MaskRates
 
 
 def _argument(default: Any, help: str) -> Any:
@@ -40,9 +41,8 @@ class ModelArguments:
     )
     tokenizer_name: str | None = _argument(
         None,
-        "Tokenizer of the Hub or local folder. Without it: the one of model_name_or_path or "
-        "config_name, else a "
-        "WordPiece tokenizer is trained on the corpus.",
+        "Tokenizer of the Hub or local folder. Without it: the one of model_name_or_path or config_name, else one is "
+        "trained on the corpus: WordPiece for mlm, byte-level BPE for clm.",
     )
     tokenizer_vocab_size: int = _argument(8192, "Entries of a tokenizer trained on the corpus.")
 
@@ -92,24 +92,45 @@ class ModelArguments:
 class DataArguments:
     """Which texts are trained on, and how they become sequences."""
 
-    dataset_name: str | None = _argument(None, "Dataset of the Hub or local dataset folder.")
+    dataset_name: str | None = _argument(
+        None, "Dataset of the Hub or local dataset folder; or facts: the built-in task of learning facts by heart."
+    )
     dataset_config_name: str | None = _argument(None, "Configuration of dataset_name.")
     text_column: str | None = _argument(None, "Column that holds the text; 'text' or the only column of strings.")
     train_file: str | None = _argument(
         None,
-        "Local text (.txt, a document a line) or JSON (.json, .jsonl) file to train on; may be compressed.",
+        "Local file to train on: text (.txt, a document a line), JSON (.json, .jsonl), CSV (.csv, .tsv) or Parquet "
+        "(.parquet), with a document a row in text_column; all but Parquet may be compressed.",
     )
-    validation_file: str | None = _argument(None, "Local text or JSON file to evaluate on.")
+    validation_file: str | None = _argument(None, "Local file to evaluate on, as train_file.")
     validation_split_percentage: int = _argument(
         5, "Share of the training sequences to evaluate on when no validation data is named."
     )
     max_seq_length: int = _argument(128, "Tokens of a sequence, special tokens included.")
     mlm_probability: float = _argument(0.15, "Share of the tokens that are masked.")
+    mlm_probability_schedule: dict[str, float] | None = _argument(
+        None,
+        "Shares that are masked instead while training, from a step, or a share of the training, on: "
+        "{0: 0.3, 0.8: 0.15}. Evaluations mask mlm_probability.",
+    )
+    mlm_probability_shape: str = field(
+        default="steps",
+        metadata={
+            "help": "steps: a share of mlm_probability_schedule holds until the next; linear: it changes evenly to it.",
+            "choices": list(SHAPES),
+        },
+    )
+    whole_word_mask: bool = _argument(False, "Mask all tokens of a word or none of them.")
     line_by_line: bool = _argument(False, "One line a sequence, padded, instead of packing texts to full sequences.")
     streaming: bool = _argument(False, "Read the training data while training, without storing it.")
     preprocessing_num_workers: int | None = _argument(None, "Processes that tokenise.")
     max_train_samples: int | None = _argument(None, "Train on at most so many sequences.")
     max_eval_samples: int | None = _argument(None, "Evaluate on at most so many sequences.")
+    facts_keys: int = _argument(64, "dataset_name=facts: number of keys; a fact says which value two of them have.")
+    facts_values: int = _argument(64, "dataset_name=facts: number of values.")
+    facts_number: int | None = _argument(None, "dataset_name=facts: number of facts. None: one for each pair of keys.")
+    facts_tasks: int = _argument(1, "dataset_name=facts: tasks one after the other, with the same keys and new values.")
+    facts_epochs: int = _argument(1, "dataset_name=facts: epochs of a task before the next one comes.")
 
     def __post_init__(self) -> None:
         """Check what can be checked without loading anything."""
@@ -130,6 +151,7 @@ class DataArguments:
             raise UserError(f"max_seq_length={self.max_seq_length} is too short; use at least 4")
         if not 0 < self.mlm_probability < 1:
             raise UserError(f"mlm_probability={self.mlm_probability} must lie between 0 and 1, both excluded")
+        self.mask_rates()
         if not 1 <= self.validation_split_percentage <= 50:
             raise UserError(f"validation_split_percentage={self.validation_split_percentage} must lie between 1 and 50")
         for name in ("preprocessing_num_workers", "max_train_samples", "max_eval_samples"):
@@ -140,19 +162,79 @@ class DataArguments:
             value = getattr(self, name)
             if value is not None:
                 check_text_file(name, value)
+        self._check_facts()
+
+    @property
+    def are_facts(self) -> bool:
+        """Whether the data is the built-in task of facts. (A folder of that name is `./facts`.)"""
+        return self.dataset_name == FACTS
+
+    def _check_facts(self) -> None:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if not item.name.startswith("facts_") or value == item.default:
+                continue
+            if not self.are_facts:
+                raise UserError(f"{item.name}={value} is a setting of dataset_name={FACTS!r}; pass that too")
+            if value < 1:
+                raise UserError(f"{item.name}={value} must be at least 1")
+        if self.facts_number is not None and self.facts_number > self.facts_keys**2:
+            raise UserError(
+                f"facts_number={self.facts_number} is more than the {self.facts_keys**2} pairs of facts_keys="
+                f"{self.facts_keys} keys; lower it, or raise facts_keys"
+            )
+        if self.are_facts and self.streaming:
+            raise UserError(
+                f"streaming=True can't be used with dataset_name={FACTS!r}, which is built in; leave it out"
+            )
+
+    def mask_rates(self) -> MaskRates | None:
+        """The schedule of the share that is masked, if there is one.
+
+        Raises:
+            UserError: it is none.
+        """
+        if self.mlm_probability_schedule is None:
+            return None
+        try:
+            return MaskRates(self.mlm_probability_schedule, self.mlm_probability_shape)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+
+
+FACTS = "facts"
+"""The name of the built-in task of facts."""
 
 
 # The endings that name a builder of `datasets`, and those of compression it sees through by itself.
-BUILDERS = {".txt": "text", ".text": "text", ".json": "json", ".jsonl": "json"}
+BUILDERS = {
+    ".txt": "text",
+    ".text": "text",
+    ".json": "json",
+    ".jsonl": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+}
 COMPRESSION = (".gz", ".xz", ".bz2", ".zst")
 
 
 def text_builder(path: str) -> str | None:
     """The builder of `datasets` that reads a file, by its ending; None for an unknown one."""
-    suffixes = [suffix.lower() for suffix in Path(path).suffixes]
-    while suffixes and suffixes[-1] in COMPRESSION:
-        suffixes.pop()
-    return BUILDERS.get(suffixes[-1]) if suffixes else None
+    return BUILDERS.get(_ending(path) or "")
+
+
+def is_tab_separated(path: str) -> bool:
+    """Whether the ending of a file names values separated by tabs."""
+    return _ending(path) == ".tsv"
+
+
+def _ending(path: str) -> str | None:
+    """The last ending of a file that says nothing of its compression."""
+    endings = [suffix.lower() for suffix in Path(path).suffixes]
+    while endings and endings[-1] in COMPRESSION:
+        endings.pop()
+    return endings[-1] if endings else None
 
 
 def check_text_file(argument: str, path: str) -> None:
@@ -165,8 +247,8 @@ def check_text_file(argument: str, path: str) -> None:
         raise UserError(f"{argument}={path!r} has an unknown extension; use one of {', '.join(BUILDERS)}")
     file = Path(path).expanduser()
     if not file.exists():
-        raise UserError(f"{argument}={path!r} does not exist; pass the path of a text or JSON file")
+        raise UserError(f"{argument}={path!r} does not exist; pass the path of a file with text in it")
     if not file.is_file():
-        raise UserError(f"{argument}={path!r} is not a file; pass the path of a text or JSON file")
+        raise UserError(f"{argument}={path!r} is not a file; pass the path of a file with text in it")
     if file.stat().st_size == 0:
         raise UserError(f"{argument}={path!r} is empty; pass a file with text in it")

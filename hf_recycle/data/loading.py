@@ -14,16 +14,18 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_recycle.data.arguments import DataArguments
 from hf_recycle.data.cache import cache_folder
-from hf_recycle.data.packing import Frame, pack, truncate
+from hf_recycle.data.packing import Frame, Ids, pack, truncate
 from hf_recycle.data.sources import Texts, load_texts
+from hf_recycle.data.words import check_words, word_starts
 from hf_recycle.errors import UserError
 from hf_recycle.internals.of_datasets import fingerprint, with_features
+from hf_recycle.mlm.tasks import Task
 
 # Raise it when the steps below change what they write, so that cached sequences are not taken for new ones.
 _VERSION = 1
 # Documents packed at a time; the tokens that fill no sequence at the end of each such batch are dropped.
 _BATCH = 1000
-_FEATURES = Features({"input_ids": List(Value("int32"))})
+_TYPES = {"input_ids": "int32", "word_starts": "int8"}
 
 
 def load_data(
@@ -37,7 +39,8 @@ def load_data(
         texts: the documents, when they are open already (`load_texts`).
 
     Returns:
-        Training and validation sequences: `max_seq_length` ids each, or with `line_by_line` at most so many.
+        Training and validation sequences: `max_seq_length` ids each, or with `line_by_line` at most so many. With
+        `whole_word_mask` a column `word_starts` beside them: 1 where a token begins a word, else 0.
         Where nothing names validation data a part of the training sequences is cut off, always the same; a
         stream has no such part, and its validation data is None.
 
@@ -57,32 +60,35 @@ def load_data(
     return _first(train, arguments.max_train_samples), _first(validation, arguments.max_eval_samples)
 
 
-def unigram_entropy(train: Dataset, validation: Dataset, tokenizer: PreTrainedTokenizerBase) -> float:
+def unigram_entropy(task: Task, train: Dataset, validation: Dataset, tokenizer: PreTrainedTokenizerBase) -> float:
     """Nats per token of `validation` for a model that knows how frequent tokens are in `train`, and no more.
 
-    The floor of a model that ignores context. Special tokens are left out, as they are never masked; each
-    token counts once more than it occurs, so that one that `train` lacks costs much and not infinitely much.
+    The floor of a model that ignores context. Tokens that are never a target of the task are left out; each token
+    counts once more than it occurs, so that one that `train` lacks costs much and not infinitely much.
     """
     size = len(tokenizer)
-    counts = _token_counts(train, size)
-    targets = _token_counts(validation, size)
-    special = np.array(sorted(set(tokenizer.all_special_ids)), np.int64)
-    counts[special] = targets[special] = 0
+    counts, targets = (_token_counts(dataset, size, task.first_predicted) for dataset in (train, validation))
     smoothed = counts + 1.0
-    smoothed[special] = 0
+    if not task.predicts_special_tokens:
+        special = np.array(sorted(set(tokenizer.all_special_ids)), np.int64)
+        targets[special] = smoothed[special] = 0
     with np.errstate(divide="ignore"):
         log_probability = np.log(smoothed / smoothed.sum())
     seen = targets > 0
     return float(-(targets[seen] * log_probability[seen]).sum() / targets[seen].sum())
 
 
-def _token_counts(dataset: Dataset, size: int, at_most: int = 100_000) -> npt.NDArray[np.int64]:
-    """How often each id occurs in (an even sample of) the sequences, shape `(size,)`."""
+def _token_counts(dataset: Dataset, size: int, first: int, at_most: int = 100_000) -> npt.NDArray[np.int64]:
+    """How often each id occurs in (an even sample of) the sequences from their token number `first` on, `(size,)`."""
     step = max(1, len(dataset) // at_most)
     sample = dataset.select(range(0, len(dataset), step)).with_format("arrow")
     counts = np.zeros(size, np.int64)
     for batch in sample.iter(batch_size=10_000):
-        counts += np.bincount(_flat(batch["input_ids"])[0], minlength=size)[:size]
+        ids, lengths = _flat(batch["input_ids"])
+        if first:
+            place = np.arange(len(ids)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+            ids = ids[place >= first]
+        counts += np.bincount(ids, minlength=size)[:size]
     return counts
 
 
@@ -93,19 +99,18 @@ def _sequences(
     arguments: DataArguments,
 ) -> Dataset | IterableDataset:
     frame = Frame.of(tokenizer)
-    length = arguments.max_seq_length
+    length, words = arguments.max_seq_length, arguments.whole_word_mask
+    if words:
+        check_words(tokenizer)
+    features = Features({name: List(Value(kind)) for name, kind in _TYPES.items() if words or name == "input_ids"})
+    tokenise = _Tokenise(tokenizer, column, arguments.line_by_line, words)
+    shape = _Shape(frame, length, arguments.line_by_line, words)
     if isinstance(documents, IterableDataset):
         columns = documents.column_names or list(with_features(documents).column_names)
-        stream = documents.map(
-            _Tokenise(tokenizer, column, arguments.line_by_line),
-            batched=True,
-            remove_columns=columns,
-            batch_size=_BATCH,
-        )
-        return stream.map(
-            _Shape(frame, length, arguments.line_by_line), batched=True, batch_size=_BATCH, features=_FEATURES
-        )
-    key = _key(fingerprint(documents), column, tokenizer_key(tokenizer), frame, arguments.line_by_line)
+        stream = documents.map(tokenise, batched=True, remove_columns=columns, batch_size=_BATCH)
+        return stream.map(shape, batched=True, batch_size=_BATCH, features=features)
+    kind = [frame, arguments.line_by_line] + ["words"] * words
+    key = _key(fingerprint(documents), column, tokenizer_key(tokenizer), *kind)
     shaped_key = _key(key, length)
     path = cache_folder("sequences") / f"{shaped_key}.arrow"
     if path.exists():
@@ -115,11 +120,11 @@ def _sequences(
     # Two passes, so that packing does not depend on how many processes tokenised, and so that another length
     # need not tokenise again.
     tokenised = documents.map(
-        _Tokenise(tokenizer, column, arguments.line_by_line),
+        tokenise,
         batched=True,
         batch_size=_BATCH,
         remove_columns=documents.column_names,
-        features=_FEATURES,
+        features=features,
         num_proc=arguments.preprocessing_num_workers,
         new_fingerprint=key,
         desc="Tokenising",
@@ -127,10 +132,10 @@ def _sequences(
     return (
         tokenised.with_format("arrow")
         .map(
-            _Shape(frame, length, arguments.line_by_line),
+            shape,
             batched=True,
             batch_size=_BATCH,
-            features=_FEATURES,
+            features=features,
             cache_file_name=str(path),
             new_fingerprint=shaped_key,
             desc="Packing",
@@ -159,13 +164,15 @@ class _Tokenise:
     tokenizer: PreTrainedTokenizerBase
     column: str
     by_line: bool
+    words: bool = False
 
     def __call__(self, batch: dict[str, list[str | None]]) -> dict[str, list[list[int]]]:
         texts = [text for text in batch[self.column] if text and not text.isspace()]
         if self.by_line:
             texts = [line for text in texts for line in text.splitlines() if line and not line.isspace()]
         if not texts:
-            return {"input_ids": []}
+            names = ["input_ids", *(["word_starts"] if self.words else [])]
+            return {name: [] for name in names}
         encoded = self.tokenizer(
             texts,
             add_special_tokens=False,
@@ -175,7 +182,8 @@ class _Tokenise:
             return_token_type_ids=False,
             verbose=False,
         )
-        return {"input_ids": encoded["input_ids"]}
+        found = {"input_ids": encoded["input_ids"]}
+        return found | ({"word_starts": [word_starts(e.word_ids) for e in encoded.encodings]} if self.words else {})
 
 
 @dataclass(frozen=True)
@@ -185,25 +193,25 @@ class _Shape:
     frame: Frame
     length: int
     by_line: bool
+    words: bool = False
 
     def __call__(self, batch: Any) -> Any:
-        flat, lengths = _flat(batch["input_ids"])
-        if self.by_line:
-            ends = np.cumsum(lengths)
-            rows = [
-                truncate(flat[end - size : end].tolist(), self.length, self.frame)
-                for end, size in zip(ends, lengths, strict=True)
-                if size
-            ]
-            return {"input_ids": rows} if isinstance(batch, dict) else pa.table({"input_ids": pa.array(rows, _LIST)})
-        sequences = pack(flat, lengths, self.length, self.frame)
+        frames = {"input_ids": self.frame} | ({"word_starts": self.frame.word_starts} if self.words else {})
+        rows = {name: self._rows(*_flat(batch[name]), frame) for name, frame in frames.items()}
         if isinstance(batch, dict):
-            return {"input_ids": list(sequences)}
-        offsets = np.arange(len(sequences) + 1, dtype=np.int32) * self.length
-        return pa.table({"input_ids": pa.ListArray.from_arrays(offsets, sequences.reshape(-1))})
+            return rows
+        return pa.table({name: _list_array(values, _TYPES[name]) for name, values in rows.items()})
+
+    def _rows(self, flat: Ids, lengths: npt.NDArray[np.int64], frame: Frame) -> list[npt.NDArray[np.int32]]:
+        if not self.by_line:
+            return list(pack(flat, lengths, self.length, frame))
+        lines = np.split(flat, np.cumsum(lengths)[:-1]) if len(lengths) else []
+        return [np.array(truncate(line.tolist(), self.length, frame), np.int32) for line in lines if len(line)]
 
 
-_LIST = pa.list_(pa.int32())
+def _list_array(rows: list[npt.NDArray[np.int32]], kind: str) -> pa.ListArray:
+    offsets = np.cumsum([0, *map(len, rows)]).astype(np.int32)
+    return pa.ListArray.from_arrays(offsets, np.concatenate([*rows, np.empty(0, np.int32)]).astype(kind))
 
 
 def _flat(column: Any) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:

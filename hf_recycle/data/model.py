@@ -9,8 +9,6 @@ from huggingface_hub import HfApi
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -24,13 +22,13 @@ from hf_recycle.hub.checks.configuration import configuration_problem
 from hf_recycle.hub.fetch import check_small_files, fetch_file
 from hf_recycle.hub.retry import RetryPolicy, insist, say
 from hf_recycle.internals.of_transformers import has_class_for, note_commit
+from hf_recycle.mlm.tasks import TASKS
 from hf_recycle.utils.suggest import nearest
 
 logger = logging.get_logger(__name__)
 
 # What configurations call the number of feed-forward neurons of a layer.
 _WIDTHS = ("intermediate_size", "d_ff", "n_inner", "hidden_dim", "ffn_dim")
-_AUTO_CLASSES = {"mlm": AutoModelForMaskedLM, "clm": AutoModelForCausalLM}
 
 
 def load_model(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase, max_seq_length: int) -> PreTrainedModel:
@@ -51,10 +49,11 @@ def load_model(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase, ma
         _fit(config, changes, tokenizer, max_seq_length)
         scale_width(config, arguments.ff_factor)
     _check_fit(config, arguments, tokenizer, max_seq_length)
-    auto_class = _AUTO_CLASSES[arguments.task]
+    auto_class = TASKS[arguments.task].auto_class
     if not has_class_for(auto_class, config):
-        other = "clm" if arguments.task == "mlm" else "mlm"
-        raise UserError(f"a {config.model_type} model cannot be trained with task={arguments.task!r}; try task={other}")
+        others = [name for name, task in TASKS.items() if has_class_for(task.auto_class, config)]
+        hint = f"try task={others[0]}" if others else "name a language model"
+        raise UserError(f"a {config.model_type} model cannot be trained with task={arguments.task!r}; {hint}")
     try:
         if scratch:
             return auto_class.from_config(config)

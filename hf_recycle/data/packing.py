@@ -27,6 +27,11 @@ class Frame:
         return cls(None, None, tokenizer.eos_token_id)
 
     @property
+    def word_starts(self) -> "Frame":
+        """The frame of a sequence of marks, where each token of this one begins a word of its own."""
+        return Frame(*(None if token is None else 1 for token in (self.first, self.last, self.between)))
+
+    @property
     def size(self) -> int:
         """Tokens of the frame in one sequence."""
         return (self.first is not None) + (self.last is not None)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, Value, load_dataset
 
-from hf_recycle.data.arguments import DataArguments, text_builder
+from hf_recycle.data.arguments import DataArguments, is_tab_separated, text_builder
 from hf_recycle.data.corpus import builtin_corpus
 from hf_recycle.errors import UserError
 from hf_recycle.internals.of_datasets import with_features
@@ -81,15 +81,16 @@ def _hub_texts(
 
 
 def _file_texts(path: str, argument: str, streaming: bool) -> Dataset | IterableDataset:
-    file = str(Path(path).expanduser().resolve())
+    file, builder = str(Path(path).expanduser().resolve()), text_builder(path)
+    # "NA" and "null" are words of a text, not missing values.
+    options = {"sep": "\t" if is_tab_separated(path) else ",", "keep_default_na": False} if builder == "csv" else {}
     try:
-        return load_dataset(text_builder(path), data_files={"train": [file]}, split="train", streaming=streaming)
+        return load_dataset(builder, data_files={"train": [file]}, split="train", streaming=streaming, **options)
     except Exception as error:
         cause = error.__cause__ or error
         reason = (str(cause).strip().split("\n", 1)[0] or type(cause).__name__).rstrip(". ")
         raise UserError(
-            f"{argument}={path!r} could not be read as {text_builder(path)} ({reason}); "
-            "check that its content fits its extension"
+            f"{argument}={path!r} could not be read as {builder} ({reason}); check that its content fits its extension"
         ) from error
 
 

@@ -41,6 +41,11 @@ def check_engine(trainer: Trainer) -> None:
             "(fsdp_version: 2 in the accelerate configuration, or FSDP_VERSION=2)."
         )
     if trainer.is_deepspeed_enabled:
+        if trainer.args.optim == "muon":
+            raise UserError(
+                "optim=muon can't be used with DeepSpeed, which flattens the matrices whose steps Muon orthogonalises: "
+                "use DDP or FSDP2, or optim=adamw_torch"
+            )
         check_deepspeed(trainer.accelerator.state.deepspeed_plugin.deepspeed_config)
 
 

@@ -168,8 +168,8 @@ def _is_like_parameter(value: Any, parameter: Tensor) -> bool:
 
 
 def _reference(optimizer: Optimizer) -> dict[int, dict[str, Any]]:
-    """What the optimizer keeps of each parameter after a step, by the parameter's `id`; of optimizers that do not come
-    from PyTorch's or transformers', or whose steps take more than gradients, nothing is known."""
+    """What the optimizer keeps of each parameter after a step, by the parameter's `id`; of optimizers that come from
+    elsewhere (`_known_class`), or whose steps take more than gradients, nothing is known."""
     for device in ("meta", "cpu"):  # a few must look at numbers
         with contextlib.suppress(Exception):
             return _state_of_twin(optimizer, device)
@@ -197,8 +197,9 @@ def _state_of_twin(optimizer: Optimizer, device: str) -> dict[int, dict[str, Any
 
 
 def _known_class(optimizer: Optimizer) -> type[Optimizer] | None:
-    """The class of the optimizer, or the nearest one it comes from, that PyTorch or transformers defines."""
-    libraries = ("torch.optim", "transformers.")
+    """The class of the optimizer, or the nearest one it comes from, that PyTorch, transformers or this package
+    defines."""
+    libraries = ("torch.optim", "transformers.", "hf_recycle.")
     known = [cls for cls in type(optimizer).__mro__ if cls.__module__.startswith(libraries) and cls is not Optimizer]
     return known[0] if known else None
 

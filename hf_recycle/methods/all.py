@@ -1,24 +1,30 @@
 """When the methods act: one coordinator, the methods, and a `TrainerCallback` for each, for a stock `Trainer`."""
 
 from hf_recycle.methods.coordinator import NeuronCallback, NeuronMethods
+from hf_recycle.methods.l2_init import L2InitCallback
 from hf_recycle.methods.magnitudes import MagnitudeCallback
 from hf_recycle.methods.midpoint import MidpointLossCallback
 from hf_recycle.methods.overtraining.callback import OvertrainingCallback
 from hf_recycle.methods.pruning import PruningCallback
 from hf_recycle.methods.recycling.callback import RecyclingCallback
+from hf_recycle.methods.shrink_perturb import ShrinkPerturbCallback
 
 __all__ = [
     "CALLBACKS",
+    "L2InitCallback",
     "MagnitudeCallback",
     "MidpointLossCallback",
     "NeuronMethods",
     "OvertrainingCallback",
     "PruningCallback",
     "RecyclingCallback",
+    "ShrinkPerturbCallback",
 ]
 
 CALLBACKS: tuple[type[NeuronCallback], ...] = (
+    L2InitCallback,
     MidpointLossCallback,
+    ShrinkPerturbCallback,
     PruningCallback,
     RecyclingCallback,
     OvertrainingCallback,

@@ -22,6 +22,13 @@ class OwnArguments(_OfMethods):
         default=True,
         metadata={"help": "Compute the head of a masked language model on masked positions only: same loss, faster."},
     )
+    chunked_head: bool = field(
+        default=True,
+        metadata={
+            "help": "Compute the head of a causal language model in chunks of tokens: the same loss, and memory for "
+            "the logits of one chunk."
+        },
+    )
     recompute_activations: bool = field(
         default=True,
         metadata={
@@ -42,7 +49,7 @@ class OwnArguments(_OfMethods):
         default=None,
         metadata={
             "help": "Masks as a pure function of (seed, pass over the data, sample), so that a resumed run sees the "
-            "masks of an uninterrupted one. None: yes, unless every method and masked_head are off; then the collator "
+            "masks of an uninterrupted one. None: yes, unless every method and our head are off; then the collator "
             "is left as it is, and training is that of the stock Trainer."
         },
     )
@@ -78,4 +85,12 @@ class OwnArguments(_OfMethods):
     hub_tag_steps: bool = field(
         default=False,
         metadata={"help": "Tag the commit of each published checkpoint as step-N. With push_to_hub."},
+    )
+    hub_license: str | None = field(
+        default=None,
+        metadata={"help": "License of the model, for its card, as the Hub names it: apache-2.0, mit, cc-by-4.0, ..."},
+    )
+    hub_language: list[str] | None = field(
+        default=None,
+        metadata={"help": "Languages of the training data, for the model's card, by their ISO 639 codes: en, de, ..."},
     )

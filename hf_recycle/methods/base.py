@@ -27,13 +27,15 @@ class Run:
         optimizer: wrapped or not.
         args: the Trainer's arguments.
         step, max_steps: where the training starts and ends, in steps of the Trainer.
+        checkpoint: the folder it goes on from; None: it begins, or a stock Trainer goes on and does not tell.
         table: the model's neurons.
         recorder: where methods note what they do.
         watch: which steps the optimizer takes.
         train_dataloader: the Trainer's.
         loss_of: the loss of a batch, to be averaged over processes; None: the one that the model returns.
         attached: within this context, the backward pass of `loss_of` may compute parts of the forward pass again.
-        extra_batches: extra batches of the training data, by their seed; None: over the data of the loader.
+        extra_batches: extra batches of the training data, by their seed and the argument that asks for them; None: over
+            the data of the loader.
     """
 
     model: nn.Module
@@ -41,13 +43,14 @@ class Run:
     args: TrainingArguments
     step: int
     max_steps: int
+    checkpoint: str | None
     table: NeuronTable
     recorder: HistoryRecorder
     watch: StepWatch
     train_dataloader: Any
     loss_of: LossOf | None
     attached: Callable[[], AbstractContextManager]
-    extra_batches: Callable[[int], ExtraBatches] | None
+    extra_batches: Callable[[int, str], ExtraBatches] | None
 
     def is_trained(self, block: FeedForward) -> bool:
         """Whether the optimizer changes a block's weights now: they may be frozen, also for a while only."""

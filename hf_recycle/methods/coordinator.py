@@ -39,6 +39,7 @@ class NeuronMethods(TrainerCallback):
         methods: those that are on, in their order.
         recorder: what happened. It is saved by a `RecyclingTrainer` only.
         table: the neurons of the model being trained, from `on_train_begin` on.
+        checkpoint: the folder that a `RecyclingTrainer` resumes from, or None.
         began_with: settings of a run that is resumed, resolved for the training as it was when it began, by prefix.
     """
 
@@ -49,13 +50,14 @@ class NeuronMethods(TrainerCallback):
         ff_blocks: str | None = None,
         loss_of: LossOf | None = None,
         attached: Callable[[], AbstractContextManager] = nullcontext,
-        extra_batches: Callable[[int], ExtraBatches] | None = None,
+        extra_batches: Callable[[int, str], ExtraBatches] | None = None,
     ):
         self.ff_pattern, self.ff_blocks = ff_pattern, ff_blocks
         self.methods: list[Method] = []
         self.recorder = HistoryRecorder()
         self.table: NeuronTable | None = None
         self.began_with: dict[str, Settings] = {}
+        self.checkpoint: str | None = None
         self._loss_of, self._attached, self._extra_batches = loss_of, attached, extra_batches
         self._fronts: list[NeuronCallback] = []
         self._watch: StepWatch | None = None
@@ -117,6 +119,7 @@ class NeuronMethods(TrainerCallback):
             args=args,
             step=state.global_step,
             max_steps=state.max_steps,
+            checkpoint=self.checkpoint,
             table=self.table,
             recorder=self.recorder,
             watch=self._watch,

@@ -17,7 +17,10 @@ from transformers.utils import logging
 from hf_recycle.engines.replica_checksum import compare_replicas
 from hf_recycle.methods.base import Method, Run, StepInfo
 from hf_recycle.methods.coordinator import NeuronCallback
+from hf_recycle.methods.folding import FOLDED, check_can_fold, fold
+from hf_recycle.methods.probe import Gather, Probe, Statistics
 from hf_recycle.methods.recycling.selection import CRITERIA, Signals, select
+from hf_recycle.methods.registry import FOLDS, needs_of
 from hf_recycle.methods.schedule import resolved
 from hf_recycle.methods.settings import PruningSettings
 from hf_recycle.neurons.optimizer_state import check_optimizer
@@ -72,6 +75,7 @@ class PruningRecord:
         eligible: neurons not pruned before.
         pruned: indices of the neurons pruned now, ascending.
         note: why fewer were pruned than requested, or empty.
+        edits: what else was changed, or empty.
     """
 
     step: int
@@ -80,6 +84,16 @@ class PruningRecord:
     eligible: int
     pruned: list[int]
     note: str = ""
+    edits: str = ""
+
+
+def needs_of_settings(settings: PruningSettings) -> dict[str, str]:
+    """The statistics that prunings look at, each with the argument that asks for it."""
+    asked = {
+        "prune_fold": (settings.fold, FOLDS[settings.fold]),
+        "prune_selection": (settings.selection, needs_of(CRITERIA[settings.selection])),
+    }
+    return {name: f"{field}={value!r}" for field, (value, names) in asked.items() for name in sorted(names)}
 
 
 @torch.no_grad()
@@ -89,20 +103,28 @@ def prune(
     schedule: PruningSchedule,
     step: int,
     frozen: Collection[int] = (),
+    gather: Gather | None = None,
 ) -> list[PruningRecord]:
     """Prunes each layer to the share that is due right after optimizer step `step`.
 
-    A pruned neuron's weights and biases are zero; `hold_at_zero` keeps them so. One fading in leaves it.
-    A layer that is frozen, or has magnitudes that are not finite, waits for the next pruning.
+    A pruned neuron's weights and biases are zero; `hold_at_zero` keeps them so. One fading in leaves it, and is not
+    folded. A layer that is frozen, or has magnitudes or statistics that are not finite, waits for the next pruning.
 
     Args:
         settings: validated settings, with a seed.
         frozen: indices of the blocks that are not trained now.
+        gather: gives the statistics of blocks, see `Probe.gather`; for settings that need some. "cross_moment" is that
+            of a layer whose predecessors have been pruned.
 
     Returns:
         One record for each block.
     """
     records, chosen = [], []
+    names, trained = needs_of_settings(settings), [i for i in range(len(table.blocks)) if i not in frozen]
+    known: dict[int, Statistics] = {}
+    if names and trained:
+        assert gather is not None, f"{', '.join(names)} can't be known without a probe"
+        known = dict(zip(trained, gather(trained, names, step), strict=True))
     # Of what the model computes with, also for neurons that fade in, which pruning may take.
     magnitudes = table.magnitudes()
     for block_index, (block, state) in enumerate(zip(table.blocks, table.states, strict=True)):
@@ -112,19 +134,24 @@ def prune(
         reason = "its weights are frozen" if block_index in frozen else ""
         if not reason and not magnitudes[block.name].isfinite().all():
             reason = "some magnitudes are not finite"
+        statistics = known.get(block_index, {})
+        if not reason and not all(value.isfinite().all() for value in statistics.values()):
+            reason = "some statistics of the extra batches are not finite"
         if reason:
             records.append(replace(record, note=f"put off: {reason}"))
             continue
-        signals = Signals(
-            magnitudes[block.name], partial(generator_for, resolved(settings.seed), step, block_index, "prune")
-        )
+        generator = partial(generator_for, resolved(settings.seed), step, block_index, "prune")
+        signals = Signals(magnitudes[block.name], generator, block.out_columns, statistics, eligible, requested)
         index = select(CRITERIA[settings.selection](signals), eligible, requested)
         state.pruned[index] = True
+        settled = ~state.fading_in()
+        kept = (settled & ~state.pruned).nonzero().flatten()
+        chosen += fold(settings.fold, block, statistics, index[settled[index]], kept)
         if state.fade_in is not None:
             state.fade_in = state.fade_in.only(block, ~state.pruned[state.fade_in.index])
         block.zero_(index)
         chosen.append(index)
-        records.append(replace(record, pruned=index.tolist()))
+        records.append(replace(record, pruned=index.tolist(), edits=FOLDED[settings.fold] if len(index) else ""))
     compare_replicas(chosen, f"the neurons pruned at step {step}", table.blocks[0].out_slice.device)
     return records
 
@@ -148,6 +175,9 @@ class Pruning(Method[PruningSettings]):
     def start(self, run: Run, settings: PruningSettings) -> None:
         super().start(run, settings)
         check_optimizer(run.optimizer, "prune_fraction", settings.fraction)
+        check_can_fold(settings.fold, run.table.blocks, "prune_fold")
+        wanted = needs_of_settings(settings)
+        self.probe = Probe(run, resolved(settings.seed), settings.probe_batches, wanted, "pruning") if wanted else None
         self.schedule = make_schedule(settings, run.max_steps)
         if self.schedule.is_due(0) and run.step == 0:
             self._prune(0, 0)
@@ -165,7 +195,8 @@ class Pruning(Method[PruningSettings]):
 
     def _prune(self, step: int, progress: int) -> None:
         """Prunes, after the Trainer's step `step`, to the share of optimizer step `progress`."""
-        records = prune(self.table, self.settings, self.schedule, progress, frozen=self.run.frozen())
+        gather = None if self.probe is None else self.probe.gather
+        records = prune(self.table, self.settings, self.schedule, progress, frozen=self.run.frozen(), gather=gather)
         for record in records:
             if record.requested or record.note:
                 self.run.recorder.pruning(**vars(record) | {"step": step})

@@ -10,15 +10,21 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from hf_recycle.methods.registry import CRITERIA, REINITIALIZATIONS
+from hf_recycle.methods.registry import CRITERIA, FOLDS, REINITIALIZATIONS
 from hf_recycle.methods.schedule import FRACTION_SCHEDULES, resolve_steps
 
 Check = Callable[[Any], str | None]
+
+FOLD_HELP = (
+    "nothing (none); the out-projection's bias, its mean (mean); the other neurons, as well as they can (least_squares)"
+)
 
 MOST = 2**53
 """The largest whole number of a setting: those above are no longer exact where JSON, YAML or a float come between."""
 LARGEST = float(np.finfo(np.float32).max)
 _SEEDS = 2**64
+PARTS = ("ff", "attention", "embeddings")
+"""Of a model, for `l2_init_parts`."""
 
 
 def setting(default: Any, help: str, check: Check) -> Any:
@@ -57,6 +63,14 @@ def _whole(value: Any, largest: int = MOST) -> str | None:
     return None if fine else f"an integer >= 0, up to {largest}"
 
 
+def _threshold(value: Any) -> str | None:
+    return None if value is None or _is_number(value) else "a number"
+
+
+def _batches(value: Any) -> str | None:
+    return None if value and _whole(value) is None else f"an integer from 1, up to {MOST}"
+
+
 def _flag(value: Any) -> str | None:
     return None if isinstance(value, bool) else "true or false"
 
@@ -64,6 +78,15 @@ def _flag(value: Any) -> str | None:
 def _layers(value: Any) -> str | None:
     fine = value is None or (isinstance(value, list | tuple) and value and all(_whole(v) is None for v in value))
     return None if fine else "a list of block indices"
+
+
+def _parts(value: Any) -> str | None:
+    fine = isinstance(value, list | tuple) and value and set(value) <= {*PARTS, "all"}
+    return None if fine else f"all, or a list of some of {', '.join(PARTS)}"
+
+
+def _kept(value: Any) -> str | None:
+    return None if _is_number(value) and 0 <= value < 1 else "a number in [0, 1)"
 
 
 def _seed(value: Any) -> str | None:
@@ -133,6 +156,11 @@ class RecyclingSettings(Settings):
         "constant", "The share over time: constant, or a decay to 0 at the end.", OneOf(FRACTION_SCHEDULES)
     )
     selection: str = setting("low_magnitude", f"Selection criterion. {CRITERIA.describe()}.", OneOf(CRITERIA))
+    threshold: float | None = setting(
+        None,
+        "Recycle only neurons whose score is at most this; the fraction caps them. None: no threshold.",
+        _threshold,
+    )
     scope: str = setting("layer", "Select in each layer, or over all layers together.", OneOf(("layer", "global")))
     reinit: str = setting(
         "initial",
@@ -145,6 +173,13 @@ class RecyclingSettings(Settings):
         _not_negative,
     )
     immunity: int = setting(0, "Phases for which a recycled neuron can't be selected again.", _whole)
+    maturity: float = setting(
+        0, "Steps for which a recycled neuron can't be selected again, beside the phases of immunity.", _steps
+    )
+    fold: str = setting("none", f"What recycled neurons did goes to: {FOLD_HELP}.", OneOf(FOLDS))
+    probe_batches: int = setting(
+        8, "Extra batches that criteria, folds and births which need data look at in each phase.", _batches
+    )
     smooth_steps: float = setting(0, "Optimizer steps over which new weights fade in. 0: at once.", _steps)
     optimizer_state: str = setting(
         "reset",
@@ -162,6 +197,17 @@ class RecyclingSettings(Settings):
     def validate(self, prefix: str = "") -> None:
         super().validate(prefix)
         _check_order(prefix, self.start, self.end, "recycling would never happen")
+        if self.fold != "none" and self.smooth_steps:
+            raise ValueError(
+                f"{prefix}fold={self.fold!r} can't be used with {prefix}smooth_steps={self.smooth_steps:g}: what fades "
+                "out goes on doing what it did meanwhile, so that nothing is to be folded; leave one of them out."
+            )
+        if self.reinit == "split" and (self.fraction > 0.5 or self.scope == "global"):
+            name, value = ("fraction", self.fraction) if self.fraction > 0.5 else ("scope", self.scope)
+            raise ValueError(
+                f"{prefix}reinit='split' can't be used with {prefix}{name}={value!r}: each newborn needs a neuron of "
+                f"its own layer to share with; use at most {prefix}fraction=0.5 of each layer."
+            )
 
     def resolve(self, max_steps: int, seed: int) -> Self:
         resolved = super().resolve(max_steps, seed)
@@ -213,6 +259,10 @@ class PruningSettings(Settings):
     steps: float = setting(100, "Steps between prunings.", _some_steps)
     schedule: str = setting("linear", "Growth of the share: linear, or cubic (fast first).", OneOf(("linear", "cubic")))
     selection: str = setting("low_magnitude", f"Selection criterion. {CRITERIA.describe()}.", OneOf(CRITERIA))
+    fold: str = setting("none", f"What pruned neurons did goes to: {FOLD_HELP}.", OneOf(FOLDS))
+    probe_batches: int = setting(
+        8, "Extra batches that criteria and folds which need data look at in each pruning.", _batches
+    )
     seed: int | None = setting(None, "Seed of the method's own random generators. None: the training seed.", _seed)
 
     @property
@@ -279,11 +329,42 @@ class MagnitudeSettings(Settings):
         return bool(self.steps)
 
 
+@dataclass
+class L2InitSettings(Settings):
+    """L2 to the initial weights: a decay towards the weights that training began with."""
+
+    prefix: ClassVar[str] = "l2_init_"
+
+    weight: float = setting(0.0, "Strength of the decay towards the initial weights. 0: off.", _not_negative)
+    parts: list[str] = setting(["all"], f"What decays: all, or some of {', '.join(PARTS)}.", _parts)
+
+    @property
+    def enabled(self) -> bool:
+        return self.weight > 0
+
+
+@dataclass
+class ShrinkPerturbSettings(Settings):
+    """Shrink and perturb: every so often all weights are mixed with fresh ones."""
+
+    prefix: ClassVar[str] = "shrink_perturb_"
+
+    steps: float | None = setting(None, "Mix in fresh weights every so many steps. None or 0: never.", _steps)
+    keep: float = setting(0.9, "Share of the old weights in the mixture.", _kept)
+    seed: int | None = setting(None, "Seed of the fresh weights. None: the training seed.", _seed)
+
+    @property
+    def enabled(self) -> bool:
+        return bool(self.steps)
+
+
 METHODS: tuple[type[Settings], ...] = (
     RecyclingSettings,
     MidpointSettings,
     PruningSettings,
     OvertrainingSettings,
+    L2InitSettings,
+    ShrinkPerturbSettings,
     MagnitudeSettings,
 )
 

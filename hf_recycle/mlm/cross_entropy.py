@@ -10,7 +10,7 @@ from hf_recycle.mlm.loss import IGNORED
 
 
 def compact_loss(logits: Tensor, labels: Tensor, num_items: Tensor | float) -> Tensor:
-    """`masked_lm_loss` of the logits `(n, vocabulary)` of masked tokens alone, see `summed_cross_entropy`."""
+    """`lm_loss` of the logits `(n, vocabulary)` of masked tokens alone, see `summed_cross_entropy`."""
     return summed_cross_entropy(logits, labels) / (num_items + (num_items == 0))
 
 

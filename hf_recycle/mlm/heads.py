@@ -22,6 +22,7 @@ from hf_recycle.utils.hooks import PassingHook, registered
 HEADS: dict[str, str] = {
     "albert": "predictions",
     "bert": "cls",
+    "big_bird": "cls",
     "camembert": "lm_head",
     "convbert": "generator_predictions",
     "data2vec-text": "lm_head",
@@ -31,20 +32,41 @@ HEADS: dict[str, str] = {
     "electra": "generator_predictions",
     "ernie": "cls",
     "esm": "lm_head",
+    "esmc": "lm_head",
+    "eurobert": "lm_head",
+    "flaubert": "pred_layer",
+    "fnet": "cls",
+    "gte": "lm_head",
+    "ibert": "lm_head",
+    "jina_embeddings_v3": "lm_head",
+    "layoutlm": "cls",
+    "longformer": "lm_head",
     "megatron-bert": "cls",
+    "mobilebert": "cls",
     "modernbert": "head",
     "mpnet": "lm_head",
     "nomic_bert": "cls",
+    "nystromformer": "cls",
     "rembert": "cls",
     "roberta": "lm_head",
     "roberta-prelayernorm": "lm_head",
+    "roc_bert": "cls",
     "roformer": "cls",
+    "squeezebert": "cls",
+    "tapas": "cls",
+    "xlm": "pred_layer",
     "xlm-roberta": "lm_head",
     "xlm-roberta-xl": "lm_head",
+    "xmod": "lm_head",
+    "yoso": "cls",
 }
 """`config.model_type` to the dotted path of the first module of the head. From that module to the logits the
 forward must be position-wise and call the module with the hidden states as first positional argument; so must
 what lies between the last feed-forward block and it."""
+
+_PAD_INSIDE = {"big_bird", "longformer"}
+"""Families whose layers see longer sequences than their head, padded to whole blocks or windows of attention: positions
+of the one are none of the other."""
 
 
 class _KeepPositions:
@@ -123,7 +145,8 @@ def find_masked_head(model: nn.Module) -> MaskedHead | None:
     """A `MaskedHead` on the (unwrapped) masked language model, or None where its head is not known to be
     position-wise: a family that is not in `HEADS`, another kind of model, a class with a forward of its own, or a head
     with a module of the user's in it."""
-    path = HEADS.get(getattr(getattr(model, "config", None), "model_type", None) or "")
+    kind = getattr(getattr(model, "config", None), "model_type", None) or ""
+    path = HEADS.get(kind)
     if path is None or not has_known_forward(model):
         return None
     try:
@@ -132,4 +155,5 @@ def find_masked_head(model: nn.Module) -> MaskedHead | None:
         return None
     if not all(map(comes_with_a_library, first.modules())):
         return None
-    return MaskedHead(first, find_last_feed_forward(model))
+    alike = kind not in _PAD_INSIDE
+    return MaskedHead(first, find_last_feed_forward(model) if alike else None)

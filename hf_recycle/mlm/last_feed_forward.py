@@ -66,8 +66,10 @@ class _Places:
 
 
 def _is_watched(model: nn.Module) -> bool:
-    """Whether the model has hooks that are of none of the libraries that train it."""
-    return not all(map(is_hook_of_a_library, all_hooks(model.modules())))
+    """Whether the model has hooks that look at the block's positions: of none of the libraries that train it, or ours
+    that say so."""
+    hooks = all_hooks(model.modules())
+    return any(getattr(hook, "sees_all_positions", False) or not is_hook_of_a_library(hook) for hook in hooks)
 
 
 def _in_backward() -> bool:

@@ -14,7 +14,7 @@ IGNORED = -100
 """The label of a token that is not predicted."""
 
 
-def masked_positions(labels: torch.Tensor) -> torch.Tensor:
+def target_positions(labels: torch.Tensor) -> torch.Tensor:
     """Indices of the tokens to predict in the flattened `labels`: int64 `(n,)`, ascending, on the same
     device."""
     return (labels.reshape(-1) != IGNORED).nonzero().squeeze(-1)
@@ -28,7 +28,7 @@ def padded_positions(labels: torch.Tensor, size: int) -> tuple[torch.Tensor, tor
         size: at least the number of masked tokens.
 
     Returns:
-        `(positions, targets)`, both int64 `(size,)`: the positions as in `masked_positions`, then 0; their labels, then
+        `(positions, targets)`, both int64 `(size,)`: the positions as in `target_positions`, then 0; their labels, then
         -100, so that the padding adds exactly nothing to a loss and its gradients.
 
     Raises:
@@ -55,7 +55,7 @@ def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none")
 
 
-def masked_lm_loss(logits: torch.Tensor, labels: torch.Tensor, num_items: torch.Tensor | float) -> torch.Tensor:
+def lm_loss(logits: torch.Tensor, labels: torch.Tensor, num_items: torch.Tensor | float) -> torch.Tensor:
     """Summed cross entropy over the masked tokens, divided by `num_items`: a float32 scalar.
 
     Args:

@@ -1,23 +1,25 @@
-"""Which models compute plain masked cross entropy for certain, so that an equal loss may take its place.
+"""Which models compute plain masked or causal cross entropy for certain, so that an equal loss may take its place.
 
-Plain: the mean, over the labels that are not -100, of the cross entropy of the logits that the model returns. Only
-classes of transformers are known to do so, and only in the forward that they came with.
+Plain: the mean, over the labels that are not -100, of the cross entropy of the logits that the model returns; a causal
+model's labels are first moved by one. Only classes of transformers are known to do so, and only in the forward that
+they came with.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import cast
+from typing import Literal, cast
 
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.loss.loss_utils import ForMaskedLMLoss
+from transformers.loss.loss_utils import ForCausalLMLoss, ForMaskedLMLoss
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import is_peft_available
 
 from hf_recycle.internals.of_accelerate import has_forward_of_accelerate
 from hf_recycle.internals.of_torch import forward_hooks
+from hf_recycle.mlm.causal_classes import CHANGED_LOGITS, LOGITS_OF_THE_HEAD
 from hf_recycle.utils.forwards import Forward
 
 _FAMILIES = """
@@ -25,7 +27,9 @@ Albert Bert BigBird Camembert ConvBert Data2VecText Deberta DebertaV2 DistilBert
 JinaEmbeddingsV3 LayoutLM Longformer MPNet MegatronBert MobileBert Mra NomicBert Nystromformer Reformer RemBert RoCBert
 RoFormer Roberta RobertaPreLayerNorm SqueezeBert Tapas XLMRoberta XLMRobertaXL Xmod Yoso
 """
-IN_FORWARD = frozenset(f"{family}ForMaskedLM" for family in _FAMILIES.split())
+IN_FORWARD = frozenset(
+    {*(f"{family}ForMaskedLM" for family in _FAMILIES.split()), "FlaubertWithLMHeadModel", "XLMWithLMHeadModel"}
+)
 """Classes whose forward has the loss in it. It takes `**kwargs`, but makes nothing of `num_items_in_batch`."""
 
 BY_LOSS_FUNCTION = frozenset({"EsmcForMaskedLM", "EuroBertForMaskedLM", "ModernBertForMaskedLM"})
@@ -58,16 +62,31 @@ def core_model(model: nn.Module) -> nn.Module:
     return model if model.active_peft_config.is_prompt_learning else cast(nn.Module, model.base_model.model)
 
 
-def has_plain_loss(model: nn.Module) -> bool:
-    """Whether the loss that the (unwrapped) `model` returns is plain masked cross entropy for certain."""
+def plain_loss_of(model: nn.Module) -> Literal["mlm", "clm"] | None:
+    """The task whose plain cross entropy the (unwrapped) `model` returns for certain as its loss, or None."""
     core = core_model(model)
-    if not (_is_untouched(model) and _is_untouched(core)):
-        return False
+    if not (is_untouched(model) and is_untouched(core)):
+        return None
     name = _forward_of(core)
     if name in BY_LOSS_FUNCTION:
         # With ModernBERT's `sparse_prediction` the logits are of some positions only.
-        return core.loss_function is ForMaskedLMLoss and not getattr(core.config, "sparse_prediction", False)
-    return name in IN_FORWARD and _is_plain(getattr(core, "mlm_loss_fct", None))  # DistilBERT's, an attribute
+        plain = core.loss_function is ForMaskedLMLoss and not getattr(core.config, "sparse_prediction", False)
+        return "mlm" if plain else None
+    if name in LOGITS_OF_THE_HEAD | CHANGED_LOGITS:
+        # Mixtures of experts add the loss of their router then.
+        plain = core.loss_function is ForCausalLMLoss and not getattr(core.config, "output_router_logits", False)
+        return "clm" if plain else None
+    if name not in IN_FORWARD:
+        return None
+    # DistilBERT's criterion is an attribute; XLM may have an adaptive softmax.
+    plain = _is_plain(getattr(core, "mlm_loss_fct", None)) and not getattr(core.config, "asm", False)
+    return "mlm" if plain else None
+
+
+def feeds_its_head_to_the_loss(model: nn.Module) -> bool:
+    """Whether the logits of the (unwrapped) causal language model are what its output layer gives, nothing done to
+    them: no soft cap, no scale."""
+    return plain_loss_of(model) == "clm" and _forward_of(core_model(model)) in LOGITS_OF_THE_HEAD
 
 
 def ignores_item_count(model: nn.Module) -> bool:
@@ -77,7 +96,7 @@ def ignores_item_count(model: nn.Module) -> bool:
     So do the classes `WITH_ANOTHER_LOSS`, and a module of the user's around one of them or of `IN_FORWARD` that does
     not name `num_items_in_batch`."""
     if isinstance(model, PreTrainedModel):
-        return _is_untouched(model) and _forward_of(model) in WITH_ANOTHER_LOSS
+        return is_untouched(model) and _forward_of(model) in WITH_ANOTHER_LOSS
     if hasattr(model, "accepts_loss_kwargs") or "num_items_in_batch" in inspect.signature(model.forward).parameters:
         return False
     return any(_forward_of(module) in IN_FORWARD | WITH_ANOTHER_LOSS for module in model.modules())
@@ -129,7 +148,7 @@ def _class_forward_is_used(module: nn.Module) -> bool:
     return own is None or has_forward_of_accelerate(module)
 
 
-def _is_untouched(model: nn.Module) -> bool:
+def is_untouched(model: nn.Module) -> bool:
     """Whether nothing of the user's comes before or after the forward of `model`."""
     return type(model).__call__ is nn.Module.__call__ and all(map(is_hook_of_a_library, forward_hooks(model)))
 

@@ -24,22 +24,20 @@ class FeedForward:
     """One feed-forward block.
 
     Attributes:
-        name: dotted path, in the unwrapped model, of the smallest module that holds both projections; for an expert
-            whose weights lie in parameters of all experts, that module's path and the expert's number.
+        name: dotted path, in the unwrapped model, of the smallest module that holds both projections (its holder);
+            for an expert whose weights lie in parameters of all experts, that and the expert's number; for the second
+            block of one holder, the path of its in-projection.
         num_neurons: `d_ff`.
         gated: whether a neuron has a gate row and an up row.
         slices: what a neuron is made of, in-projection first, out-projection last.
+        holder: path of the smallest module that holds both projections.
     """
 
     name: str
     num_neurons: int
     gated: bool
     slices: tuple[NeuronSlice, ...]
-
-    @property
-    def holder(self) -> str:
-        """Dotted path of the smallest module that holds both projections."""
-        return self.name if self.slices[-1].expert is None else self.name.rpartition(".")[0]
+    holder: str
 
     @cached_property
     def in_slices(self) -> tuple[NeuronSlice, ...]:
@@ -50,6 +48,14 @@ class FeedForward:
     def out_slice(self) -> NeuronSlice:
         """The columns of the out-projection."""
         return self.slices[-1]
+
+    @property
+    def out_bias(self) -> NeuronSlice | None:
+        """The out-projection's bias, which belongs to no neuron, as a slice of `d_model` lines; None without one."""
+        module, expert = self.out_slice.module, self.out_slice.expert
+        if expert is not None or getattr(module, "bias", None) is None:
+            return None
+        return NeuronSlice("out.bias", module, "bias", dim=0, offset=0, length=self.out_slice.width)
 
     @cached_property
     def weight_slices(self) -> tuple[NeuronSlice, ...]:
@@ -77,6 +83,10 @@ class FeedForward:
         Source: *Neuron Recycling*, section "Magnitude".
         """
         return magnitudes_of([self])[0]
+
+    def out_columns(self) -> Tensor:
+        """A copy of the out-projection, a row for each neuron: `(d_ff, d_model)`."""
+        return self.out_slice.storage.read_full(self.out_slice, torch.arange(self.num_neurons))
 
     def read(self, index: Tensor) -> dict[str, Tensor]:
         """Copies of the weights of neurons `index` `(n,)`: `{role: (n, width)}`, biases `(n,)`."""

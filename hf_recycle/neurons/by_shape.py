@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator
 from torch import nn
 
 from hf_recycle.neurons.families import Layout
-from hf_recycle.neurons.layers import Layers
+from hf_recycle.neurons.layers import Layers, lies_beside
 from hf_recycle.neurons.linear import in_features, is_linear, out_features
 
 
@@ -77,6 +77,7 @@ def _linears_by_layer(layers: Layers) -> dict[str, list[str]]:
             and is_linear(module)
             and not isinstance(module, nn.Conv1d | nn.Conv2d)
             and not layers.mixes_tokens(path)
+            and not lies_beside(path)
         ):
             linears.setdefault(layers.layer_of(path), []).append(path)
     return linears

@@ -53,7 +53,8 @@ def experts_of(path: str, holder: nn.Module, layout: Layout) -> list[FeedForward
             if bias is not None:
                 slices.append(NeuronSlice(f"{role}.bias", module, bias, 0, offset, d_ff, stride, expert))
         slices.append(NeuronSlice("out", *out, 1 - neurons_first, 0, d_ff, 1, expert))
-        blocks.append(FeedForward(f"{path}.{expert}" if path else str(expert), d_ff, layout.gated, tuple(slices)))
+        name = f"{path}.{expert}" if path else str(expert)
+        blocks.append(FeedForward(name, d_ff, layout.gated, tuple(slices), path))
     return blocks
 
 

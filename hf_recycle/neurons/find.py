@@ -1,7 +1,7 @@
 """Finds the feed-forward blocks of a model, and what looks like one and is none that is known."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -9,7 +9,7 @@ from hf_recycle.neurons.blocks import FeedForward, NeuronSlice
 from hf_recycle.neurons.by_shape import candidates, match_by_shape
 from hf_recycle.neurons.experts import experts_of, find_experts
 from hf_recycle.neurons.families import FAMILIES, Layout, known_layouts, parse_layout
-from hf_recycle.neurons.layers import Layers, common_parent
+from hf_recycle.neurons.layers import Layers, common_parent, lies_beside
 from hf_recycle.neurons.left_out import LeftOut, left_out, summary, token_mixers
 from hf_recycle.neurons.linear import in_features, is_linear, out_dim, out_features
 from hf_recycle.neurons.towers import of_tower
@@ -92,7 +92,17 @@ def _search(model: nn.Module, layers: Layers) -> list[FeedForward]:
     for layout, path in match_by_shape(layers, found):
         blocks += _build(layers, path, layout)
     order = {path: position for position, path in enumerate(layers.modules)}
-    return sorted(_distinct(blocks), key=lambda block: (order[block.holder], block.slices[-1].expert or 0))
+    blocks = sorted(_distinct(blocks), key=lambda block: (order[block.holder], block.slices[-1].expert or 0))
+    return list(_with_names_apart(layers, blocks))
+
+
+def _with_names_apart(layers: Layers, blocks: Iterable[FeedForward]) -> Iterator[FeedForward]:
+    """The blocks; the second one of a module that holds several is named after its in-projection."""
+    names: set[str] = set()
+    paths = {id(module): path for path, module in layers.modules.items()}
+    for block in blocks:
+        yield replace(block, name=paths[id(block.slices[0].module)]) if block.name in names else block
+        names.add(block.name)
 
 
 def _by_layout(layers: Layers, layouts: Iterable[Layout], *, anywhere: bool) -> Iterator[FeedForward]:
@@ -104,7 +114,7 @@ def _by_layout(layers: Layers, layouts: Iterable[Layout], *, anywhere: bool) -> 
             if layout.out.partition(".")[0] not in children:
                 continue  # most are settled here
             for block in _build(layers, path, layout, whole=True):
-                if anywhere or layers.layer_of(block.name):
+                if (anywhere or layers.layer_of(block.name)) and not lies_beside(block.name):
                     yield block
 
 
@@ -139,7 +149,8 @@ def _build(layers: Layers, path: str, layout: Layout, *, whole: bool = False) ->
         if linear.bias is not None:
             slices.append(NeuronSlice(f"{role}.bias", linear, "bias", 0, offset, d_ff))
     slices.append(NeuronSlice("out", out, "weight", 1 - out_dim(out), 0, d_ff))
-    return [FeedForward(common_parent(paths), d_ff, layout.gated, tuple(slices))]
+    holder = common_parent(paths)
+    return [FeedForward(holder, d_ff, layout.gated, tuple(slices), holder)]
 
 
 def _linears(layers: Layers, path: str, layout: Layout) -> list[nn.Module] | None:

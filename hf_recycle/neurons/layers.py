@@ -11,6 +11,7 @@ from hf_recycle.neurons.linear import is_linear
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 _FEED_FORWARD = re.compile(r"mlp|ffn|feed_?forward|(^|_)ff($|_|\d)|experts?$|intermediate", re.IGNORECASE)
+_BESIDE = re.compile(r"(^|\.)\d+\..*(norm|router|adapter_module)")
 _MIXER = re.compile(r"attn|attention|mixer|mamba|ssm|rwkv|recurrent|(^|_)att($|_)|linear_?rnn|ssd", re.IGNORECASE)
 
 
@@ -79,6 +80,11 @@ class Layers:
             child = f"{path}.{name}" if path else name
             if child in self.modules:  # a shared module has one path only
                 yield child
+
+
+def lies_beside(path: str) -> bool:
+    """Whether a module lies in a norm, a router or an adapter of a layer, whose linear layers are no block of it."""
+    return _BESIDE.search(path) is not None
 
 
 @cache

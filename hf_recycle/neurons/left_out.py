@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from hf_recycle.neurons.blocks import FeedForward
-from hf_recycle.neurons.layers import Layers, role_of_name
+from hf_recycle.neurons.layers import Layers, lies_beside, role_of_name
 from hf_recycle.neurons.linear import is_linear
 from hf_recycle.neurons.slices import full_shape
 
@@ -63,7 +63,7 @@ def token_mixers(layers: Layers) -> list[str]:
 
 def _walk(layers: Layers, path: str, covered: set[str]) -> Iterator[str]:
     for child in layers.children(path):
-        if layers.is_mixer(child):
+        if layers.is_mixer(child) or lies_beside(child):
             continue
         # A list of bare MLPs is one of heads, not of layers.
         within = layers.layer_of(child) != child if layers else True

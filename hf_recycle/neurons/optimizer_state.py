@@ -4,7 +4,7 @@ One table says which entries of an optimizer's state are a first moment (a runni
 neuron) and which a second moment (a running mean of squared gradients). To support an optimizer, add its entries.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 import transformers
@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from hf_recycle.neurons.blocks import FeedForward, NeuronSlice
+from hf_recycle.neurons.quantized_state import dequantized, is_quantized
+from hf_recycle.neurons.storage.plain import whole
 from hf_recycle.neurons.storage.tiles import Tile
 
 FIRST, SECOND, SHARED = "first", "second", "shared"
@@ -37,10 +39,34 @@ _LAYOUTS: dict[type | str, dict[str, str]] = {
         "step": SHARED,
         "RMS": SHARED,
     },
-    # By name, because importing DeepSpeed takes seconds.
+    # By name, because they need not be installed, or importing them takes seconds.
+    "hf_recycle.trainer.muon.MuonWithAdamW": {**_ADAM, "momentum_buffer": FIRST},
     "deepspeed.ops.adam.fused_adam.FusedAdam": _ADAM,
     "deepspeed.ops.adam.cpu_adam.DeepSpeedCPUAdam": _ADAM,
+    "torchao.optim.adam.AdamW8bit": _ADAM,
+    "optimi.stableadamw.StableAdamW": {
+        **_ADAM,
+        "kahan_comp": FIRST,  # what rounding has lost of the old weights
+        "eps_sq": SHARED,
+        "mean_square": SHARED,
+    },
+    "lion_pytorch.lion_pytorch.Lion": {"exp_avg": FIRST},
+    "bitsandbytes.optim.adamw.AdamW": {"state1": FIRST, "state2": SECOND},
+    "bitsandbytes.optim.ademamix.AdEMAMix": {"state1": FIRST, "state2": SECOND},  # two first moments in one entry
+    "bitsandbytes.optim.lion.Lion": {"state1": FIRST},
+    "bitsandbytes.optim.rmsprop.RMSprop": {"state1": SECOND},
 }
+# Of 8-bit entries, beside the codes.
+_OF_QUANTIZATION = {"qmap1", "qmap2", "absmax1", "absmax2"}
+
+# Why optimizers can't be reset, by class or package. Looked up before the layouts: GaLore's come from others.
+_REFUSED = {
+    "torchao.optim.adam.AdamW4bit": "its 4-bit second moment has no zero, and 16 values for whatever lies in a block",
+    "galore_torch": "it keeps the moments of projected gradients, which may belong to no single neuron",
+    "apollo_torch": "it keeps the moments of projected gradients, which may belong to no single neuron",
+    "grokadamw": "it keeps its state outside of the optimizer's own, where no checkpoint has it either",
+}
+_NOT_SHARDED = ("torchao", "bitsandbytes")
 
 # LOMO, and what the Trainer shows in place of layer-wise optimizers (GaLore, APOLLO).
 _STEP_IN_BACKWARD = {"Lomo", "AdaLomo", "LayerWiseDummyOptimizer"}
@@ -54,14 +80,23 @@ def unwrap_optimizer(optimizer) -> torch.optim.Optimizer:
     return optimizer
 
 
-def check_can_reset(optimizer, mode: str) -> None:
+def check_can_reset(optimizer, mode: str, blocks: Iterable[FeedForward] = ()) -> None:
     """Refuses, before training, an optimizer whose state can't be reset.
 
+    Args:
+        blocks: those that may be reset.
+
     Raises:
-        ValueError: if `mode` is not "keep" and the optimizer's state is unknown.
+        ValueError: if `mode` is not "keep" and the optimizer's state is unknown, or known to be out of reach: by
+            itself, or where these blocks are sharded.
     """
-    if mode != "keep":
-        _layout_of(unwrap_optimizer(optimizer))
+    if mode == "keep":
+        return
+    optimizer = unwrap_optimizer(optimizer)
+    _layout_of(optimizer)
+    package = type(optimizer).__module__.partition(".")[0]
+    if package in _NOT_SHARDED and any(piece.storage.sharded for block in blocks for piece in block.slices):
+        raise ValueError(_refusal(optimizer, "its state can be reset on one process and under DDP only"))
 
 
 def check_state(optimizer, blocks: list[FeedForward], mode: str) -> None:
@@ -85,9 +120,11 @@ def check_state(optimizer, blocks: list[FeedForward], mode: str) -> None:
 def _check_entry(
     optimizer, layout: dict[str, str], piece: NeuronSlice, key: str, value: list[Tile] | Tensor | None
 ) -> None:
+    if key in _OF_QUANTIZATION:
+        return
     if key not in layout and (isinstance(value, list) or (isinstance(value, Tensor) and value.numel() > 1)):
         raise ValueError(_refusal(optimizer, f"its state {key!r} is unknown"))
-    if layout.get(key) in (FIRST, SECOND) and isinstance(value, Tensor):
+    if layout.get(key) in (FIRST, SECOND) and isinstance(value, Tensor) and not _is_laid_out(piece, value):
         raise ValueError(_refusal(optimizer, f"its state {key!r} is not laid out like the weights"))
     if layout.get(key) in (_ROWS, _COLUMNS) and piece.expert is None and piece.parameter.dim() > 2:
         raise ValueError(_refusal(optimizer, "it factors the state of a convolution by its kernel, not by channels"))
@@ -116,43 +153,91 @@ def check_optimizer(optimizer, field: str, value: float) -> None:
     raise ValueError(f"{field}={value} can't be used with {_name(optimizer)}: {why}; use optim='adamw_torch', say.")
 
 
+def _is_laid_out(piece: NeuronSlice, value: Tensor) -> bool:
+    """Whether an entry that is not one or more tiles is laid out like the parameter after all: quantised, or two in
+    one."""
+    return piece.parameter.shape in (value.shape, value.shape[1:]) and not piece.storage.sharded
+
+
 @torch.no_grad()
-def reset_state(optimizer, block: FeedForward, index: Tensor, mode: str) -> None:
+def reset_state(optimizer, block: FeedForward, index: Tensor, mode: str) -> int:
     """Resets the optimizer state of neurons `index` `(n,)` of a block, in place.
 
     Args:
         mode: "reset": first moment zero, second moment one scalar per matrix, the mean over the entries of the
             neurons that are not in `index`; "zero": both zero; "keep": nothing changes.
 
+    Returns:
+        How many numbers were reset, over all processes that share the block.
+
     The mean, because all of Adam's entries share one step count: its bias correction no longer makes up for a second
     moment that starts again from zero, and a reborn neuron would overshoot.
     """
     if mode == "keep" or not len(index):
-        return
+        return 0
     optimizer = unwrap_optimizer(optimizer)
     layout = _layout_of(optimizer)
+    count = 0
     for piece in block.slices:
+        state = optimizer.state.get(piece.parameter, {})
         for key, value in piece.storage.optimizer_state(optimizer, piece).items():
             _check_entry(optimizer, layout, piece, key, value)
             kind = layout.get(key)
-            tiles = _tiles(piece, kind, value)
-            if tiles is None:
-                continue
-            # With every neuron reborn there are no others to learn the scale of gradients from but the old ones.
-            mean = kind != FIRST and mode == "reset"
-            width = 1 if kind in (_ROWS, _COLUMNS) else piece.width
-            fresh = piece.storage.mean_of_others(piece, tiles, index, width) if mean else 0.0
-            piece.storage.fill(tiles, index, fresh)
+            if key in state and is_quantized(state, key):
+                with dequantized(state, key) as values:
+                    count += _reset(piece, kind, values, index, mode)
+            else:
+                count += _reset(piece, kind, value, index, mode)
+    if block.out_slice.storage.sharded:
+        total = torch.tensor(count, device=block.out_slice.device)
+        count = int(block.out_slice.storage.sum_over_processes(block.out_slice, total))
+    return count
 
 
-def _tiles(piece: NeuronSlice, kind: str | None, value: list[Tile] | Tensor | None) -> list[Tile] | None:
-    """The part of one state entry that belongs to the slice's neurons; None if it has none."""
+def _reset(piece: NeuronSlice, kind: str | None, value: list[Tile] | Tensor | None, index: Tensor, mode: str) -> int:
+    """Resets one entry of the state of a slice's parameter; how many numbers of it this process holds."""
+    count = 0
+    for tiles in _tiles(piece, kind, value):
+        # With every neuron reborn there are no others to learn the scale of gradients from but the old ones.
+        mean = kind != FIRST and mode == "reset"
+        width = 1 if kind in (_ROWS, _COLUMNS) else piece.width
+        piece.storage.fill(tiles, index, piece.storage.mean_of_others(piece, tiles, index, width) if mean else 0.0)
+        count += sum(len(tile.rows(index)[1]) * tile.values.shape[1] for tile in tiles)
+    return count
+
+
+def _tiles(piece: NeuronSlice, kind: str | None, value: list[Tile] | Tensor | None) -> list[list[Tile]]:
+    """The parts of one state entry that belong to the slice's neurons: usually one, or none."""
     if kind in (_ROWS, _COLUMNS):
         if (piece.dim == 0) != (kind == _ROWS) or not isinstance(value, Tensor):
-            return None  # averaged over neurons: it belongs to no single one
+            return []  # averaged over neurons: it belongs to no single one
         lines = (value if piece.expert is None else value[piece.expert]).view(-1)
-        return [Tile(lines[piece.offset :: piece.stride][: piece.length].unsqueeze(1), 0, 0)]
-    return value if isinstance(value, list) and kind in (FIRST, SECOND) else None
+        return [[Tile(lines[piece.offset :: piece.stride][: piece.length].unsqueeze(1), 0, 0)]]
+    if kind not in (FIRST, SECOND) or value is None:
+        return []
+    if isinstance(value, Tensor):
+        parts = [value] if value.shape == piece.parameter.shape else list(value)
+        return [whole(piece, part) for part in parts]
+    return [value]
+
+
+def check_was_reset(optimizer, blocks: list[FeedForward], count: int) -> None:
+    """Raises if neurons were recycled and no number of the optimizer's state was reset, though it keeps some.
+
+    Args:
+        optimizer: one that has taken a step, wrapped or not.
+        blocks: those with recycled neurons.
+        count: numbers that were reset in all of them.
+
+    Raises:
+        ValueError: as said.
+    """
+    optimizer = unwrap_optimizer(optimizer)
+    if count or (isinstance(optimizer, torch.optim.SGD) and not any(g["momentum"] for g in optimizer.param_groups)):
+        return
+    pieces = [piece for block in blocks for piece in block.slices]
+    if not optimizer.state or any(piece.storage.optimizer_state(optimizer, piece) for piece in pieces):
+        raise ValueError(_refusal(optimizer, "nothing of its state was found to reset after neurons were recycled"))
 
 
 class StepWatch:
@@ -201,6 +286,10 @@ class StepWatch:
         group = piece.storage.group_of(piece, self._wrapped)
         return self._rates.get(id(self._optimizer.param_groups[group]), 0.0) if group >= 0 else 0.0
 
+    def rates(self) -> list[float | Tensor]:
+        """The learning rates of the last step, by number of the parameter group."""
+        return [self._rates.get(id(group), 0.0) for group in self._optimizer.param_groups]
+
     def highest_rate(self, piece: NeuronSlice) -> float | Tensor:
         """The learning rate that the parameter's schedule starts from or warms up to."""
         group = piece.storage.group_of(piece, self._wrapped)
@@ -211,6 +300,11 @@ class StepWatch:
 
 
 def _layout_of(optimizer: torch.optim.Optimizer) -> dict[str, str]:
+    name = _full_name(type(optimizer))
+    if why := _REFUSED.get(name, _REFUSED.get(name.partition(".")[0])):
+        raise ValueError(_refusal(optimizer, why))
+    if getattr(optimizer, "is_paged", False):
+        raise ValueError(_refusal(optimizer, "its state lies in memory that the device may be writing to (paged)"))
     for cls in type(optimizer).__mro__:
         for key in (cls, _full_name(cls)):
             if key in _LAYOUTS:

@@ -103,6 +103,9 @@ class BlockView:
     def read(self, index: Tensor) -> dict[str, Tensor]:
         return self.block.read(index)
 
+    def norms(self) -> tuple[Tensor, Tensor]:
+        return self.block.norms()
+
 
 @dataclass
 class NeuronTable:
@@ -122,6 +125,8 @@ class NeuronTable:
         overtrain_samples, overtrain_tokens: samples and tokens of the extra batches that overtraining
             took so far, by all processes together.
         skipped_steps: steps of the Trainer in which the optimizer took none (a gradient scaler found an overflow).
+        optimizer_entries_reset: numbers of the optimizer's state that phases have reset so far.
+        initial_weights: checksum of the file with the weights that the run began with, see `l2_init`; 0: there is none.
     """
 
     blocks: list[FeedForward]
@@ -133,6 +138,8 @@ class NeuronTable:
     overtrain_samples: int = 0
     overtrain_tokens: int = 0
     skipped_steps: int = 0
+    optimizer_entries_reset: int = 0
+    initial_weights: int = 0
     _noted: int = -1
     _run: object = None
 
@@ -173,6 +180,7 @@ class NeuronTable:
         """Forgets everything that happened; weights stay as they are."""
         self.states = [BlockState.fresh(block.num_neurons) for block in self.blocks]
         self.phases = self.skipped_steps = self.overtrain_samples = self.overtrain_tokens = 0
+        self.optimizer_entries_reset = self.initial_weights = 0
         self._noted = -1
 
     def start(self, run: object) -> None:
@@ -263,7 +271,14 @@ class NeuronTable:
         return state
 
 
-_COUNTERS = ("phases", "skipped_steps", "overtrain_samples", "overtrain_tokens")
+_COUNTERS = (
+    "phases",
+    "skipped_steps",
+    "overtrain_samples",
+    "overtrain_tokens",
+    "optimizer_entries_reset",
+    "initial_weights",
+)
 
 
 def _make_effective(magnitudes: Tensor, block: FeedForward, state: BlockState) -> None:

@@ -81,6 +81,7 @@ class HistoryRecorder:
         eligible: int,
         recycled: Sequence[int],
         note: str = "",
+        edits: str = "",
     ) -> None:
         """Record one selection phase of one block.
 
@@ -92,6 +93,7 @@ class HistoryRecorder:
             eligible: neurons it could choose from.
             recycled: indices of the neurons it recycled.
             note: why it differs from what was asked (shortened to 500 characters).
+            edits: what else it changed; noted too.
         """
         self._pending.append(
             {
@@ -102,12 +104,19 @@ class HistoryRecorder:
                 "requested": int(requested),
                 "eligible": int(eligible),
                 "recycled": [int(index) for index in recycled],
-                "note": note[:MAX_NOTE],
+                "note": "; ".join(filter(None, (note, edits)))[:MAX_NOTE],
             }
         )
 
     def pruning(
-        self, step: int, block: str, requested: int, eligible: int, pruned: Sequence[int], note: str = ""
+        self,
+        step: int,
+        block: str,
+        requested: int,
+        eligible: int,
+        pruned: Sequence[int],
+        note: str = "",
+        edits: str = "",
     ) -> None:
         """Record one pruning of one block; as `phase`, with the indices of the neurons it pruned."""
         self._pending.append(
@@ -118,7 +127,7 @@ class HistoryRecorder:
                 "requested": int(requested),
                 "eligible": int(eligible),
                 "pruned": [int(index) for index in pruned],
-                "note": note[:MAX_NOTE],
+                "note": "; ".join(filter(None, (note, edits)))[:MAX_NOTE],
             }
         )
 

@@ -45,9 +45,10 @@ def run_context(arguments: RunArguments, words: Sequence[str], unigram_entropy: 
 def _data(data: DataArguments) -> dict[str, Any]:
     files = [Path(file).name for file in (data.train_file, data.validation_file) if file]
     if data.dataset_name:
-        local = os.path.exists(data.dataset_name) or not is_repo_id(data.dataset_name)
+        local = data.are_facts or os.path.exists(data.dataset_name) or not is_repo_id(data.dataset_name)
         name = Path(data.dataset_name).name
-        return {"name": name, "datasets": [] if local else [data.dataset_name], "files": files}
+        config = None if local else data.dataset_config_name
+        return {"name": name, "datasets": [] if local else [data.dataset_name], "config": config, "files": files}
     return {"name": files[0] if files else BUILT_IN_CORPUS, "datasets": [], "files": files}
 
 

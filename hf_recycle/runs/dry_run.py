@@ -21,7 +21,7 @@ from hf_recycle.neurons.left_out import summary
 from hf_recycle.runs.announcement import batch_text, blocks_text, method_text
 from hf_recycle.runs.memory import activation_bytes, optimizer_bytes_per_value
 from hf_recycle.runs.parse import RunArguments
-from hf_recycle.runs.run import check_evaluation, find_checkpoint, prepare_data
+from hf_recycle.runs.run import check_evaluation, check_facts, find_checkpoint, prepare_data
 
 
 def dry_run(arguments: RunArguments) -> str:
@@ -33,6 +33,7 @@ def dry_run(arguments: RunArguments) -> str:
     args = arguments.training
     check_process_count(args.world_size)
     check_same(asdict(arguments.model) | asdict(arguments.data) | shared_arguments(args))
+    check_facts(arguments)
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     pin_revision(arguments.model)
     set_seed(args.seed)

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, IterableDataset
-from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, set_seed
+from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, default_data_collator, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_recycle.checkpoints.claims import claimed
 from hf_recycle.data.arguments import DataArguments, ModelArguments
-from hf_recycle.data.collate import CausalCollator
+from hf_recycle.data.facts import Facts, facts_tokenizer
 from hf_recycle.data.loading import load_data, unigram_entropy
 from hf_recycle.data.model import load_model, pin_revision
 from hf_recycle.data.sources import load_texts
@@ -24,7 +24,7 @@ from hf_recycle.engines.launch import check_process_count, check_same, shared_ar
 from hf_recycle.errors import UserError
 from hf_recycle.hub.address import is_address
 from hf_recycle.hub.pull.resume import local_checkpoint
-from hf_recycle.mlm.masking import MaskedLanguageModelingCollator
+from hf_recycle.mlm.tasks import TASKS
 from hf_recycle.runs.announcement import Announcement
 from hf_recycle.runs.context import run_context
 from hf_recycle.runs.launcher import LAUNCH_WORDS
@@ -58,12 +58,15 @@ class Run:
         args = arguments.training
         check_process_count(args.world_size)
         check_same(asdict(arguments.model) | asdict(arguments.data) | shared_arguments(args))
+        check_facts(arguments)
         _check_folder(args.output_dir)
         # A second run in the folder is refused before its data is prepared, and what a killed one left is put right.
         with claimed(Path(args.output_dir), args):
             checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
         if checkpoint is None and args.resume_from_checkpoint and args.should_log:
             print(f"no checkpoint in {args.output_dir} yet: starting from scratch")
+        if arguments.data.whole_word_mask:
+            args.remove_unused_columns = False  # the model takes no word_starts, but the collator needs them
         # Now, so that what the Hub refuses is said before the data is prepared.
         checkpoint = local_checkpoint(checkpoint, args)
         pin_revision(arguments.model)
@@ -82,8 +85,8 @@ class Run:
             processing_class=tokenizer,
         )
         floor = None
-        if arguments.model.task == "mlm" and isinstance(train, Dataset) and isinstance(validation, Dataset):
-            floor = unigram_entropy(train, validation, tokenizer)
+        if isinstance(train, Dataset) and isinstance(validation, Dataset):
+            floor = unigram_entropy(TASKS[arguments.model.task], train, validation, tokenizer)
         trainer.run_context = run_context(arguments, words, floor)
         trainer.add_callback(Announcement(trainer, arguments, quiet=quiet))
         for progress in (PrinterCallback, ProgressCallback) if quiet else ():
@@ -103,7 +106,7 @@ class Run:
         trainer.save_model()
         # A baseline without feed-forward neurons has no history of them.
         if trainer.is_world_process_zero() and trainer.neuron_table() is not None:
-            _report(Path(trainer.args.output_dir), self.floor)
+            _report(Path(trainer.args.output_dir), self.floor, TASKS[self.arguments.model.task].auto_class.__name__)
             if trainer.publisher is not None and (unpublished := trainer.publisher.report()):
                 print(unpublished)
 
@@ -125,25 +128,37 @@ def prepare_data(
     model: ModelArguments, data: DataArguments
 ) -> tuple[PreTrainedTokenizerBase, Dataset | IterableDataset, Dataset | IterableDataset | None]:
     """The tokenizer (loaded, or trained on the texts), and the training and validation sequences."""
+    for name in ("whole_word_mask", "mlm_probability_schedule"):
+        if getattr(data, name) and model.task != "mlm":
+            raise UserError(
+                f"{name}={getattr(data, name)} says what is masked, and task={model.task!r} masks nothing; leave it out"
+            )
+    if data.are_facts:
+        facts = Facts.of(data)
+        return facts_tokenizer(facts.keys, facts.values), facts, facts.last_task()
     texts = load_texts(data)
-    name = model.tokenizer_name or model.model_name_or_path or model.config_name
-    if name:
+    named = model.tokenizer_name or model.model_name_or_path or model.config_name
+    if named:
         revision = "main" if model.tokenizer_name else model.model_revision
-        tokenizer = load_tokenizer(name, data.max_seq_length, revision, model.trust_remote_code)
+        tokenizer = load_tokenizer(named, data.max_seq_length, revision, model.trust_remote_code)
     else:
-        tokenizer = trained_tokenizer(texts.sample(), model.tokenizer_vocab_size, data.max_seq_length)
+        kind = TASKS[model.task].tokenizer
+        tokenizer = trained_tokenizer(texts.sample(), model.tokenizer_vocab_size, data.max_seq_length, kind)
     train, validation = load_data(data, tokenizer, texts)
     return tokenizer, train, validation
 
 
 def make_collator(arguments: RunArguments, tokenizer: PreTrainedTokenizerBase) -> Callable[[Any], Any]:
     """The collator of the task: masks tokens, or repeats them as labels."""
-    if arguments.model.task == "clm":
-        padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        return CausalCollator(padding or 0)
-    return MaskedLanguageModelingCollator(
-        tokenizer, mlm_probability=arguments.data.mlm_probability, seed=arguments.training.seed
-    )
+    if arguments.data.are_facts:
+        return default_data_collator  # what is masked, and what belongs there, is in the data
+    masking = {
+        "mlm_probability": arguments.data.mlm_probability,
+        "mask_rates": arguments.data.mask_rates(),
+        "whole_word_mask": arguments.data.whole_word_mask,
+        "seed": arguments.training.seed,
+    }
+    return TASKS[arguments.model.task].collator(tokenizer, **masking)
 
 
 def last_checkpoint(folder: str) -> str | None:
@@ -207,6 +222,25 @@ def find_checkpoint(output_dir: str, resume: str | None) -> str | None:
     return resume
 
 
+def check_facts(arguments: RunArguments) -> None:
+    """Raises a UserError for what can't be used with the built-in task of facts."""
+    model, data, training = arguments.model, arguments.data, arguments.training
+    if not data.are_facts:
+        return
+    if model.task != "mlm":
+        raise UserError(f"task={model.task!r} can't be used with dataset_name={data.dataset_name!r}; use task=mlm")
+    if model.tokenizer_name:
+        raise UserError(
+            f"tokenizer_name={model.tokenizer_name!r} can't be used with dataset_name={data.dataset_name!r}, which has "
+            "words of its own; leave it out"
+        )
+    if data.facts_tasks > 1 and training.train_sampling_strategy != "sequential":
+        raise UserError(
+            f"facts_tasks={data.facts_tasks} needs train_sampling_strategy=sequential, so that tasks come one after "
+            "the other (within one, facts are shuffled anyway)"
+        )
+
+
 def check_evaluation(args: Any, validation: Any) -> None:
     """Raises a UserError if there is to be an evaluation and nothing to evaluate on."""
     if validation is None and args.eval_strategy != "no":
@@ -217,7 +251,7 @@ def check_evaluation(args: Any, validation: Any) -> None:
         )
 
 
-def _report(folder: Path, floor: float | None) -> None:
+def _report(folder: Path, floor: float | None, auto_class: str) -> None:
     # Drawing needs matplotlib, which the other processes need not load.
     from hf_recycle.plots.run import draw_figures
     from hf_recycle.records.history import RecyclingHistory
@@ -225,6 +259,6 @@ def _report(folder: Path, floor: float | None) -> None:
 
     history = RecyclingHistory.of_own_run(folder)
     figures = draw_figures(history, folder / "figures", unigram_entropy=floor)
-    print(summary_text(history, unigram_entropy=floor, model_folder=str(folder)))
+    print(summary_text(history, unigram_entropy=floor, model_folder=str(folder), auto_class=auto_class))
     if figures:
         print(f"figures: {folder / 'figures'}", file=sys.stdout)

@@ -51,17 +51,22 @@ def add_run_arguments(parser: Parser, *, shown: bool = True) -> Any:
 
 def add_trainer_arguments(group: Any, *, shown: bool = False) -> None:
     """Adds a flag for every argument of `transformers.TrainingArguments`, which is imported."""
-    from transformers import TrainingArguments
+    from hf_recycle.arguments import RecyclingArguments
 
-    add_fields(group, TrainingArguments, shown=shown)
+    add_fields(group, RecyclingArguments, shown=shown, without=OwnArguments)
 
 
-def add_fields(group: Any, cls: type, *, shown: bool = True) -> None:
-    """Adds a flag for every field of a dataclass that a word can set; its metadata may hold `help` and `choices`."""
+def add_fields(group: Any, cls: type, *, shown: bool = True, without: type | None = None) -> None:
+    """Adds a flag for every field of a dataclass that a word can set; its metadata may hold `help` and `choices`.
+
+    Args:
+        without: a dataclass whose fields are left out.
+    """
     hints = get_type_hints(cls)
+    left_out = {item.name for item in fields(without)} if without else set()
     for item in fields(cls):
         kind, many = kind_of(hints[item.name])
-        if not item.init or kind is None:
+        if not item.init or kind is None or item.name in left_out:
             continue
         choices = _choices(item, hints[item.name])
         action = group.add_argument(

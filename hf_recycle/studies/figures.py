@@ -2,25 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from hf_recycle.plots.run import magnitudes_figure
+from hf_recycle.plots.counts import count_bars
+from hf_recycle.plots.losses import LOSS_AXIS
+from hf_recycle.plots.magnitudes import MAGNITUDE, magnitudes_figure, shares_between
+from hf_recycle.plots.pruning import prune_curves_figure
+from hf_recycle.plots.style import (
+    BLUE,
+    GREY,
+    LABEL,
+    VERMILION,
+    add_legend,
+    clip,
+    dress,
+    line_style,
+    new_figure,
+    one_panel,
+    rows_of_panels,
+    set_title,
+)
+from hf_recycle.plots.svg import hover
 from hf_recycle.studies.inference import paired_difference
 from hf_recycle.studies.plan import FigurePlan
 from hf_recycle.studies.results import RunResult, StudyResults
 from hf_recycle.utils.registry import Registry
 
-# Okabe-Ito, without its yellow: lines of it can't be seen on white.
-_COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
-_DASHES = ("-", "--", ":")
+if TYPE_CHECKING:
+    import pandas as pd
+
 _BINS = 40
+_SEED = {"linewidth": 0.6, "alpha": 0.45}  # the line of one seed, beside the thicker one of their mean
 
 FIGURES: Registry[Callable[[StudyResults, FigurePlan], Figure | None]] = Registry("kind of figure")
 """Drawings by kind: a figure, or None where no arm has what it needs."""
@@ -28,77 +45,103 @@ FIGURES: Registry[Callable[[StudyResults, FigurePlan], Figure | None]] = Registr
 
 @FIGURES.register
 def losses(results: StudyResults, plan: FigurePlan) -> Figure | None:
-    """evaluation loss over steps: mean over seeds, with the range"""
-    figure, panel = _panel(8, 4.5)
-    for arm, style in _styles(results, plan).items():
-        curves = [dict(run.evaluations) for run in results.of(arm)]
-        steps = sorted(set.intersection(*(set(curve) for curve in curves)))
-        if not steps:
-            continue
-        values = np.array([[curve[step] for step in steps] for curve in curves])
-        panel.plot(steps, values.mean(0), label=arm, lw=1.6, **style)
-        if len(curves) > 1:
-            panel.fill_between(steps, values.min(0), values.max(0), color=style["color"], alpha=0.12, lw=0)
-    if not panel.lines:
+    """evaluation loss over steps, and its difference from the baseline's: mean over seeds, with a thin line for each"""
+    base = results.study.baseline
+    arms = [arm for arm in _present(results, plan) if _curves(results.of(arm))]
+    if not arms:
         return None
-    panel.set(xlabel="optimizer steps", ylabel="evaluation loss (nats per predicted token)")
-    # The fall of the first steps would flatten what tells the arms apart. A run that diverged has no losses to show.
-    drawn = [np.asarray(line.get_ydata(), dtype=float) for line in panel.lines]
+    compared = [arm for arm in arms if base is not None and arm != base and results.paired(arm, base)]
+    figure = new_figure(6.4 if compared else 3.8)
+    set_title(figure, plan.title)
+    panels = figure.subplots(2 if compared else 1, 1, sharex=True, squeeze=False)[:, 0]
+    dress(panels[0], ylabel=LOSS_AXIS)
+    styles = _styles(results, plan)
+    for arm in arms:
+        _lines(panels[0], arm, _curves(results.of(arm)), styles[arm])
+    _cut_off_the_start(panels[0])
+    if base is not None and compared:
+        dress(panels[1], ylabel=f"loss minus that of {clip(base, 1.2)} (nats)")
+        panels[1].axhline(0, color=GREY, lw=0.8)
+        for arm in compared:
+            pairs = [_curves(pair) for pair in results.paired(arm, base)]
+            apart = [{step: pair[0][step] - pair[1][step] for step in pair[0]} for pair in pairs if pair]
+            _lines(panels[1], arm, apart, styles[arm])
+    panels[-1].set_xlabel("optimizer steps", fontsize=LABEL)
+    add_legend(figure, panels[0])
+    return figure
+
+
+def _curves(runs: Sequence[RunResult]) -> list[dict[int, float]]:
+    """The evaluation losses of runs at the steps that all of them have; empty if there are none."""
+    curves = [dict(run.evaluations) for run in runs]
+    steps = sorted(set.intersection(*(set(curve) for curve in curves)))
+    return [{step: curve[step] for step in steps} for curve in curves] if steps else []
+
+
+def _lines(panel: Axes, arm: str, curves: Sequence[Mapping[int, float]], style: Mapping[str, Any]) -> None:
+    if not curves:
+        return
+    steps = list(curves[0])
+    values = np.array([list(curve.values()) for curve in curves])
+    (line,) = panel.plot(steps, values.mean(0), label=arm, marker=".", markersize=3, **style)
+    seen = [(step, value) for step, value in zip(steps, values.mean(0), strict=True) if np.isfinite(value)]
+    hover(line, [f"{arm}, step {step:,}: {value:.4f}" for step, value in seen])
+    if len(curves) > 1:
+        panel.plot(steps, values.T, **{**style, **_SEED})
+
+
+def _cut_off_the_start(panel: Axes) -> None:
+    """Leaves out the fall of the first steps, which would flatten what tells the arms apart."""
+    # A run that diverged has no losses to show.
+    drawn = [np.asarray(line.get_ydata()) for line in panel.lines]
     lines = [finite for line in drawn if len(finite := line[np.isfinite(line)])]
     if lines:
         low, high = min(line.min() for line in lines), max(line[len(line) // 4] for line in lines)
-        panel.set_ylim(low - 0.05 * (high - low + 1e-3), high + 0.05 * (high - low + 1e-3))
-    return _titled(figure, panel, plan)
+        margin = 0.05 * (high - low + 1e-3)
+        panel.set_ylim(low - margin, high + margin)
 
 
 @FIGURES.register
 def differences(results: StudyResults, plan: FigurePlan) -> Figure | None:
     """difference of the final evaluation loss from the baseline: each seed, and the 95% interval of the mean"""
     base = results.study.baseline
-    if base is None:
+    arms = [arm for arm in _present(results, plan) if arm != base and results.paired(arm, base)] if base else []
+    if base is None or not arms:
         return None
-    arms = [arm for arm in _present(results, plan) if arm != base and results.paired(arm, base)]
-    if not arms:
-        return None
-    figure, panel = _panel(8, 1.4 + 0.36 * len(arms))
+    name = f"evaluation loss minus that of {clip(base, 2.5)} (nats)"
+    figure, panel = one_panel(1.5 + 0.25 * len(arms), plan.title, name, "")
+    panel.axvline(0, color=GREY, lw=1)
     for row, arm in enumerate(arms):
         pairs = results.paired(arm, base)
         values = [one.eval_loss - two.eval_loss for one, two in pairs]
         found = paired_difference([one.eval_loss for one, _ in pairs], [two.eval_loss for _, two in pairs])
-        panel.plot(values, [row] * len(values), "o", color="#0072B2", ms=4, alpha=0.6)
+        (dots,) = panel.plot(values, [row] * len(values), "o", color=BLUE, mfc="white", ms=4, label="one seed")
+        hover(dots, [f"seed {one.seed}: {value:+.4f}" for (one, _), value in zip(pairs, values, strict=True)])
         if found.low is not None and found.high is not None:
-            panel.plot([found.low, found.high], [row, row], "-", color="#D55E00", lw=1.6)
-        panel.plot([found.mean], [row], "|", color="#D55E00", ms=14, mew=2)
-    panel.axvline(0, color="#666666", lw=1)
-    panel.set_yticks(range(len(arms)), arms)
-    panel.invert_yaxis()
-    panel.set_xlabel(f"evaluation loss minus that of {base} (nats)")
-    panel.set_title(plan.title)
+            panel.plot([found.low, found.high], [row, row], "-", color=VERMILION, lw=1.8, label="95% interval")
+        panel.plot([found.mean], [row], "|", color=VERMILION, ms=12, mew=2, label="mean")
+        if row == 0:
+            add_legend(figure, panel)
+    panel.set_yticks(range(len(arms)), [clip(arm, 1.8) for arm in arms])
+    panel.set_ylim(len(arms) - 0.5, -0.5)
     return figure
 
 
 @FIGURES.register
 def recycle_counts(results: StudyResults, plan: FigurePlan) -> Figure | None:
-    """how many neurons were recycled how often, by arm (the first seed)"""
-    histories = [(run.arm, run.history) for run in _first_runs(results, plan) if run.history is not None]
-    recycled = [(arm, history) for arm, history in histories if len(history.events)]
-    if not recycled:
+    """how many neurons were recycled how often, by arm: mean over seeds, with a dot for each"""
+    counts = {}
+    for arm in _present(results, plan):
+        histories = [run.history for run in results.of(arm)]
+        found = [np.concatenate(list(h.counts.values())) for h in histories if h is not None and len(h.events)]
+        if found:
+            counts[arm] = found
+    if not counts:
         return None
-    figure = _figure(3.2 * len(recycled) + 0.6, 3.6)
-    panels = figure.subplots(1, len(recycled), sharey=True, squeeze=False)[0]
-    for panel, (arm, history) in zip(panels, recycled, strict=True):
-        counts = np.concatenate(list(history.counts.values()))
-        times, neurons = np.unique(counts, return_counts=True)
-        panel.bar(times, 100 * neurons / len(counts), color="#0072B2", width=0.8)
-        for time, number in zip(times, neurons, strict=True):
-            if len(times) <= 10:
-                panel.annotate(f"{number:,}", (time, 100 * number / len(counts)), ha="center", va="bottom", fontsize=7)
-        panel.set_title(arm, fontsize=10)
-        panel.set_xlabel("times recycled")
-        panel.xaxis.get_major_locator().set_params(integer=True)
-        panel.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("neurons (%)")
-    figure.suptitle(plan.title, fontsize=12)
+    figure, panels = rows_of_panels(list(counts), plan.title, "times recycled", "neurons", columns=2)
+    for panel, found in zip(panels, counts.values(), strict=True):
+        count_bars(panel, found, most=8)
+    panels[0].set_ylim(0, max(panel.get_ylim()[1] for panel in panels))
     return figure
 
 
@@ -106,55 +149,45 @@ def recycle_counts(results: StudyResults, plan: FigurePlan) -> Figure | None:
 def magnitudes(results: StudyResults, plan: FigurePlan) -> Figure | None:
     """magnitude histograms over training, by layer (the first arm and seed that recorded them)"""
     for run in _first_runs(results, plan):
-        figure = None if run.history is None else magnitudes_figure(run.history)
-        if figure is not None:
-            figure.suptitle(f"{plan.title} ({run.arm}, seed {run.seed})", fontsize=12)
+        history = run.history
+        title = f"{plan.title} ({run.arm}, seed {run.seed})"
+        if history is not None and (figure := magnitudes_figure(history, title)) is not None:
             return figure
     return None
 
 
 @FIGURES.register
 def final_magnitudes(results: StudyResults, plan: FigurePlan) -> Figure | None:
-    """magnitude histograms at the end of training, arms side by side, all layers together (the first seed)"""
-    figure, panel = _panel(8, 4.2)
-    styles = _styles(results, plan)
-    for run in _first_runs(results, plan):
-        records = None if run.history is None else run.history.magnitudes
-        if records is None or not len(records):
-            continue
-        last = records[(records["step"] == records["step"].max()) & (records["histogram"].map(len) > 0)]
-        if not len(last):
-            continue
-        panel.plot(*_density(last), label=run.arm, lw=1.6, **styles[run.arm])
+    """magnitude histograms at the end of training, arms side by side, all layers together: a line for each seed"""
+    figure, panel = one_panel(3.8, plan.title, MAGNITUDE, "density of neurons")
+    for arm, style in _styles(results, plan).items():
+        drawn = 0
+        for run in results.of(arm):
+            records = None if run.history is None else run.history.magnitudes
+            if records is None or not len(records):
+                continue
+            last = records[(records["step"] == records["step"].max()) & (records["histogram"].map(len) > 0)]
+            if len(last):
+                panel.plot(*_density(last), label=None if drawn else arm, **{**style, "linewidth": 1.0})
+                drawn += 1
     if not panel.lines:
         return None
-    panel.set(xlabel="magnitude  ‖w_in‖ · ‖w_out‖", ylabel="density of neurons")
-    return _titled(figure, panel, plan)
+    add_legend(figure, panel)
+    return figure
 
 
 @FIGURES.register
 def prune_curves(results: StudyResults, plan: FigurePlan) -> Figure | None:
-    """loss of final models against the share of neurons pruned at once, by criterion (the first seed of each arm)"""
+    """loss of final models against the share of neurons pruned at once, by criterion: a line for each seed"""
     # Late: this brings models and the Trainer, which reading a study can do without.
     from hf_recycle.studies.one_shot import one_shot_curves
 
-    runs = [run for run in _first_runs(results, plan) if run.history is not None]
-    if not runs:
-        return None
-    figure = _figure(4.6 * len(runs) + 1.4, 4)
-    panels = figure.subplots(1, len(runs), sharey=True, squeeze=False)[0]
-    for panel, run in zip(panels, runs, strict=True):
-        curves = one_shot_curves(run)
-        shares = [100 * share for share in curves.shares]
-        for number, (criterion, losses) in enumerate(curves.losses.items(), start=1):
-            panel.plot(shares, losses, marker="o", ms=4, lw=1.6, label=criterion, **_style(number))
-        panel.set_title(f"{run.arm}, seed {run.seed}", fontsize=10)
-        panel.set_xlabel("neurons of each layer pruned (%)")
-        panel.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("loss (nats per predicted token)")
-    panels[0].legend(frameon=False, fontsize=8, title="pruned first")
-    figure.suptitle(plan.title, fontsize=12)
-    return figure
+    models = {}
+    for arm in _present(results, plan):
+        runs = [one_shot_curves(run) for run in results.of(arm) if run.history is not None]
+        if runs:
+            models[arm] = [(curves.shares, curves.losses) for curves in runs]
+    return prune_curves_figure(models, plan.title, LOSS_AXIS) if models else None
 
 
 @FIGURES.register
@@ -167,16 +200,15 @@ def widths(results: StudyResults, plan: FigurePlan) -> Figure | None:
         points += [(neurons, run.eval_loss) for run in runs]
     if len({width for width, _ in points}) < 2:
         return None
-    figure, panel = _panel(6.5, 4)
-    panel.plot(*zip(*points, strict=True), "o", color="#0072B2", ms=5, alpha=0.7, label="one seed")
+    figure, panel = one_panel(3.6, plan.title, "feed-forward neurons per layer", "evaluation loss (nats)")
+    (dots,) = panel.plot(*zip(*points, strict=True), "o", color=BLUE, mfc="white", ms=4.5, label="one seed")
+    hover(dots, [f"{width:,} neurons: {loss:.4f}" for width, loss in points])
     sizes = sorted({width for width, _ in points})
     means = [np.mean([loss for width, loss in points if width == size]) for size in sizes]
-    panel.plot(sizes, means, "-", color="#D55E00", lw=1.4, label="mean")
-    panel.set_xscale("symlog", base=2, linthresh=max(1, min(size for size in sizes if size) / 2))
+    panel.plot(sizes, means, "-", color=VERMILION, lw=1.4, label="mean")
     panel.set_xticks(sizes, [f"{size:,}" for size in sizes])
-    panel.minorticks_off()
-    panel.set(xlabel="feed-forward neurons per layer", ylabel="evaluation loss (nats)")
-    return _titled(figure, panel, plan)
+    add_legend(figure, panel)
+    return figure
 
 
 def _density(records: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
@@ -184,12 +216,7 @@ def _density(records: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     `(_BINS,)`."""
     edges = np.array(records["edges"].to_list())
     grid = np.linspace(edges.min(), edges.max(), _BINS + 1)
-    # Neurons spread evenly over their bin.
-    below = sum(
-        np.interp(grid, own, np.concatenate([[0], np.cumsum(counts)]))
-        for counts, own in zip(records["histogram"], edges, strict=True)
-    )
-    return (grid[:-1] + grid[1:]) / 2, np.diff(below) / (below[-1] * np.diff(grid))
+    return (grid[:-1] + grid[1:]) / 2, shares_between(grid, records) / np.diff(grid)
 
 
 def _present(results: StudyResults, plan: FigurePlan) -> list[str]:
@@ -201,32 +228,7 @@ def _first_runs(results: StudyResults, plan: FigurePlan) -> list[RunResult]:
 
 
 def _styles(results: StudyResults, plan: FigurePlan) -> dict[str, dict[str, Any]]:
-    """How the line of each arm is drawn: the baseline is black in every figure."""
-    others = [arm for arm in _present(results, plan) if arm != results.study.baseline]
-    return {arm: _style(others.index(arm) + 1 if arm in others else 0) for arm in _present(results, plan)}
-
-
-def _style(number: int) -> dict[str, str]:
-    return {
-        "color": _COLOURS[number % len(_COLOURS)],
-        "ls": _DASHES[number // len(_COLOURS) % len(_DASHES)],
-    }
-
-
-def _figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _panel(width: float, height: float) -> tuple[Figure, Axes]:
-    figure = _figure(width, height)
-    panel = figure.subplots()
-    panel.spines[["top", "right"]].set_visible(False)
-    return figure, panel
-
-
-def _titled(figure: Figure, panel: Axes, plan: FigurePlan) -> Figure:
-    panel.set_title(plan.title)
-    panel.legend(frameon=False, fontsize=8, ncols=2 if len(panel.lines) > 6 else 1)
-    return figure
+    """How the line of each arm is drawn: the baseline is black and solid in every figure."""
+    present = _present(results, plan)
+    others = [arm for arm in present if arm != results.study.baseline]
+    return {arm: line_style(others.index(arm) + 1 if arm in others else 0) for arm in present}

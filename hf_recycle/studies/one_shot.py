@@ -11,6 +11,7 @@ from hf_recycle.analysis.pruning import PruneCurves, PruneSettings, measure_curv
 from hf_recycle.data.arguments import ModelArguments
 from hf_recycle.data.model import load_model
 from hf_recycle.errors import UserError
+from hf_recycle.mlm.tasks import TASKS
 from hf_recycle.neurons.find import find_feed_forwards
 from hf_recycle.records.files import write_bytes
 from hf_recycle.runs.parse import parse_run
@@ -44,7 +45,7 @@ def _measure(run: RunResult) -> PruneCurves:
     subject = _load(Path(run.folder))
     blocks = find_feed_forwards(subject.model)
     losses = {name: measure_curve(subject, blocks, name, _SETTINGS) for name in _SETTINGS.criteria}
-    return PruneCurves(run.arm, subject.task, subject.tokens, _SETTINGS.shares, losses)
+    return PruneCurves(run.arm, subject.task.name, subject.tokens, _SETTINGS.shares, losses)
 
 
 def _load(folder: Path) -> LanguageModel:
@@ -56,7 +57,7 @@ def _load(folder: Path) -> LanguageModel:
     model = load_model(saved, tokenizer, arguments.data.max_seq_length)
     collator = make_collator(arguments, tokenizer)
     rows = [validation[index] for index in range(min(_SEQUENCES, len(validation)))]
-    return language_model(model, arguments.model.task, rows, collator, _BATCH)
+    return language_model(model, TASKS[arguments.model.task], rows, collator, _BATCH)
 
 
 def _key() -> list[Any]:

@@ -15,6 +15,7 @@ import jinja2
 import numpy as np
 import torch
 
+from hf_recycle.plots.style import save
 from hf_recycle.records.files import package_version, write_bytes
 from hf_recycle.studies.figures import FIGURES
 from hf_recycle.studies.inference import DIVERGED, PairedDifference, paired_difference
@@ -23,8 +24,6 @@ from hf_recycle.studies.published import PUBLISHED_LOSS_DIFFERENCES, counts_rows
 from hf_recycle.studies.results import StudyResults
 from hf_recycle.studies.statements import check
 from hf_recycle.studies.verdicts import HOLDS, MISSING, control
-
-_DPI = 110
 
 
 @dataclass(frozen=True)
@@ -118,26 +117,27 @@ def write_report(results: StudyResults, folder: Path, command: str, jobs: int) -
     environment.filters |= {"difference": _difference, "number": _number, "cell": _cell, "shares": _shares}
     markdown, page = folder / "report.md", folder / "report.html"
     linked = [(title, f"figures/{path.name}") for title, path in figures]
-    inlined = [(title, _data_uri(path)) for title, path in figures]
+    inlined = [(title, _data_uri(path.with_suffix(".svg"))) for title, path in figures]
     for path, template, drawn in ((markdown, "report.md.jinja", linked), (page, "report.html.jinja", inlined)):
         write_bytes(path, environment.get_template(template).render(content, figures=drawn).encode("utf-8"))
     return [markdown, page]
 
 
 def _draw(results: StudyResults, folder: Path) -> tuple[list[tuple[str, Path]], list[tuple[str, str]]]:
-    """The figures drawn, and those that can't be, with the reason: one that fails costs the report nothing else."""
+    """The figures drawn, each as a PNG beside an SVG, and those that can't be, with the reason: one that fails costs
+    the report nothing else."""
     folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob("*.png"):
+    for old in [*folder.glob("*.png"), *folder.glob("*.svg")]:
         old.unlink()
     drawn, not_drawn = [], []
     for number, plan in enumerate(results.study.figures, start=1):
-        path = folder / f"{number:02d}-{plan.kind.replace('_', '-')}.png"
+        name = f"{number:02d}-{plan.kind.replace('_', '-')}"
         try:
             figure = FIGURES[plan.kind](results, plan)
             if figure is None:
                 not_drawn.append((plan.title, "no finished run has what it shows"))
                 continue
-            figure.savefig(path, dpi=_DPI, metadata={"Software": None})
+            path, _ = save(figure, folder / name)
         except Exception as error:
             not_drawn.append((plan.title, f"{type(error).__name__}: {error}"))
         else:
@@ -196,7 +196,7 @@ def _cell(text: object) -> str:
 
 
 def _data_uri(path: Path) -> str:
-    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+    return "data:image/svg+xml;base64," + base64.b64encode(path.read_bytes()).decode()
 
 
 def summary_table(rows: Sequence[ArmRow]) -> str:

@@ -12,9 +12,10 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
+from hf_recycle.batches.clock import TrainingClock
 from hf_recycle.batches.extra_batches import ExtraBatches
 from hf_recycle.batches.loaders import base_loader, make_reproducible, set_sampler_epoch
-from hf_recycle.batches.numbered import NumberedStream, SharedNumber
+from hf_recycle.batches.numbered import NumberedStream
 from hf_recycle.batches.seeded import EVALUATION_SEED
 from hf_recycle.batches.stream_state import StreamState
 from hf_recycle.internals.of_datasets import is_split_by_node
@@ -32,7 +33,7 @@ class ReproducibleDataMixin(NeuronTrainer):
 
     def set_up_data(self) -> None:
         """To be called once, at the end of `__init__`."""
-        self._epoch, self._no_epoch = SharedNumber(), SharedNumber()
+        self._clock, self._no_clock = TrainingClock(), TrainingClock()
         self._stream_ends_unannounced = False
         self._stream_state: StreamState | None = None
         self._batches_to_skip = 0
@@ -52,7 +53,7 @@ class ReproducibleDataMixin(NeuronTrainer):
             self._check_stream(dataset, is_training)
             # Of a wrapped stream every process reads all and takes its part, as of torch's streams. Accelerate gives
             # each process some shards of one of `datasets`: if they are uneven, every process is in another epoch.
-            dataset = dataset if self._dispatches_streams() else NumberedStream(dataset, self._epoch, self._seed())
+            dataset = dataset if self._dispatches_streams() else NumberedStream(dataset, self._clock, self._seed())
         loader = super()._get_dataloader(
             dataset, description, batch_size, sampler_fn, is_training=is_training, dataloader_key=dataloader_key
         )
@@ -62,7 +63,7 @@ class ReproducibleDataMixin(NeuronTrainer):
 
     def _make_reproducible(self, loader, is_training: bool) -> None:
         seed = self._seed() if is_training else EVALUATION_SEED
-        if not make_reproducible(loader, seed, self._epoch if is_training else self._no_epoch):
+        if not make_reproducible(loader, seed, self._clock if is_training else self._no_clock):
             logger.warning_once(
                 f"get_train_dataloader gives a {type(loader).__name__}, whose random numbers can't be reached: a "
                 "resumed run will get other batches than an uninterrupted one, and will not equal it to the bit."
@@ -94,6 +95,7 @@ class ReproducibleDataMixin(NeuronTrainer):
             )
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        self._clock.set_training(max_steps, self.get_total_train_batch_size(self.args))
         if self._deterministic:
             self._make_reproducible(train_dataloader, is_training=True)  # the user may have made it
             self._stream_state = self._state_of(train_dataloader)
@@ -121,11 +123,16 @@ class ReproducibleDataMixin(NeuronTrainer):
 
     # ---- Epochs ----
 
-    def _run_epoch(self, model, epoch: int, train_dataloader, *args, **kwargs) -> None:
-        self._epoch.set(epoch)
+    def _run_epoch(  # type: ignore[override]  # the Trainer calls it by names
+        self, model, epoch: int, train_dataloader, **kwargs
+    ) -> None:
+        goes_on = kwargs["resume_from_checkpoint"] is not None and epoch == kwargs["epochs_trained"]
+        skips = goes_on and not self.args.ignore_data_skip
+        skipped = kwargs["steps_trained_in_current_epoch"] // self.args.gradient_accumulation_steps if skips else 0
+        self._clock.set_epoch(epoch, first_step=self.state.global_step - skipped)
         if self._deterministic:
             set_sampler_epoch(train_dataloader, epoch)
-        super()._run_epoch(model, epoch, train_dataloader, *args, **kwargs)
+        super()._run_epoch(model=model, epoch=epoch, train_dataloader=train_dataloader, **kwargs)
 
     def set_initial_training_values(self, args, dataloader):
         self._stream_ends_unannounced = not has_length(dataloader)
@@ -137,7 +144,7 @@ class ReproducibleDataMixin(NeuronTrainer):
             return samples, items
         # The end of a stream. Too few batches for an optimizer step are left out: the stock Trainer adds their
         # gradients to those of the next epoch's first step, and a checkpoint in between would lose them.
-        self.state.epoch = float(self._epoch.get() + 1)
+        self.state.epoch = float(self._clock.epoch + 1)
         self.control.should_epoch_stop = True
         return [], None
 
@@ -171,15 +178,18 @@ class ReproducibleDataMixin(NeuronTrainer):
 
     # ---- Extra batches ----
 
-    def extra_batches(self, seed: int) -> ExtraBatches:
+    def extra_batches(self, seed: int, wanted_by: str) -> ExtraBatches:
         """Extra batches of the training set, with an order and masks of their own.
+
+        Args:
+            wanted_by: the argument that asks for it, for messages.
 
         Raises:
             ValueError: if the training set is a stream.
         """
         dataset, collator = self.train_dataset, self.data_collator
         if isinstance(dataset, datasets.Dataset):
-            dataset = self._remove_unused_columns(dataset, description="overtraining")
+            dataset = self._remove_unused_columns(dataset, description="extra batches")
         else:
-            collator = self._get_collator_with_removed_columns(collator, description="overtraining")
-        return ExtraBatches(dataset, collator, seed)
+            collator = self._get_collator_with_removed_columns(collator, description="extra batches")
+        return ExtraBatches(dataset, collator, seed, wanted_by)

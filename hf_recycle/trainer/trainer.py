@@ -11,7 +11,7 @@ from torch import nn
 from transformers import Trainer
 from transformers.utils import logging
 
-from hf_recycle.arguments import RecyclingArguments, check_training_numbers
+from hf_recycle.arguments import MUON, RecyclingArguments, check_training_numbers
 from hf_recycle.card.run_meter import RunMeter
 from hf_recycle.checkpoints.resuming import CheckpointMixin
 from hf_recycle.checkpoints.run_start import RunStartMixin
@@ -34,7 +34,8 @@ from hf_recycle.neurons.slices import full_shape
 from hf_recycle.neurons.table import NeuronTable
 from hf_recycle.speed.onednn import is_available, onednn_forwards
 from hf_recycle.speed.recomputation import recomputing_forwards
-from hf_recycle.trainer.masked_lm import MaskedLanguageModelingMixin
+from hf_recycle.trainer.language_modeling import LanguageModelingMixin
+from hf_recycle.trainer.muon import MuonWithAdamW, muon_arguments
 from hf_recycle.utils.forwards import Forward, replaced_forwards
 
 logger = logging.get_logger(__name__)
@@ -42,15 +43,16 @@ logger = logging.get_logger(__name__)
 _LOGGED_QUANTILES = {"magnitude_p10": 0.1, "magnitude_p50": 0.5, "magnitude_p90": 0.9}
 
 
-class RecyclingTrainer(RunStartMixin, HubMixin, CheckpointMixin, MaskedLanguageModelingMixin):
+class RecyclingTrainer(RunStartMixin, HubMixin, CheckpointMixin, LanguageModelingMixin):
     """A `transformers.Trainer` that recycles feed-forward neurons while it trains.
 
     Same signature and methods as `Trainer`; `args` is a `RecyclingArguments`, and the callbacks that it asks for are
-    added by themselves. With every method and `masked_head` off it trains and evaluates exactly as `Trainer` does.
+    added by themselves. With every method, `masked_head` and, for causal models, `chunked_head` off it trains and
+    evaluates exactly as `Trainer` does.
 
     Beyond the methods it gives: checkpoints that are whole or absent and resume to the bit, the history of every neuron
-    in them, and for masked language models a loss normalised over the masked tokens of the whole batch, the head
-    computed on masked positions only, and evaluation on fixed masks.
+    in them, for masked language models a loss normalised over the masked tokens of the whole batch, the head computed
+    on masked positions only, and evaluation on fixed masks, and for causal ones the head computed in chunks.
 
     Raises:
         TypeError: if `args` is not a `RecyclingArguments`.
@@ -79,11 +81,13 @@ class RecyclingTrainer(RunStartMixin, HubMixin, CheckpointMixin, MaskedLanguageM
         self.meter = RunMeter()
         # What the caller knows of the run and the trainer can't, for its card: keys of `run_schema.RUN_SCHEMA`.
         self.run_context: dict[str, Any] = {}
+        words = {"license": args.hub_license, "language": args.hub_language}
+        self.card_words = {name: value for name, value in words.items() if value}
         super().__init__(model, args, *positional, **kwargs)
         check_engine(self)
         self._settle_arguments()
         self.neuron_methods.release()  # callbacks of the user's may train elsewhere before they do here
-        self.set_up_masked_language_modeling()
+        self.set_up_language_modeling()
         self._savings: list[Callable[[], AbstractContextManager]] = []
 
     def _settle_arguments(self) -> None:
@@ -133,10 +137,10 @@ class RecyclingTrainer(RunStartMixin, HubMixin, CheckpointMixin, MaskedLanguageM
 
     @property
     def steps_aside(self) -> bool:
-        """Whether every method and `masked_head` are off. Then training, evaluation, collator and batches are those of
-        the stock Trainer."""
+        """Whether every method and the head of ours are off. Then training, evaluation, collator and batches are those
+        of the stock Trainer."""
         methods = self.neuron_methods.methods if self.is_in_train else self._asked_for()[0]
-        return not (self.args.masked_head or methods)
+        return not (methods or self._own_head_is_on)
 
     # ---- Training ----
 
@@ -180,6 +184,12 @@ class RecyclingTrainer(RunStartMixin, HubMixin, CheckpointMixin, MaskedLanguageM
         start |= {f"the model's {name}": value for name, value in (config.to_dict() if config else {}).items()}
         start |= {f"the shape of {name}": full_shape(value) for name, value in self.model.named_parameters()}
         return start | {"the number of training examples": getattr(self.train_dataset, "__len__", lambda: None)()}
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args, model=None):
+        if args.optim != MUON:
+            return Trainer.get_optimizer_cls_and_kwargs(args, model)
+        return MuonWithAdamW, muon_arguments(args, model)
 
     def create_optimizer(self, model=None):
         optimizer = super().create_optimizer(model)

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, BertConfig
 
@@ -113,6 +114,43 @@ def test_old_names_and_pickled_weights(saved, family_named, tmp_path):
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
     torch.save(tensors, tmp_path / "pytorch_model.bin")
     assert_like(tmp_path, expected)
+
+
+SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+IDS = {"vocab_size": 40, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+CONVERTED = {
+    "halves in one tensor": lambda: transformers.Dinov2Model(
+        transformers.Dinov2Config(**SMALL, use_swiglu_ffn=True, image_size=8, patch_size=4)
+    ),
+    "halves the other way round": lambda: transformers.GteModel(
+        transformers.GteConfig(**SMALL, **IDS, intermediate_size=42)
+    ),
+    "transposed experts": lambda: transformers.Qwen3VLMoeTextModel(
+        transformers.Qwen3VLMoeTextConfig(
+            **SMALL, **IDS, intermediate_size=42, moe_intermediate_size=24, num_experts=3, num_key_value_heads=1,
+            head_dim=8,
+        )
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", CONVERTED)
+def test_weights_that_are_converted_when_they_are_loaded(kind, perturb, tmp_path):
+    model = perturb(CONVERTED[kind]())
+    model.save_pretrained(tmp_path)
+    assert set(load_file(tmp_path / "model.safetensors")) != set(model.state_dict()) or kind == "transposed experts"
+    assert_like(tmp_path, neuron_magnitudes(model))
+
+
+def test_parts_that_do_not_fit_together(tmp_path):
+    CONVERTED["halves in one tensor"]().save_pretrained(tmp_path)
+
+    def cut(tensors):
+        key = next(key for key in tensors if key.endswith("weights_in.weight"))
+        tensors[key] = tensors[key][:-2].clone()
+
+    with pytest.raises(UserError, match=r"don't give a encoder\.layer\.0\.mlp\.gate_proj\.weight of shape"):
+        analyze(Source(str(edit(tmp_path, cut, tmp_path / "cut"))))
 
 
 def test_tensors_that_are_none_of_the_model_are_ignored(saved, family_named, tmp_path):

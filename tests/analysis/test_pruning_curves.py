@@ -9,6 +9,8 @@ from hf_recycle.analysis.evaluation import LanguageModel
 from hf_recycle.analysis.pruning import PruneSettings, measure_curve
 from hf_recycle.errors import UserError
 from hf_recycle.methods.recycling.selection import CRITERIA
+from hf_recycle.methods.registry import by_weights
+from hf_recycle.mlm.tasks import TASKS
 
 
 def batches(task):
@@ -24,7 +26,7 @@ def subject(family, perturb):
     made = list(batches(task))
     shift = task == "clm"
     tokens = sum(int((batch["labels"][:, shift:] != -100).sum()) for batch in made)
-    return LanguageModel(perturb(family.build()), task, made, tokens)
+    return LanguageModel(perturb(family.build()), TASKS[task], made, tokens)
 
 
 def loss_by_hand(model, task, made):
@@ -40,7 +42,7 @@ def loss_by_hand(model, task, made):
     return total / count
 
 
-@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("criterion", list(by_weights(CRITERIA)))
 @pytest.mark.parametrize("name", ["bert", "gpt2", "modernbert", "albert"])
 def test_a_curve_is_the_loss_with_the_out_columns_masked(name, criterion, family_named, perturb):
     family = family_named(name)
@@ -51,17 +53,17 @@ def test_a_curve_is_the_loss_with_the_out_columns_masked(name, criterion, family
     losses = measure_curve(model, blocks, criterion, PruneSettings(shares=(0, 0.5, 1), seed=3))
 
     with torch.no_grad():
-        assert losses[0] == pytest.approx(loss_by_hand(model.model, model.task, model.batches), rel=1e-5)
+        assert losses[0] == pytest.approx(loss_by_hand(model.model, model.task.name, model.batches), rel=1e-5)
         assert all(torch.equal(value, before[key]) for key, value in model.model.state_dict().items())
         for block in blocks:
             order = block.magnitudes().argsort(descending=criterion == "high_magnitude")
             if criterion != "random":
                 family.matrices(model.model, block.name)[2][:, order[:21]] = 0
         if criterion != "random":
-            assert losses[1] == pytest.approx(loss_by_hand(model.model, model.task, model.batches), rel=1e-5)
+            assert losses[1] == pytest.approx(loss_by_hand(model.model, model.task.name, model.batches), rel=1e-5)
         for block in blocks:
             family.matrices(model.model, block.name)[2][:] = 0
-        assert losses[2] == pytest.approx(loss_by_hand(model.model, model.task, model.batches), rel=1e-5)
+        assert losses[2] == pytest.approx(loss_by_hand(model.model, model.task.name, model.batches), rel=1e-5)
 
 
 def test_random_depends_on_its_seed_alone(family_named, perturb):
@@ -85,9 +87,9 @@ def test_an_interrupted_measurement_leaves_the_model_whole(family_named, perturb
 def test_settings_in_words():
     settings = PruneSettings.parse("random, low_magnitude", "1,0.25,0", 3, None)
     assert (settings.criteria, settings.shares) == (("random", "low_magnitude"), (0, 0.25, 1))
-    assert PruneSettings.parse(None, None, 0, None).criteria == tuple(CRITERIA)
+    assert PruneSettings.parse(None, None, 0, None).criteria == tuple(by_weights(CRITERIA))
     for shares in ("1.5", "-0.1", "half", "", str(math.nan)):
         with pytest.raises(UserError, match="must be numbers in"):
             PruneSettings.parse(None, shares, 0, None)
-    with pytest.raises(UserError, match=r"unknown criterion 'low'; .*low_magnitude"):
+    with pytest.raises(UserError, match=r"criterion 'low', which is unknown; .*low_magnitude"):
         PruneSettings.parse("low", None, 0, None)

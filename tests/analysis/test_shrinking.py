@@ -8,6 +8,7 @@ from hf_recycle.analysis.random_inputs import outputs, random_inputs
 from hf_recycle.analysis.shrink import ShrinkSettings, check_pruned_are_zero, removed_neurons, shrink
 from hf_recycle.analysis.shrink_files import load_model
 from hf_recycle.analysis.source import Source
+from hf_recycle.analysis.timing import Speedup
 from hf_recycle.errors import UserError
 
 WIDTHS = ("intermediate_size", "d_ff", "n_inner", "hidden_dim", "ffn_dim")
@@ -136,6 +137,29 @@ def fields_apart() -> dict[str, PreTrainedModel]:
             )
         ),
         "vision": transformers.ViTForImageClassification(transformers.ViTConfig(**tower, **image)),
+        "a ratio, stages of two widths": transformers.SwinModel(
+            transformers.SwinConfig(
+                image_size=16, patch_size=4, embed_dim=16, depths=[1, 1], num_heads=[2, 2], window_size=2
+            )
+        ),
+        "a ratio for each stage": transformers.PvtModel(
+            transformers.PvtConfig(
+                image_size=16,
+                num_encoder_blocks=2,
+                depths=[1, 1],
+                sequence_reduction_ratios=[2, 1],
+                hidden_sizes=[16, 24],
+                mlp_ratios=[4, 2],
+                patch_sizes=[4, 2],
+                strides=[4, 2],
+                num_attention_heads=[2, 2],
+            )
+        ),
+        "twice the width": transformers.MoshiForCausalLM(
+            transformers.MoshiConfig(
+                vocab_size=67, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, head_dim=8, ffn_dim=88, **ids
+            )
+        ),
         "audio": transformers.Wav2Vec2Model(
             transformers.Wav2Vec2Config(
                 **tower,
@@ -156,7 +180,18 @@ def fields_apart() -> dict[str, PreTrainedModel]:
 
 
 @pytest.mark.parametrize(
-    "kind", ["encoder-decoder", "shared and routed experts", "two towers", "vision", "audio", "no padding token"]
+    "kind",
+    [
+        "encoder-decoder",
+        "shared and routed experts",
+        "two towers",
+        "vision",
+        "a ratio, stages of two widths",
+        "a ratio for each stage",
+        "twice the width",
+        "audio",
+        "no padding token",
+    ],
 )
 def test_every_part_gets_a_width_of_its_own(kind, perturb, tmp_path):
     """`shrink` itself compares the outputs with those of the masked model; here, that the file gives the same model."""
@@ -179,6 +214,32 @@ def test_fewer_neurons_than_model_dimensions_though_found_by_shape(perturb):
     assert shrink(model, ShrinkSettings(fraction=0.8)).d_ff == 8
 
 
+class WithHead(transformers.BertForMaskedLM):
+    """A subclass of a user with a head of its own."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.extra = torch.nn.Linear(16, 3)
+
+
+def test_a_class_of_the_users_stays_with_its_head(family_named, perturb, tmp_path):
+    model = perturb(WithHead(family_named("bert").build().config)).eval()
+    shrink(model, ShrinkSettings(fraction=0.5)).model.save_pretrained(tmp_path)
+    loaded = WithHead.from_pretrained(tmp_path)
+    assert torch.equal(loaded.extra.weight, model.extra.weight)
+    assert find_feed_forwards(loaded)[0].num_neurons == 24
+
+
+def test_what_is_said_of_speed_agrees_with_its_numbers():
+    assert str(Speedup(0.000456, 0.000401, 1.01, 1.2)) == (
+        "0.456 ms -> 0.401 ms, 1.14x as fast (quartiles of the pairs: 1.01 to 1.20)"
+    )
+    assert str(Speedup(1.5, 1.52, 0.9, 1.1)) == (
+        "1500 ms -> 1520 ms, 0.99x as fast (quartiles of the pairs: 0.90 to 1.10): no difference that can be told from "
+        "noise"
+    )
+
+
 class WithoutField(transformers.BertForMaskedLM):
     """A subclass of a user, whose blocks' width is written in the code."""
 
@@ -191,7 +252,9 @@ class WithoutField(transformers.BertForMaskedLM):
 
 def test_a_width_that_no_field_sets(family_named):
     model = WithoutField(family_named("bert").build().config)
-    with pytest.raises(UserError, match=r"no field of the configuration of WithoutField sets the width of bert\.enc"):
+    with pytest.raises(
+        UserError, match=r"no field of the configuration of WithoutField makes bert\.encoder\.layer\.0 \(42 neurons\)"
+    ):
         shrink(model, ShrinkSettings(fraction=0.5))
 
 

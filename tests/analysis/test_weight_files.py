@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from hf_recycle.analysis.weight_files import PickledFile, SafetensorsFile
+from hf_recycle.analysis.weight_files import SafetensorsFile, read_pickled
 from hf_recycle.errors import UserError
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -35,7 +35,7 @@ def test_rows_are_those_of_the_tensors_that_were_saved(folder, shapes, dtype, da
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     torch.save(tensors, folder / "pytorch_model.bin")
 
-    for file in (SafetensorsFile(folder / "model.safetensors"), PickledFile(folder / "pytorch_model.bin")):
+    for file in (SafetensorsFile(folder / "model.safetensors"), read_pickled(folder / "pytorch_model.bin")):
         assert set(file.entries) == set(tensors)
         for name, tensor in tensors.items():
             # As matrices: those of experts lie one behind the other.
@@ -96,6 +96,12 @@ def test_quantised_tensors_are_refused_by_name(tmp_path):
         SafetensorsFile(tmp_path / "model.safetensors").rows("w", 0, 1, 2)
 
 
+def test_the_pickled_format_of_before_2020(tmp_path):
+    tensors = {"w": torch.arange(6.0).view(2, 3)}
+    torch.save(tensors, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    assert torch.equal(read_pickled(tmp_path / "pytorch_model.bin").rows("w", 0, 2, 3), tensors["w"])
+
+
 class Bomb:
     def __reduce__(self):
         return print, ("executed",)
@@ -104,5 +110,5 @@ class Bomb:
 def test_nothing_in_a_pickle_is_executed(tmp_path, capsys):
     torch.save({"w": Bomb()}, tmp_path / "pytorch_model.bin")
     with pytest.raises(UserError, match="can't be read as plain weights"):
-        PickledFile(tmp_path / "pytorch_model.bin")
+        read_pickled(tmp_path / "pytorch_model.bin")
     assert "executed" not in capsys.readouterr().out

@@ -115,6 +115,7 @@ def test_scalars(bert, train):
         "neurons_ever_recycled_share": 16 / 80,
         "neurons_fading_in": 8,
         "neurons_immune": 8,
+        "optimizer_entries_reset": 16 * 2 * (16 + 1 + 16),  # two moments of the weights in, the bias and those out
     }
 
 

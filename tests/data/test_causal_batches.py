@@ -1,6 +1,6 @@
 import torch
 
-from hf_recycle.data.collate import CausalCollator
+from hf_recycle.mlm.causal_batches import CausalCollator
 
 
 def test_packed_sequences_are_stacked():

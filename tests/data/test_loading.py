@@ -1,4 +1,6 @@
+import csv
 import gzip
+import io
 import itertools
 import json
 import lzma
@@ -7,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict
 from support.words import word_tokenizer
@@ -16,6 +20,7 @@ from hf_recycle.data.arguments import DataArguments
 from hf_recycle.data.loading import load_data, tokenizer_key, unigram_entropy
 from hf_recycle.data.sources import load_texts
 from hf_recycle.errors import UserError
+from hf_recycle.mlm.tasks import TASKS
 
 LINES = [f"line {number} has the words one two three and {number % 7}" for number in range(200)]
 
@@ -114,6 +119,50 @@ def test_json_files(tmp_path, text_file, tokenizer, as_lines):
     from_json, _ = load_data(DataArguments(train_file=str(path), max_seq_length=16), tokenizer)
     from_text, _ = load_data(DataArguments(train_file=str(text_file), max_seq_length=16), tokenizer)
     assert from_json["input_ids"][:] == from_text["input_ids"][:]
+
+
+def write_table(path: Path, texts: list[str]) -> None:
+    """Two columns of strings and one of numbers, by the ending of the path."""
+    columns = {"title": ["a, b"] * len(texts), "body": texts, "number": list(range(len(texts)))}
+    if path.suffix == ".parquet":
+        pq.write_table(pa.table(columns), path)
+        return
+    separator = "\t" if ".tsv" in path.suffixes else ","
+    buffer = io.StringIO()
+    rows = csv.writer(buffer, delimiter=separator)
+    rows.writerow(columns)
+    rows.writerows(zip(*columns.values(), strict=True))
+    content = buffer.getvalue().encode()
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", ["data.csv", "data.tsv", "data.csv.gz", "data.parquet"])
+def test_csv_and_parquet_files(tmp_path, text_file, tokenizer, name, streaming):
+    """With quotes, separators and words that a reader of tables may take for missing values."""
+    write_table(tmp_path / name, LINES)
+    table = DataArguments(train_file=str(tmp_path / name), text_column="body", max_seq_length=16, streaming=streaming)
+    rows = list(load_data(table, tokenizer)[0])
+    text = DataArguments(train_file=str(text_file), max_seq_length=16, streaming=streaming)
+    assert [list(row["input_ids"]) for row in rows] == [list(row["input_ids"]) for row in load_data(text, tokenizer)[0]]
+
+
+def test_texts_of_a_table_are_read_as_they_are(tmp_path):
+    texts = ["NA", 'a "quoted", text\nin two lines', "null", "nan", "", "1.50"]
+    for name in ("data.csv", "data.parquet"):
+        write_table(tmp_path / name, texts)
+        read = load_texts(DataArguments(train_file=str(tmp_path / name), text_column="body"))
+        assert read.train["body"][:] == texts
+
+
+def test_a_table_without_its_text_column(tmp_path, tokenizer):
+    write_table(tmp_path / "data.csv", LINES)
+    refused(
+        r"has several columns of strings, \['title', 'body'\]; pass text_column", train_file=str(tmp_path / "data.csv")
+    )
+    refused(
+        "text_column='number' is not a column of strings", train_file=str(tmp_path / "data.csv"), text_column="number"
+    )
 
 
 @pytest.mark.parametrize(("suffix", "compress"), [(".gz", gzip.compress), (".xz", lzma.compress)])
@@ -245,10 +294,20 @@ def test_unigram_entropy_of_known_frequencies(tokenizer):
     # 3,000 and 1,000 plus one each, over 4,000 and one for each ordinary token.
     ordinary = len(tokenizer) - 5
     expected = -(math.log(3001 / (4000 + ordinary)) + math.log(1001 / (4000 + ordinary))) / 2
-    assert unigram_entropy(train, sequences([5, 6]), tokenizer) == pytest.approx(expected, rel=1e-12)
+    assert unigram_entropy(TASKS["mlm"], train, sequences([5, 6]), tokenizer) == pytest.approx(expected, rel=1e-12)
     # A token that training lacks costs more, and not infinitely much.
-    unseen = unigram_entropy(train, sequences([7]), tokenizer)
+    unseen = unigram_entropy(TASKS["mlm"], train, sequences([7]), tokenizer)
     assert unseen == pytest.approx(math.log(4000 + ordinary), rel=1e-12)
+
+
+def test_the_floor_of_a_causal_model_counts_all_but_the_first_token(tokenizer):
+    """Special tokens are predicted like any other."""
+    train = Dataset.from_dict({"input_ids": [[5, 6, 2], [6, 2]] * 500})
+    validation = Dataset.from_dict({"input_ids": [[7, 6], [7, 2, 2]]})
+    size = len(tokenizer)
+    # 500 times 6 and 1,000 times 2 follow something, plus one each.
+    expected = -(math.log(501 / (1500 + size)) + 2 * math.log(1001 / (1500 + size))) / 3
+    assert unigram_entropy(TASKS["clm"], train, validation, tokenizer) == pytest.approx(expected, rel=1e-12)
 
 
 def refused(message, **arguments):
@@ -272,11 +331,11 @@ def test_a_folder_is_no_file(tmp_path):
 
 
 def test_unknown_extension(text_file, tmp_path):
-    (tmp_path / "data.csv").write_text("a,b\n1,2\n")
+    (tmp_path / "data.pdf").write_text("a,b\n1,2\n")
     refused(
-        "validation_file='.*data.csv' has an unknown extension; use one of .txt",
+        "validation_file='.*data.pdf' has an unknown extension; use one of .txt",
         train_file=str(text_file),
-        validation_file=str(tmp_path / "data.csv"),
+        validation_file=str(tmp_path / "data.pdf"),
     )
 
 

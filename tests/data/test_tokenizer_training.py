@@ -3,8 +3,10 @@ from support.english import english
 from transformers import AutoTokenizer
 
 from hf_recycle.data import tokenizer as module
+from hf_recycle.data.byte_bpe import byte_bpe_tokenizer
 from hf_recycle.data.cache import cache_folder, cached_folder
-from hf_recycle.data.tokenizer import corpus_key, load_tokenizer, train_wordpiece, trained_tokenizer
+from hf_recycle.data.tokenizer import corpus_key, load_tokenizer, trained_tokenizer
+from hf_recycle.data.wordpiece import train_wordpiece
 from hf_recycle.errors import UserError
 
 
@@ -52,7 +54,7 @@ def test_the_second_call_reads_the_cache(texts, monkeypatch):
     def no_training(*_):
         raise AssertionError("trained again")
 
-    monkeypatch.setattr(module, "train_wordpiece", no_training)
+    monkeypatch.setitem(module._KINDS, "wordpiece", no_training)
     second = trained_tokenizer(texts, 1000, max_seq_length=32)
     assert second.get_vocab() == first.get_vocab()
     assert second.model_max_length == 32
@@ -60,10 +62,31 @@ def test_the_second_call_reads_the_cache(texts, monkeypatch):
         trained_tokenizer(texts[1:], 1000, max_seq_length=64)
 
 
-def test_the_key_is_the_content_and_the_size():
+def test_the_key_is_the_content_the_size_and_the_kind():
     assert corpus_key(["ab", "c"], 1000) == corpus_key(iter(["ab", "c"]), 1000)
     keys = {corpus_key(["ab", "c"], 1000), corpus_key(["a", "bc"], 1000), corpus_key(["ab", "c"], 1001)}
-    assert len(keys) == 3
+    assert len(keys | {corpus_key(["ab", "c"], 1000, "byte_bpe")}) == 4
+
+
+def test_byte_level_bpe_is_reproducible_and_loses_nothing(texts, tmp_path):
+    first = byte_bpe_tokenizer(texts, 1000).backend_tokenizer.to_str()
+    assert all(byte_bpe_tokenizer(texts, 1000).backend_tokenizer.to_str() == first for _ in range(2))
+    trained_tokenizer(texts, 1000, 64, "byte_bpe").save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert len(tokenizer) == 1000
+    assert {tokenizer.eos_token, tokenizer.bos_token, tokenizer.pad_token} == {"<|endoftext|>", "<|pad|>"}
+    text = "  The Function\treturns\n naïve 漢字 👾 ##a"
+    ids = tokenizer(text)["input_ids"]
+    assert not set(ids) & set(tokenizer.all_special_ids)
+    assert tokenizer.decode(ids) == text
+    assert len(tokenizer("the function returns a list")["input_ids"]) < 9
+
+
+def test_a_vocabulary_without_all_bytes_or_without_text(texts):
+    with pytest.raises(UserError, match="tokenizer_vocab_size=257 is too small for all bytes"):
+        byte_bpe_tokenizer(texts, 257)
+    with pytest.raises(UserError, match="the corpus has no text"):
+        byte_bpe_tokenizer(["", "  "], 1000)
 
 
 def test_too_small_a_vocabulary(texts):

@@ -18,7 +18,7 @@ from unittest import mock
 
 import precision
 import torch
-from matrix import ENGINES, GLOBAL_BATCH, LAYOUTS, METHODS, ON_LAYOUTS, PRECISIONS, VARIANTS
+from matrix import ENGINES, GLOBAL_BATCH, GRADIENT_METHODS, LAYOUTS, METHODS, ON_LAYOUTS, PRECISIONS, VARIANTS
 from support import overflow
 from support.processes import run_in_processes
 from torch._dynamo.utils import counters
@@ -64,7 +64,7 @@ def run(
     how: str = "",
     **overrides,
 ):
-    from support.tiny_runs import masked_sentences, tiny_bert
+    from support.tiny_runs import labelled_sentences, masked_sentences, tiny_bert
 
     from hf_recycle import RecyclingArguments, RecyclingTrainer
 
@@ -87,7 +87,7 @@ def run(
             "magnitude_steps": MIDDLE,
         }
         | (ENGINES | VARIANTS)[engine_name].arguments(str(folder))
-        | METHODS[method]
+        | (METHODS | GRADIENT_METHODS)[method]
         | PRECISIONS[precision_name]
         | (precision.bf16_settings(method) if precision_name == "bf16" else {})
         | overflow.ARGUMENTS.get(how, {})
@@ -98,11 +98,15 @@ def run(
     if precision_name == "bf16":
         # DeepSpeed rounds the model before it makes the masters: all start from what it starts from.
         model = model.bfloat16().float()
+    # Of a causal model the stock Trainer evaluates means of batches, which are whole on one process and on two if 12
+    # examples with as many tokens each come in batches of three.
+    masked = type(model).__name__.endswith("MaskedLM")
+    made, evaluated = (masked_sentences, 11) if masked else (labelled_sentences, 12)
     trainer = RecyclingTrainer(
         model=model,
         args=args,
-        train_dataset=overflow.samples(masked_sentences, GLOBAL_BATCH, how),
-        eval_dataset=masked_sentences(11, seed=4),
+        train_dataset=overflow.samples(made, GLOBAL_BATCH, how),
+        eval_dataset=made(evaluated, seed=4),
         data_collator=Collator(),
     )
     if drift:

@@ -121,10 +121,45 @@ METHODS = {
         "recycle_fraction": 0.1,
         "recycle_smooth_steps": 4,
     },
+    "contribution": {
+        "recycle_steps": 3,
+        "recycle_fraction": 0.1,
+        "recycle_selection": "contribution",
+        "recycle_fold": "mean",
+        "recycle_reinit": "zero_out",
+        "recycle_probe_batches": 2,
+    },
+    "surgeon": {
+        "prune_fraction": 0.25,
+        "prune_start": 2,
+        "prune_end": 8,
+        "prune_steps": 3,
+        "prune_selection": "obs",
+        "prune_fold": "least_squares",
+        "prune_probe_batches": 2,
+    },
     "midpoint": {"midpoint_weight": 0.05, "midpoint_distance": "l2"},
     "copies": {"recycle_steps": 3, "recycle_fraction": 0.1, "recycle_reinit": "copy_noise"},
     "global": {"recycle_steps": 3, "recycle_fraction": 0.1, "recycle_scope": "global"},
     "layers": {"recycle_steps": 3, "recycle_fraction": 0.2, "recycle_layers": [1]},
+}
+
+# Methods that take gradients of their own, which DeepSpeed does not give.
+GRADIENT_METHODS = {
+    "fisher": {
+        "recycle_steps": 3,
+        "recycle_fraction": 0.1,
+        "recycle_selection": "fisher",
+        "recycle_reinit": "gradmax",
+        "recycle_probe_batches": 2,
+    },
+    "gradient": {
+        "recycle_steps": 3,
+        "recycle_fraction": 0.1,
+        "recycle_selection": "gradient",
+        "recycle_reinit": "split",
+        "recycle_probe_batches": 2,
+    },
 }
 
 # Layouts of feed-forward weights other than BERT's, each with a family that has it, and what these models train with:

@@ -12,6 +12,7 @@ from test_engines import assert_same_outcome, launch, outcome
 SCRIPT = Path(__file__).with_name("variant_run.py")
 NARROW = ["plain", "immunity_matched", "smooth", "midpoint"]  # three neurons for four processes
 WIDE = ["plain", "smooth", "midpoint"]  # whose communication is measured
+EXPERTS = "experts=smooth,family=mixtral"  # the weights of all experts of a layer lie in one parameter
 D_FF, WIDTH, BLOCKS = 64, 16, 2
 
 
@@ -33,12 +34,13 @@ def folder(tmp_path_factory):
 def expected(folder):
     """Every run on one process."""
     narrow, wide = _words("narrow", NARROW, 3, 0.34), _words("wide", WIDE, D_FF, 0.03125)
-    return launch("single", folder / "single", [*narrow, *wide, "smooth=smooth"], 1, script=SCRIPT)
+    return launch("single", folder / "single", [*narrow, *wide, "smooth=smooth", EXPERTS], 1, script=SCRIPT)
 
 
 @pytest.fixture(scope="module", params=["fsdp2", "zero3"])
 def narrow(request, folder):
-    return launch(request.param, folder / request.param, _words("narrow", NARROW, 3, 0.34), 4, script=SCRIPT)
+    words = [*_words("narrow", NARROW, 3, 0.34), EXPERTS]
+    return launch(request.param, folder / request.param, words, 4, script=SCRIPT)
 
 
 @pytest.fixture(scope="module", params=["fsdp2", "zero3_own_optimizer"])
@@ -49,7 +51,7 @@ def measured(request, folder):
 
 @pytest.fixture(scope="module")
 def offloaded(folder):
-    return launch("zero2_offload", folder / "zero2_offload", ["smooth=smooth"], 2, script=SCRIPT)
+    return launch("zero2_offload", folder / "zero2_offload", ["smooth=smooth", EXPERTS], 2, script=SCRIPT)
 
 
 @pytest.mark.slow
@@ -59,6 +61,19 @@ def test_shards_without_neurons(method, narrow, expected):
     if "recycle_steps" in METHODS[method]:
         assert sum(len(row["recycled"]) for row in found[0]["history"]) >= 4
     assert_same_outcome(outcome(expected, f"narrow_{method}"), found)
+
+
+def assert_same_experts(expected, found):
+    expected, found = outcome(expected, "experts"), outcome(found, "experts")
+    assert [bool(row["recycled"]) for row in found[0]["history"]] == [True] * 3 * 8  # phases, experts
+    for result, _ in (expected, found):
+        result["evaluation"] = {}  # of a causal model it is the stock Trainer's: a mean over batches
+    assert_same_outcome(expected, found)
+
+
+@pytest.mark.slow
+def test_experts_in_shards(narrow, expected):
+    assert_same_experts(expected, narrow)
 
 
 @pytest.mark.slow
@@ -79,6 +94,7 @@ def test_what_is_communicated_and_held(method, measured, expected):
 @pytest.mark.slow
 def test_optimizer_on_the_cpu(offloaded, expected):
     assert_same_outcome(outcome(expected, "smooth"), outcome(offloaded, "smooth"))
+    assert_same_experts(expected, offloaded)
 
 
 @pytest.mark.slow

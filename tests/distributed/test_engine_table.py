@@ -20,7 +20,7 @@ def test_it_has_every_method_on_every_engine_that_is_tested():
     of_methods = [row for row in rows if row[0].strip().startswith("same as one process: ")]
     assert len(of_methods) == len(METHODS)
     assert all([cell.strip() for cell in row[1:]] == ["yes"] * len(DISTRIBUTED) for row in of_methods)
-    resumes = [row for row in rows if row[0].strip() == "resume in mid fade-in"]
+    resumes = [row for row in rows if row[0].strip() == "resume in mid fade in"]
     assert [[cell.strip() for cell in row[1:]] for row in resumes] == [["yes"] * len(DISTRIBUTED)]
 
 

@@ -1,6 +1,6 @@
 """Runs on one engine that resume from any checkpoint, of any width, in one launch.
 
-    variant_run.py PROCESSES ENGINE FOLDER NAME=METHOD[,SETTING=NUMBER ...][:CHECKPOINT] ...
+    variant_run.py PROCESSES ENGINE FOLDER NAME=METHOD[,SETTING=VALUE ...][:CHECKPOINT] ...
 
 Each run saves every four steps and writes to FOLDER/NAME. If it is refused, FOLDER/NAME.error gets the message of each
 process. The settings `d_ff` and `family` are those of the model, `measured` writes FOLDER/NAME/measured.json: what the
@@ -67,6 +67,14 @@ def measure_methods() -> dict[str, dict[str, int]]:
     return measured
 
 
+def _value(text: str) -> int | float | str:
+    try:
+        value = float(text)
+    except ValueError:
+        return text
+    return int(value) if value.is_integer() else value
+
+
 def main() -> None:
     engine, folder = sys.argv[2], Path(sys.argv[3])
     torch.set_num_threads(1)
@@ -80,8 +88,7 @@ def main() -> None:
         method, *settings = what.split(",")
         texts = dict(setting.split("=") for setting in settings)
         family = texts.pop("family", None)
-        values = {key: float(value) for key, value in texts.items()}
-        overrides = {key: int(value) if value.is_integer() else value for key, value in values.items()}
+        overrides = {key: _value(text) for key, text in texts.items()}
         if overrides.pop("measured", False):
             measured = measure_methods() if measured is None else measured
             measured.clear()

@@ -12,6 +12,8 @@ import pytest
 import transformers.utils.hub
 from hub_server import ALICE, HubServer, Store
 
+from hf_recycle import RecyclingHistory
+
 _TESTS = Path(__file__).parents[1]
 
 
@@ -29,8 +31,12 @@ def figures_not_drawn():
     def images(history, **_):
         return {name: f"{name} after {len(history.logs)}".encode() for name in ("loss.png", "recycle_counts.png")}
 
+    def beside(folder, *_):
+        return images(RecyclingHistory.of_own_run(folder))
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("hf_recycle.plots.run.figure_images", images)
+        patch.setattr("hf_recycle.plots.beside.figures_beside", beside)
         yield
 
 

@@ -57,7 +57,7 @@ def test_all_revisions(repo, hub, tmp_path, capsys):
     printed = json.loads(capsys.readouterr().out)["revisions"]
     assert [state["name"] for state in printed] == [state.name for state in states]
     figures = {path.name for path in (tmp_path / "figures").iterdir()}
-    assert figures == {"revision_magnitudes.png", "revision_counts.png"}
+    assert figures == {f"revision_{what}.{kind}" for what in ("magnitudes", "counts") for kind in ("png", "svg")}
 
 
 def test_commits_without_weights_that_can_be_read_are_left_out(online, hub, tmp_path, capsys):

@@ -91,7 +91,9 @@ def test_the_metadata_is_what_the_hub_expects(card):
 
 
 def test_it_tells_the_run(card):
-    assert headings(card) == ["model", "Results", "What recycling did", "Training", "How to use it", "Limitations"]
+    assert headings(card) == [
+        *("model", "How to use it", "Results", "What recycling did", "Training", "Limitations", "Citation")
+    ]
     for fact in (
         "`BertForMaskedLM` of 1,234,567 parameters",
         "after 40 of 50 optimizer steps (1.5 passes over the data)",
@@ -104,10 +106,11 @@ def test_it_tells_the_run(card):
         "hf-recycle train demo --max_steps 40 --resume_from_checkpoint hf://lab/model",
         "hf-recycle report lab/model",
         "was not compared with a baseline",
+        "@misc{krajewski2023neuron,",
         "one seed (seed 42)",
     ):
         assert fact in card
-    assert card.index("learning_rate") < card.index("<details>") < card.index("weight_decay")
+    assert "weight_decay" not in card  # a default, which the JSON beside the card has
     assert_no_empty_section(card)
 
 
@@ -140,7 +143,7 @@ def test_every_figure_is_there_and_shown_once(folder, card):
 def test_less_to_tell_makes_a_shorter_card(tmp_path, missing, sections, figures):
     write_run(tmp_path, **missing)
     card = card_of(tmp_path)
-    assert headings(card)[1:] == [*sections, "How to use it", "Limitations"]
+    assert headings(card)[1:] == ["How to use it", *sections, "Limitations", "Citation"]
     assert len(list((tmp_path / "figures").iterdir())) == figures
     assert_no_empty_section(card)
     assert ("model-index" in card) == missing.get("losses", True)
@@ -201,7 +204,7 @@ def test_a_command_of_the_card_publishes_nothing(tmp_path):
     card = card_of(describe(tmp_path, RUN | {"command": command}), repo_id="lab/run")
     commands = [line for line in card.splitlines() if line.startswith("hf-recycle train")]
     expected = "hf-recycle train demo --max_steps 40 --seed 1"
-    assert commands == [expected, f"{expected} --resume_from_checkpoint hf://lab/run"]
+    assert commands == [f"{expected} --resume_from_checkpoint hf://lab/run", expected]
 
 
 @pytest.mark.usefixtures("without_figures")
@@ -217,6 +220,35 @@ def test_hand_edits_survive_the_next_card(tmp_path):
     assert "2 selection phases" in second
     assert "1 selection phase." not in second
     assert card_of(tmp_path) == second
+
+
+@pytest.mark.parametrize(
+    ("run", "language", "license", "widget"),
+    [
+        ({"data": {"name": "built-in corpus"}, "tokenizer": {"mask_token": "<mask>"}}, "en", None, "<mask>"),
+        ({"tokenizer": {"mask_token": "[M|]"}, "card": {"language": ["de", "en"]}}, ["de", "en"], None, "[M|]"),
+        ({"tokenizer": {"mask_token": "[MASK]"}, "card": {"language": "de", "license": "mit"}}, "de", "mit", None),
+        ({"tokenizer": None, "card": {"tags": ["a", "neuron-recycling"], "tasks": "other"}}, None, None, None),
+    ],
+)
+@pytest.mark.usefixtures("without_figures")
+def test_the_metadata_has_what_is_known(tmp_path, run, language, license, widget):
+    write_run(tmp_path, phases=1)
+    data = ModelCard(card_of(describe(tmp_path, run))).data
+    assert (data.language, data.license) == (language, license)
+    texts = [entry["text"] for entry in data.get("widget") or []]
+    assert [widget in text for text in texts] == [True] * (widget is not None)
+    assert data.tags[:3] == ["hf_recycle", "neuron-recycling", "masked-lm"]
+    assert data.tags[3:] == (["a"] if "tags" in run.get("card", {}) else [])
+    assert data.pipeline_tag == run.get("card", {}).get("tasks", "fill-mask")
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_the_configuration_of_the_dataset_is_told(tmp_path):
+    write_run(tmp_path, phases=1)
+    card = card_of(describe(tmp_path, {"data": {"name": "x", "datasets": ["lab/books"], "config": "small|er"}}))
+    assert {result.dataset_config for result in ModelCard(card).data.eval_results} == {"small|er"}
+    assert "Trained on `lab/books`, configuration <code>small&#124;er</code>." in card
 
 
 def test_a_name_that_is_no_repository_is_refused(tmp_path):

@@ -15,13 +15,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pulled_runs import contents, new_trainer
-from transformers import Trainer, TrainerState
+from transformers import BertConfig, BertForMaskedLM, Trainer, TrainerState
 from transformers.trainer_pt_utils import safe_globals
 
-from hf_recycle import RecyclingArguments, RecyclingHistory
+from hf_recycle import RecyclingArguments, RecyclingHistory, find_feed_forwards
 from hf_recycle.analysis import shrink_files
 from hf_recycle.analysis.checkpoint import Checkpoint
 from hf_recycle.analysis.source import Source
+from hf_recycle.cli.main import main
 from hf_recycle.cli.report import report
 from hf_recycle.data.arguments import ModelArguments
 from hf_recycle.data.model import pin_revision
@@ -505,3 +506,24 @@ def test_no_path_of_another_machine_is_opened(tmp_path, best_step, present, expe
     forget_foreign_best(state, "pulled", str(tmp_path))
     found = state.best_model_checkpoint
     assert (found and Path(found).name) == expected
+
+
+def test_pickled_weights_are_read_only_with_the_flag(hub, online, marker, tmp_path, capsys):
+    """And then by an unpickler that refuses all that is none."""
+    sizes = {"vocab_size": 9, "hidden_size": 8, "intermediate_size": 16}
+    model = BertForMaskedLM(BertConfig(**sizes, num_hidden_layers=1, num_attention_heads=2))
+    repo = hub.store.create("alice/pickled").name
+    files = {"config.json": model.config.to_json_string().encode(), "pytorch_model.bin": saved(model.state_dict())}
+    hub.store.add_files(repo, files)
+    small = ["--fraction", "0.5", "--output", str(tmp_path / "small")]
+    for words in (["analyze", repo], ["shrink", repo, *small]):
+        assert main(words) == 2
+        assert "you trust whoever wrote it to run code on this machine, pass trust_pickle" in capsys.readouterr().err
+    assert not hub.requests("/resolve/.*bin")
+    assert main(["analyze", repo, "--trust_pickle"]) == 0
+    assert main(["shrink", repo, *small, "--trust_pickle"]) == 0
+    assert find_feed_forwards(BertForMaskedLM.from_pretrained(tmp_path / "small"))[0].num_neurons == 8
+    hub.store.add_files(repo, {"pytorch_model.bin": saved({"bert.x": _Bomb(marker)})})
+    assert main(["analyze", repo, "--trust_pickle"]) == 2
+    assert "can't be read as plain weights" in capsys.readouterr().err
+    assert not marker.exists()

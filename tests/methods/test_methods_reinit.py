@@ -2,6 +2,7 @@
 
 import math
 
+import made_up
 import pytest
 import torch
 
@@ -33,6 +34,11 @@ def view(family_named, request):
 
 
 def draw(view, name, index=INDEX, seed=0, **options):
+    return birth(view, name, index, seed, **options).values
+
+
+def birth(view, name, index=INDEX, seed=0, **options):
+    options = {"statistics": made_up.statistics(256, 32, seed=5)} | options
     return REINITIALIZATIONS[name](view, index, torch.Generator().manual_seed(seed), Options(**options))
 
 
@@ -124,10 +130,80 @@ def test_every_reinitialization(view, name):
         assert all(values.isfinite().all() for values in drawn.values())
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(value, before[key]) for key, value in view.model.state_dict().items())
-    first, again, other = draw(view, name), draw(view, name), draw(view, name, seed=1)
+    first, again, other = (draw(view, name, index=INDEX[:40], seed=seed) for seed in (0, 0, 1))
     assert all(torch.equal(first[role], again[role]) for role in view.weight_roles)
     assert not all(torch.equal(first[role], other[role]) for role in view.weight_roles)
     assert f"{name}: " in REINITIALIZATIONS.describe()
+
+
+# ---- births that keep what the block computes ----
+
+
+@over_families
+def test_zero_out_is_as_long_as_the_others_and_adds_nothing(view):
+    drawn = draw(view, "zero_out")
+    others = torch.tensor([i for i in range(256) if i not in INDEX.tolist()])
+    rows = torch.cat([drawn[role] for role in view.weight_roles if role != "out"], dim=1)
+    torch.testing.assert_close(rows.norm(dim=1), view.norms()[0][others].mean().expand(200), rtol=1e-5, atol=0)
+    assert drawn["out"].abs().max() == 0
+    fresh = draw(view, "initial")
+    for role in view.bias_roles:
+        assert torch.equal(drawn[role], fresh[role])
+
+
+def output(values, x):
+    """What neurons add to a block's output for inputs `(tokens, d_model)`: ungated with ReLU, gated with SiLU."""
+    if "gate" in values:
+        gate = x @ values["gate"].T + values.get("gate.bias", 0)
+        h = torch.nn.functional.silu(gate) * (x @ values["up"].T + values.get("up.bias", 0))
+    else:
+        h = (x @ values["in"].T + values.get("in.bias", 0)).relu()
+    return h @ values["out"]
+
+
+@over_families
+def test_split_keeps_what_the_sources_added_and_makes_no_twins(view):
+    index = torch.arange(3, 43)
+    x = torch.randn(17, 32, generator=torch.Generator().manual_seed(2)).double()
+    born = birth(view, "split", index)
+    assert not set(born.edited.tolist()) & set(index.tolist())
+    before = {role: values.double() for role, values in view.read(born.edited).items()}
+    after = [{role: values.double() for role, values in side.items()} for side in (born.values, born.edits)]
+    torch.testing.assert_close(sum(output(side, x) for side in after), output(before, x), rtol=1e-5, atol=1e-4)
+    for role in before:
+        if role != "out":
+            assert torch.equal(after[0][role], before[role])
+            assert torch.equal(after[1][role], before[role])
+    # Not one a multiple of the other, or both would learn the same.
+    cosine = torch.cosine_similarity(after[0]["out"], after[1]["out"], dim=1).abs()
+    assert (cosine < 0.9999).all()
+    # The sources are the largest of those that are not reborn.
+    magnitudes = view.block.magnitudes().clone()
+    magnitudes[index] = 0
+    assert sorted(born.edited.tolist()) == sorted(magnitudes.topk(40).indices.tolist())
+    assert torch.equal(born.together(index)[0], torch.cat([index, born.edited]))
+
+
+@over_families
+def test_split_shares_only_with_those_it_may(view):
+    others = torch.arange(200, 230)
+    assert sorted(birth(view, "split", INDEX[:30], others=others).edited.tolist()) == others.tolist()
+    with pytest.raises(ValueError, match="recycle_reinit='split' has 30 neurons to share with 31 newborns"):
+        birth(view, "split", INDEX[:31], others=others)
+
+
+@over_families
+def test_gradmax_gives_the_out_columns_the_largest_gradient(view):
+    """Of a linear neuron: the gradient of its out-column is G w, where G is the sum of δ xᵀ."""
+    descent = made_up.statistics(256, 32, seed=5)["descent"].double()
+    drawn = draw(view, "gradmax", index=INDEX[:3])
+    assert drawn["out"].abs().max() == 0
+    role = "up" if view.block.gated else "in"
+    directions = torch.nn.functional.normalize(drawn[role].double(), dim=1)
+    torch.testing.assert_close(directions @ directions.T, torch.eye(3).double(), rtol=0, atol=1e-5)
+    gains = (descent @ directions.T).norm(dim=0)
+    torch.testing.assert_close(gains, torch.linalg.svdvals(descent)[:3], rtol=1e-5, atol=0)
+    assert len(draw(view, "gradmax", index=INDEX[:60])[role]) == 60, "more than there are directions"
 
 
 # ---- immunity and seeds, the two smallest methods ----

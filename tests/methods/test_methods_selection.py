@@ -2,6 +2,7 @@
 
 import math
 
+import made_up
 import pytest
 import torch
 from hypothesis import given
@@ -87,7 +88,11 @@ def test_small_cases():
 
 
 def signals(magnitudes, seed=0):
-    return Signals(torch.tensor(magnitudes), lambda: torch.Generator().manual_seed(seed))
+    """With made-up statistics of the same seed."""
+    d_ff = len(magnitudes)
+    columns = torch.randn(d_ff, 4, generator=torch.Generator().manual_seed(seed))
+    known = made_up.statistics(d_ff, 4, seed)
+    return Signals(torch.tensor(magnitudes), lambda: torch.Generator().manual_seed(seed), lambda: columns, known)
 
 
 def test_low_and_high_magnitude():

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import BatchEncoding
 
 from hf_recycle.mlm.capacity import CountingCollator, counted, masked_tokens, padded_count
-from hf_recycle.mlm.loss import masked_lm_loss, padded_positions
+from hf_recycle.mlm.loss import lm_loss, padded_positions
 
 LABELS = st.lists(st.lists(st.sampled_from([-100, 0, 3, 7]), min_size=5, max_size=5), min_size=1, max_size=6)
 
@@ -45,7 +45,7 @@ def test_padding_adds_exactly_nothing():
     def run(size):
         positions, targets = padded_positions(labels, size)
         hidden.grad = head.weight.grad = head.bias.grad = None
-        loss = masked_lm_loss(head(hidden[positions]), targets, num_items=5)
+        loss = lm_loss(head(hidden[positions]), targets, num_items=5)
         loss.backward()
         return loss.detach(), hidden.grad, head.weight.grad, head.bias.grad
 

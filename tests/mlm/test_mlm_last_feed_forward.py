@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForMaskedLM
 
 from hf_recycle.mlm.heads import find_masked_head
-from hf_recycle.mlm.loss import masked_positions, padded_positions
+from hf_recycle.mlm.loss import padded_positions, target_positions
 
 VOCABULARY = 41
 WHERE = {"bert": "bert.encoder.layer", "distilbert": "distilbert.transformer.layer", "modernbert": "model.layers"}
@@ -59,7 +59,7 @@ def full(model):
 def restricted(model, head, size: int | None = None):
     """With `size`, padded to so many positions."""
     ids, labels = batch()
-    positions, targets = masked_positions(labels), labels[labels != -100]
+    positions, targets = target_positions(labels), labels[labels != -100]
     if size is not None:
         positions, targets = padded_positions(labels, size)
     torch.manual_seed(2)

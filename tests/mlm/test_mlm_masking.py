@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from hf_recycle.batches.numbered import Numbered, NumberedDataset, SharedNumber
+from hf_recycle.batches.clock import TrainingClock
+from hf_recycle.batches.numbered import Numbered, NumberedDataset
 from hf_recycle.batches.seeded import SeededCollator
 from hf_recycle.mlm.masking import MaskedLanguageModelingCollator
 
@@ -57,7 +58,7 @@ class Loaded:
     ],
 )
 def test_masks_in_data_workers_follow_the_epoch(tokenizer, sequences, workers, persistent, context):
-    collator, epoch = SeededCollator(MaskedLanguageModelingCollator(tokenizer), 3), SharedNumber()
+    collator, epoch = SeededCollator(MaskedLanguageModelingCollator(tokenizer), 3), TrainingClock()
     loader = DataLoader(
         NumberedDataset(Loaded(sequences), epoch, 3),
         batch_size=8,
@@ -68,7 +69,7 @@ def test_masks_in_data_workers_follow_the_epoch(tokenizer, sequences, workers, p
     )
     seen = []
     for number in range(3):
-        epoch.set(number)
+        epoch.set_epoch(number)
         seen.append([row for batch in loader for row in rows(batch)])
         assert seen[number] == rows(collator(numbered(sequences, number)))
     assert seen[0] != seen[1] != seen[2]

@@ -16,7 +16,8 @@ from transformers import (
 )
 from transformers.trainer_utils import RemoveColumnsCollator
 
-from hf_recycle.batches.numbered import Numbered, NumberedDataset, SharedNumber
+from hf_recycle.batches.clock import TrainingClock
+from hf_recycle.batches.numbered import Numbered, NumberedDataset
 from hf_recycle.batches.seeded import SeededCollator
 from hf_recycle.mlm.masking import MaskedLanguageModelingCollator
 
@@ -244,7 +245,7 @@ def test_shares_are_those_of_the_stock_collator(tokenizer):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_in_data_workers(tokenizer, workers):
-    data, epoch = examples(64), SharedNumber()
+    data, epoch = examples(64), TrainingClock()
     inner = DataCollatorForLanguageModeling(tokenizer, seed=3)
     loader = DataLoader(
         NumberedDataset(data, epoch, 1),
@@ -254,7 +255,7 @@ def test_in_data_workers(tokenizer, workers):
         persistent_workers=workers > 0,
     )
     for number in (0, 1):
-        epoch.set(number)
+        epoch.set_epoch(number)
         batches = [content(batch) for batch in loader]
         expected = [content(SeededCollator(inner, 1)(numbered(data[i : i + 8], number, i))) for i in range(0, 64, 8)]
         assert batches == expected

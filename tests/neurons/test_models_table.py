@@ -20,6 +20,7 @@ SAMPLE = {
     "olmoe": ("full", ("model.layers.*.mlp.experts.*",)),
     "granitemoehybrid": ("full", ("model.layers.*.block_sparse_moe.experts.*", "model.layers.*.shared_mlp")),
     "jetmoe": ("full", ("model.layers.*.mlp.*",)),
+    "lxmert": ("full", ("lxmert.encoder.x_layers.*", "lxmert.encoder.x_layers.*.visn_inter.dense")),
     "phi3": ("full", ("model.layers.*.mlp",)),
     "perceiver": ("full", ("perceiver.encoder.cross_attention.mlp", "perceiver.encoder.self_attends.*.mlp")),
     "squeezebert": ("refused", ()),

@@ -189,6 +189,17 @@ def test_an_adapter_is_no_block():
     assert [block.name for block in find_feed_forwards(model)] == ["0.ff"]
 
 
+@pytest.mark.parametrize("name", ["input_layernorm", "router", "adapter_modules"])
+def test_what_gates_a_norm_or_chooses_experts_is_no_block(name):
+    """Two linear layers called as those of a known layout; neither is it said to be left out."""
+    beside = nn.ModuleDict({"mlp": nn.ModuleDict({"fc1": nn.Linear(8, 20), "fc2": nn.Linear(20, 8)})})
+    layers = [_layer(**{name: beside}) for _ in range(2)]
+    found = survey(nn.ModuleList(layers))
+    assert [block.name for block in found.blocks] == ["0.ff", "1.ff"]
+    assert not found.left_out
+    assert [block.name for block in find_feed_forwards(layers[0], "fc1 -> fc2")] == [f"{name}.mlp"]
+
+
 def test_wide_attention_is_no_block():
     model = nn.ModuleList([_layer(self_attn=_WideAttention())])
     assert [block.name for block in find_feed_forwards(model)] == ["0.ff"]
@@ -281,6 +292,19 @@ def test_layers_of_token_mixers_have_none():
     config = transformers.MambaConfig(vocab_size=40, hidden_size=8, num_hidden_layers=2, state_size=4)
     with pytest.raises(ValueError, match="Its layers hold none: they are made of MambaMixer, which mix tokens"):
         find_feed_forwards(transformers.MambaForCausalLM(config))
+
+
+def test_two_blocks_of_one_module_have_two_names():
+    """LiLT's layers hold a block for text and one for layout: counts and checkpoints know blocks by their names."""
+    config = transformers.LiltConfig(
+        vocab_size=40, hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2
+    )
+    with torch.device("meta"):
+        blocks = find_feed_forwards(transformers.LiltModel(config))
+    names = [name for i in range(2) for name in (f"encoder.layer.{i}", f"encoder.layer.{i}.layout_intermediate.dense")]
+    assert [block.name for block in blocks] == names
+    assert [block.num_neurons for block in blocks] == [48, 12] * 2
+    assert [block.holder for block in blocks] == ["encoder.layer.0"] * 2 + ["encoder.layer.1"] * 2
 
 
 # ---- Parts of a model ----

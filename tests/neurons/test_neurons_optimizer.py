@@ -8,7 +8,25 @@ import transformers
 from torch import nn
 
 from hf_recycle import find_feed_forwards
-from hf_recycle.neurons.optimizer_state import StepWatch, check_can_reset, reset_state, unwrap_optimizer
+from hf_recycle.neurons.optimizer_state import (
+    StepWatch,
+    check_can_reset,
+    check_was_reset,
+    reset_state,
+    unwrap_optimizer,
+)
+from hf_recycle.trainer.muon import MuonWithAdamW
+
+
+def muon(parameters):
+    parameters = list(parameters)
+    return MuonWithAdamW(parameters, hidden=[parameter for parameter in parameters if parameter.dim() == 2])
+
+
+def of_package(module, name, **options):
+    """An optimizer of a package that need not be installed."""
+    return lambda parameters: getattr(pytest.importorskip(module), name)(parameters, **{"lr": 1e-3, **options})
+
 
 OPTIMIZERS = {
     "adamw": lambda p: torch.optim.AdamW(p, foreach=False),
@@ -24,9 +42,16 @@ OPTIMIZERS = {
     "adagrad": torch.optim.Adagrad,
     "adafactor-torch": torch.optim.Adafactor,
     "adafactor": lambda p: transformers.Adafactor(p, beta1=0.9),
+    "muon": muon,
+    "stable_adamw": of_package("optimi", "StableAdamW", triton=False),
+    "lion": of_package("lion_pytorch", "Lion"),
+    "adamw_bnb_32bit": of_package("bitsandbytes.optim", "AdamW", optim_bits=32),
+    "lion_32bit": of_package("bitsandbytes.optim", "Lion", optim_bits=32),
+    "rmsprop_bnb_32bit": of_package("bitsandbytes.optim", "RMSprop", optim_bits=32),
 }
-FIRST_MOMENTS = {"exp_avg", "momentum_buffer", "grad_avg"}
+FIRST_MOMENTS = {"exp_avg", "momentum_buffer", "grad_avg", "state1"}
 SECOND_MOMENTS = {
+    "state2",
     "exp_avg_sq",
     "max_exp_avg_sq",
     "square_avg",
@@ -91,14 +116,17 @@ def test_exactly_the_recycled_neurons_change(family_named, family_name, name, mo
     weights = copy.deepcopy(model.state_dict())
     before = {p: {k: copy.deepcopy(v) for k, v in s.items()} for p, s in optimizer.state.items()}
     neuron, matrix = owners(family, model)
-    reset_state(optimizer, find_feed_forwards(model)[0], RECYCLED, mode)
+    count = reset_state(optimizer, find_feed_forwards(model)[0], RECYCLED, mode)
 
-    touched = set()
+    touched, number = set(), 0
+    # One state of bitsandbytes' RMSprop is its second moment.
+    firsts = FIRST_MOMENTS - ({"state1"} if "rmsprop" in name else set())
+    seconds = SECOND_MOMENTS | ({"state1"} if "rmsprop" in name else set())
     for parameter, state in before.items():
         assert optimizer.state[parameter].keys() == state.keys()
         for key, old in state.items():
             new, expected = optimizer.state[parameter][key], old
-            if isinstance(old, torch.Tensor) and key in FIRST_MOMENTS | SECOND_MOMENTS and mode != "keep":
+            if isinstance(old, torch.Tensor) and key in firsts | seconds and mode != "keep":
                 who = of_state(neuron[parameter], key, old)
                 expected = old.clone()
                 for half in () if who is None else (0, 1):
@@ -107,7 +135,8 @@ def test_exactly_the_recycled_neurons_change(family_named, family_name, name, mo
                     others = (who >= 0) & ~torch.isin(who, RECYCLED) & (which == half)
                     if reborn.any():
                         touched.add(key)
-                        second = key in SECOND_MOMENTS and mode == "reset"
+                        number += int(reborn.sum())
+                        second = key in seconds and mode == "reset"
                         expected[reborn] = old[others].mean() if second else 0.0
             if isinstance(old, torch.Tensor):
                 torch.testing.assert_close(new, expected, rtol=1e-6, atol=0, msg=lambda m, k=key: f"{k}: {m}")
@@ -116,10 +145,11 @@ def test_exactly_the_recycled_neurons_change(family_named, family_name, name, mo
             else:
                 assert new == old
     assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
+    assert count == number
     if mode != "keep" and name != "sgd":
         # Nothing that the optimizer keeps was overlooked.
         of_neurons = [state for parameter, state in before.items() if (neuron[parameter] >= 0).any()]
-        kept = {k for s in of_neurons for k, v in s.items() if isinstance(v, torch.Tensor) and v.dim() > 0}
+        kept = {k for s in of_neurons for k, v in s.items() if isinstance(v, torch.Tensor) and v.numel() > 1}
         assert touched == kept
 
 
@@ -161,7 +191,7 @@ class Wrapped:
         return self.optimizer.param_groups
 
 
-class Lion(torch.optim.Optimizer):
+class Unknown(torch.optim.Optimizer):
     """Unknown, with state of its own."""
 
     def __init__(self, params):
@@ -170,7 +200,7 @@ class Lion(torch.optim.Optimizer):
     def step(self, closure=None):
         for group in self.param_groups:
             for parameter in group["params"]:
-                self.state[parameter].setdefault("lion", torch.ones_like(parameter))
+                self.state[parameter].setdefault("mine", torch.ones_like(parameter))
 
 
 class AdamWithMore(torch.optim.Adam):
@@ -183,7 +213,7 @@ class AdamWithMore(torch.optim.Adam):
                 self.state[parameter].setdefault("slow_weights", parameter.detach().clone())
 
 
-@pytest.mark.parametrize("make", [Lion, torch.optim.Rprop, torch.optim.ASGD, torch.optim.Adamax])
+@pytest.mark.parametrize("make", [Unknown, torch.optim.Rprop, torch.optim.ASGD, torch.optim.Adamax])
 @pytest.mark.parametrize("mode", ["reset", "zero"])
 def test_an_unknown_optimizer_is_refused(family_named, make, mode):
     family = family_named("bert")
@@ -200,6 +230,34 @@ def test_an_unknown_optimizer_is_refused(family_named, make, mode):
     for index, state in before["state"].items():
         for key, value in state.items():
             assert torch.equal(torch.as_tensor(after["state"][index][key]), torch.as_tensor(value))
+
+
+class Elsewhere(torch.optim.Adam):
+    """A subclass of a known one that keeps its state in a place of its own."""
+
+    def step(self, closure=None):
+        super().step(closure)
+        self.mine = dict(self.state)
+        self.state.clear()
+
+
+def test_a_state_in_which_nothing_is_found_is_an_error(family_named):
+    """But an optimizer that keeps none, or none of a block without gradients, has none to be reset."""
+    model, optimizer = trained(family_named("bert"), Elsewhere)
+    [block, other] = find_feed_forwards(model)
+    assert reset_state(optimizer, block, RECYCLED, "reset") == 0
+    with pytest.raises(ValueError, match=r"with Elsewhere .*: nothing of its state was found to reset"):
+        check_was_reset(optimizer, [block], 0)
+    model, optimizer = trained(family_named("bert"), OPTIMIZERS["sgd"])
+    check_was_reset(optimizer, find_feed_forwards(model), 0)
+    model, optimizer = trained(family_named("bert"), torch.optim.Adam)
+    [block, other] = find_feed_forwards(model)
+    check_was_reset(optimizer, [block], 1)
+    for piece in other.slices:
+        del optimizer.state[piece.parameter]
+    check_was_reset(optimizer, [other], 0)
+    with pytest.raises(ValueError, match="nothing of its state was found"):
+        check_was_reset(optimizer, [block, other], 0)
 
 
 @pytest.mark.parametrize("mode", ["reset", "zero"])

@@ -1,16 +1,18 @@
 """`hf-recycle report`: one page that is whole, valid, needs nothing beside it and runs nothing."""
 
 import base64
+import re
 from html.parser import HTMLParser
 
 import pytest
 from support.simulated_runs import write_run
 
+from hf_recycle.card.citation import ADDRESS
 from hf_recycle.cli.main import main
 from hf_recycle.records import files
 
 HOSTILE = "</td><script>alert(1)</script>\"' onload=x <img src=http://evil.example/x.png>"
-VOID = {"meta", "img", "br"}
+VOID = {"meta", "img", "br", "input"}
 
 
 class Page(HTMLParser):
@@ -56,15 +58,19 @@ def test_the_page_holds_everything_itself(tmp_path):
     text, page = page_of(run, tmp_path)
     assert text.startswith("<!DOCTYPE html>")
     assert "in 16 recyclings over 2 selection phases" in " ".join(page.text.split())  # of the newest checkpoint
-    images = page.all("img")
-    assert len(images) == 4
-    for image in images:
-        kind, _, data = image["src"].partition(",")
+    assert len(page.all("svg")) == len(page.all("figure")) == 4
+    assert all(frame["aria-label"] for frame in page.all("div") if frame.get("class") == "frame")
+    for image in page.all("image"):
+        kind, _, data = image["xlink:href"].partition(",")
         assert kind == "data:image/png;base64"
         assert base64.b64decode(data).startswith(b"\x89PNG")
-        assert image["alt"]
+    ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    used = re.findall(r"""(?:url\(|xlink:href="|for=")#?([\w.-]+)""", re.sub(r'"data:[^"]*', "", text))
+    assert set(used) <= set(ids)
+    assert "evaluation loss at step 30: " in page.text  # where a pointer rests
     assert {"script", "link", "iframe", "a"}.isdisjoint(tag for tag, _ in page.elements)
-    assert "http" not in text.replace("http-equiv", "")
+    assert "http" not in text.replace("http-equiv", "").replace(ADDRESS, "")
     assert page.text.count("my-run") == 2  # in the title and in the heading
     assert any("width=device-width" in meta.get("content", "") for meta in page.all("meta"))
 
@@ -76,7 +82,8 @@ def test_what_a_stranger_wrote_stays_text(tmp_path):
     files.write_config(tmp_path, files.read_config(tmp_path) | {"run": facts})
     _, page = page_of(tmp_path, tmp_path)
     assert not page.all("script")
-    assert all(image["src"].startswith("data:") for image in page.all("img"))
+    assert not page.all("img")
+    assert all(image["xlink:href"].startswith("data:") for image in page.all("image"))
     assert not [attributes for _, attributes in page.elements if "onload" in attributes]
     assert page.text.count(HOSTILE) >= 7
 
@@ -84,8 +91,8 @@ def test_what_a_stranger_wrote_stays_text(tmp_path):
 def test_a_run_with_little_to_tell(tmp_path):
     write_run(tmp_path, phases=0, losses=False, magnitudes=False)
     _, page = page_of(tmp_path, tmp_path)
-    assert not page.all("img")
-    assert len(page.all("h2")) == 2
+    assert not page.all("figure")
+    assert len(page.all("h2")) == 3
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ def test_recycle_counts_add_up(made_up):
     results = made_up(ARMS, HISTORIES)
     figure = FIGURES["recycle_counts"](results, FigurePlan("recycle_counts", "x", ("plain", "no-ff")))
     (panel,) = figure.axes
-    assert sum(bar.get_height() for bar in panel.patches) == pytest.approx(100)
+    assert sum(bar.get_height() for bar in panel.patches) == pytest.approx(1)
 
 
 def test_a_row_of_the_table(made_up):
@@ -194,7 +194,7 @@ def test_the_two_pages(made_up, curves, tmp_path):
     page.feed(pages[1].read_text())
     assert not page.open
     assert [image["alt"] for image in page.images] == ["Losses"]
-    assert page.images[0]["src"].startswith("data:image/png;base64,")
+    assert page.images[0]["src"].startswith("data:image/svg+xml;base64,")
     text = " ".join("".join(page.text).split())
     for words in (
         "A study & its <report>",
@@ -225,4 +225,4 @@ def test_a_figure_that_breaks_costs_only_itself(made_up, tmp_path, monkeypatch):
     old.write_bytes(b"")
     page = write_report(results, tmp_path / "report", "command", jobs=1)[0].read_text()
     assert "Wide: RuntimeError: no way" in page
-    assert [path.name for path in sorted(old.parent.iterdir())] == ["02-losses.png"]
+    assert [path.name for path in sorted(old.parent.iterdir())] == ["02-losses.png", "02-losses.svg"]

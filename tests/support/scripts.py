@@ -26,7 +26,7 @@ def forks() -> BaseContext:
     return _FORKS
 
 
-def run_script(script: Path, *words: object, timeout: float = 400, **environment: str) -> subprocess.CompletedProcess:
+def run_script(script: Path, *words: object, timeout: float = 550, **environment: str) -> subprocess.CompletedProcess:
     """As `subprocess.run([sys.executable, script, *words], capture_output=True, text=True)`, in a process group of its
     own.
 

@@ -70,6 +70,11 @@ def sentences(n: int = 48, length: int = 12, seed: int = 0) -> list[dict]:
     return [{"input_ids": row.tolist()} for row in ids]
 
 
+def labelled_sentences(n: int = 48, length: int = 12, seed: int = 0) -> list[dict]:
+    """Samples in which every token is a label, as for causal models."""
+    return [row | {"labels": row["input_ids"]} for row in sentences(n, length, seed)]
+
+
 def masked_sentences(n: int = 48, length: int = 12, seed: int = 0) -> list[dict]:
     """Samples with fixed masks and uneven numbers of masked tokens."""
     generator = torch.Generator().manual_seed(seed)
@@ -89,10 +94,10 @@ def tokenizer():
     return word_tokenizer(VOCABULARY)
 
 
-def make_arguments(output_dir: Path, **overrides) -> RecyclingArguments:
+def make_arguments(folder: Path, /, **overrides) -> RecyclingArguments:
     """Arguments of a short quiet run."""
     values = {
-        "output_dir": str(output_dir),
+        "output_dir": str(folder),
         "max_steps": 12,
         "per_device_train_batch_size": 4,
         "learning_rate": 1e-2,
@@ -105,7 +110,8 @@ def make_arguments(output_dir: Path, **overrides) -> RecyclingArguments:
 
 
 def run(
-    output_dir: Path,
+    folder: Path,
+    /,
     *,
     resume=None,
     model=None,
@@ -119,7 +125,7 @@ def run(
     """A finished run, by default of a tiny BERT on masked random text, with dynamic masks."""
     trainer = cls(
         model=tiny_bert() if model is None else model,
-        args=make_arguments(output_dir, **overrides),
+        args=make_arguments(folder, **overrides),
         train_dataset=sentences() if data is None else data,
         eval_dataset=evaluation,
         data_collator=DataCollatorForLanguageModeling(word_tokenizer()) if collator is None else collator,

@@ -66,7 +66,7 @@ def test_the_loss_of_the_restricted_head_makes_its_gradient_in_place(run, monkey
         shapes.append(logits.shape)
         return compact_loss(logits, *args, **kwargs)
 
-    monkeypatch.setattr("hf_recycle.trainer.masked_lm.compact_loss", watched)
+    monkeypatch.setattr("hf_recycle.trainer.language_modeling.compact_loss", watched)
     run()
     assert len(shapes) == 6
     assert all(len(shape) == 2 for shape in shapes)

@@ -141,28 +141,51 @@ def full_state(*keys):
     return lambda parameter: {"step": 0, **{key: torch.zeros_like(parameter) for key in keys}}
 
 
-UNKNOWN = {
-    "adamw_bnb_8bit": stand_in("bitsandbytes.optim.adamw", "AdamW", blockwise_8bit),
-    "lion_32bit": stand_in("bitsandbytes.optim.lion", "Lion", full_state("state1")),
-    "adamw_torch_8bit": stand_in("torchao.optim.adam", "AdamW8bit", full_state("exp_avg", "exp_avg_sq")),
-    "adamw_anyprecision": stand_in(
-        "torchdistx.optimizers", "AnyPrecisionAdamW", full_state("exp_avg", "exp_avg_sq", "compensation")
+KNOWN = {
+    "adamw_bnb_8bit": (stand_in("bitsandbytes.optim.adamw", "AdamW", blockwise_8bit), 2),
+    "lion_32bit": (stand_in("bitsandbytes.optim.lion", "Lion", full_state("state1")), 1),
+    "adamw_torch_8bit": (stand_in("torchao.optim.adam", "AdamW8bit", full_state("exp_avg", "exp_avg_sq")), 2),
+    "stable_adamw": (
+        stand_in("optimi.stableadamw", "StableAdamW", full_state("exp_avg", "exp_avg_sq", "kahan_comp")),
+        3,
     ),
-    "galore_adamw": stand_in("galore_torch.adamw", "AdamW", lambda p: {"step": 0, "projector": object()}),
-    "apollo_adamw": stand_in("apollo_torch.apollo", "APOLLOAdamW", lambda p: {"step": 0, "projector": object()}),
-    "grokadamw": stand_in("grokadamw", "GrokAdamW", full_state("exp_avg", "exp_avg_sq", "grok_ema")),
-    "stable_adamw": stand_in("optimi.stableadamw", "StableAdamW", full_state("exp_avg", "exp_avg_sq", "eps_sq")),
-    "apex": stand_in("apex.optimizers.fused_adam", "FusedAdam", full_state("exp_avg", "exp_avg_sq")),
 }
+PROJECTED = "it keeps the moments of projected gradients"
+UNKNOWN = {
+    "adamw_anyprecision": (
+        stand_in("torchdistx.optimizers", "AnyPrecisionAdamW", full_state("exp_avg", "exp_avg_sq", "compensation")),
+        "its state is unknown",
+    ),
+    "apex": (
+        stand_in("apex.optimizers.fused_adam", "FusedAdam", full_state("exp_avg", "exp_avg_sq")),
+        "its state is unknown",
+    ),
+    "galore_adamw": (stand_in("galore_torch.adamw", "AdamW", lambda p: {"step": 0, "projector": object()}), PROJECTED),
+    "apollo_adamw": (
+        stand_in("apollo_torch.apollo", "APOLLOAdamW", lambda p: {"step": 0, "projector": object()}),
+        PROJECTED,
+    ),
+    "grokadamw": (
+        stand_in("grokadamw", "GrokAdamW", full_state("exp_avg", "exp_avg_sq", "grok_ema")),
+        "it keeps its state outside of the optimizer's own",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_known_state_of_other_packages_is_reset(name, run):
+    """With the packages themselves: tests/neurons/test_quantized_state.py, test_optimizers_page.py."""
+    cls, moments = KNOWN[name]
+    trainer, _, _ = run(cls, recycle_optimizer_state="reset", **PLAIN)
+    # 8 of 32 neurons in 2 blocks and 2 phases, with 16 weights in, a bias and 16 weights out.
+    assert trainer.neuron_table().optimizer_entries_reset == 8 * 2 * 2 * 33 * moments
 
 
 @pytest.mark.parametrize("name", UNKNOWN)
 def test_unknown_state_is_refused_before_training(name, run):
-    cls = UNKNOWN[name]
+    cls, why = UNKNOWN[name]
     package = cls.__module__.partition(".")[0]
-    message = (
-        rf"can't be used with {cls.__name__} of {package}: its state is unknown; use recycle_optimizer_state='keep'"
-    )
+    message = rf"can't be used with {cls.__name__} of {package}: {why}.*; use recycle_optimizer_state='keep'"
     steps = []
     counting = type(cls.__name__, (cls,), {"step": lambda self, closure=None: steps.append(1)})
     counting.__module__ = cls.__module__
@@ -175,7 +198,7 @@ def test_unknown_state_is_refused_before_training(name, run):
 @pytest.mark.parametrize("name", UNKNOWN)
 def test_unknown_state_is_kept(name, run):
     """`keep` needs to know nothing of it."""
-    trainer, [before], [after] = run(UNKNOWN[name], recycle_optimizer_state="keep", **SMOOTH)
+    trainer, [before], [after] = run(UNKNOWN[name][0], recycle_optimizer_state="keep", **SMOOTH)
     assert sum(int(counts.sum()) for counts in trainer.neuron_table().counts.values()) == 32
     for parameter, state in before.items():
         for key, value in state.items():
@@ -271,7 +294,7 @@ def test_muon(run):
 
 def test_every_name_is_accounted_for():
     """A name that transformers adds must be looked at."""
-    known = set(WORKING) | set(UNKNOWN) | set(NO_WAY)
+    known = set(WORKING) | set(KNOWN) | set(UNKNOWN) | set(NO_WAY)
     alike = {
         "bitsandbytes": "adamw_8bit ademamix ademamix_8bit lion_8bit paged_adamw_32bit paged_adamw_8bit "
         "paged_ademamix_32bit paged_ademamix_8bit paged_lion_32bit paged_lion_8bit rmsprop_bnb rmsprop_bnb_8bit "

@@ -179,6 +179,7 @@ def test_resume_is_exact_in_a_later_epoch(way, train):
         ]
 
 
+@pytest.mark.slow
 def test_resume_is_exact_with_accumulation_and_sparse_logging(train):
     """The loss logged at step 10 is the mean over steps 6 to 10, on both sides of a checkpoint at step 8."""
     whole, resumed = interrupt_and_compare(

@@ -5,6 +5,7 @@ import logging
 from pathlib import Path
 
 import pytest
+from huggingface_hub import ModelCard
 from hypothesis import given
 from hypothesis import strategies as st
 from support.tiny_runs import assert_same_weights, tiny_bert
@@ -103,7 +104,7 @@ def test_what_fails_beside_training_does_not_stop_it(train, tmp_path, monkeypatc
     assert_same_weights(trainer, expected)
     cards = {path.name for path in (tmp_path / "expected/checkpoint-12").iterdir()}
     present = {path.name for path in (tmp_path / "run/checkpoint-12").iterdir()}
-    assert cards - present == {"README.md", "figures"}
+    assert cards - present == {"README.md"}
     assert files.read_config(tmp_path / "run/checkpoint-12")["run"].keys() == {"seconds", "tokens"}
     assert sum("no font was found here" in message for message in warnings) == 1  # of three checkpoints
 
@@ -116,6 +117,31 @@ def test_the_card_of_a_checkpoint_is_whole_when_the_checkpoint_is(train, tmp_pat
     assert str(tmp_path) not in card
     trainer.save_model()
     assert "after 12 optimizer steps" in (tmp_path / "run/README.md").read_text()
+
+
+def test_a_save_that_is_not_published_draws_nothing(train, tmp_path, monkeypatch):
+    drawn = []
+    for place in ("run.figure_images", "beside.figures_beside"):
+        monkeypatch.setattr(f"hf_recycle.plots.{place}", lambda *_, place=place, **__: drawn.append(place) or {})
+    trainer = train("run", save_strategy="steps", save_steps=4, **RUN)
+    assert len(list((tmp_path / "run").glob("checkpoint-*/README.md"))) == 3
+    assert drawn == []
+    trainer.save_model()
+    assert drawn == ["run.figure_images"]
+
+
+def test_the_card_says_what_the_arguments_and_the_caller_tell(train, tmp_path):
+    trainer = train("run", save_strategy="steps", save_steps=6, hub_license="mit", hub_language=["de"], **RUN)
+    trainer.save_model()
+    trainer.create_model_card(tags="tiny", dataset_tags="lab/books", dataset="Books")
+    for folder, more in (("checkpoint-12", []), (".", ["tiny"])):
+        data = ModelCard.load(tmp_path / "run" / folder / "README.md").data
+        assert (data.license, data.language, data.get("widget")) == ("mit", ["de"], None)
+        assert data.tags == ["hf_recycle", "neuron-recycling", "masked-lm", *more]
+        assert data.datasets == (["lab/books"] if more else None)
+    # Kept with the facts of the run, for whoever publishes a checkpoint elsewhere.
+    run = files.read_config(tmp_path / "run/checkpoint-12")["run"]
+    assert run["card"] == {"license": "mit", "language": ["de"]}
 
 
 def test_the_command_line_says_what_the_trainer_does_not_know(tmp_path):

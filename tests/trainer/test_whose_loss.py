@@ -21,7 +21,7 @@ from transformers import (
 from transformers.utils import logging
 
 from hf_recycle import RecyclingTrainer
-from hf_recycle.mlm.plain_loss import has_plain_loss, ignores_item_count, is_masked_language_model
+from hf_recycle.mlm.plain_loss import ignores_item_count, is_masked_language_model, plain_loss_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # in PEFT
 
@@ -177,7 +177,7 @@ def assert_trained_alike(arguments, mixin, build, more, **settings):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_with_a_loss_of_its_own(name, arguments):
-    assert not has_plain_loss(MODELS[name]())
+    assert plain_loss_of(MODELS[name]()) is None
     assert_trained_alike(arguments, object, MODELS[name], {})
 
 
@@ -295,7 +295,7 @@ def test_what_is_known():
         (like(tiny_bert(), WithTerm), False, False),
         (Wrapper(like(tiny_bert(), WithTerm)), False, False),
     ]:
-        assert (has_plain_loss(model), ignores_item_count(model)) == (plain, ignores), type(model).__name__
+        assert (plain_loss_of(model) == "mlm", ignores_item_count(model)) == (plain, ignores), type(model).__name__
         assert is_masked_language_model(model)
     assert not is_masked_language_model(nn.Linear(2, 2))
 

@@ -10,10 +10,12 @@ from typing import Any
 from hf_recycle.hub.checks.sizes import small_file_problem
 
 # Layers and experts become modules, one by one; labels become entries of dictionaries.
-_MODULES = re.compile(r".*(layer|expert|block|depth|stage).*")
+_MODULES = re.compile(r".*(layer|block|depth|stage).*")
+_EXPERTS = re.compile(r".*expert.*")
 _COUNTS = re.compile(r"(num|n)_.*")
-_OTHER = re.compile(r".*(_id|_ids|_size|_dim|_idx|_index|_eps|_theta|param|token|step|sample|position|byte).*")
+_OTHER = re.compile(r".*(_id|_ids|_size|_dim|_idx|_index|_eps|_theta|param|token|step|sample|position|byte|channel).*")
 _MAX_MODULES = 2_000
+_MAX_EXPERTS = 20_000
 _MAX_COUNT = 1_000_000
 
 
@@ -38,7 +40,8 @@ def _problem(content: dict[str, Any]) -> str | None:
             continue
         if _OTHER.fullmatch(key):
             continue
-        most = _MAX_MODULES if _MODULES.fullmatch(key) else _MAX_COUNT if _COUNTS.fullmatch(key) else None
+        limits = ((_MODULES, _MAX_MODULES), (_EXPERTS, _MAX_EXPERTS), (_COUNTS, _MAX_COUNT))
+        most = next((limit for names, limit in limits if names.fullmatch(key)), None)
         items = value if isinstance(value, list) else [value]
         numbers = [len(items), *(item for item in items if type(item) in (int, float))]
         if most is not None and not all(-most <= number <= most for number in numbers):

@@ -135,19 +135,22 @@ class Commit:
                 continue
             additions |= dict.fromkeys(places, content)
         if CARD in additions:
-            additions[CARD] = _merged(old_card, self._card_of_folder()).encode()
+            card, figures = self._card_of_folder()
+            additions[CARD] = _merged(old_card, card).encode()
+            additions |= figures
         return additions
 
-    def _card_of_folder(self) -> str:
+    def _card_of_folder(self) -> tuple[str, dict[str, bytes]]:
+        """The card, and {path: PNG} of its figures as far as they don't lie in the folder."""
         from hf_recycle.card.card import card_for  # late, because it brings pandas
 
         folder = self.push.folder
         try:
-            card = card_for(folder, self.repo_id)
+            card, figures = card_for(folder, self.repo_id)
         except Exception as error:  # a card of another place is better than none
             logger.warning("The card of %s can't be written for %s (%s).", folder, self.repo_id, say(error))
-            card = (folder / CARD).read_text(encoding="utf-8", errors="replace")
-        return clean_card(card, self.secrets)
+            card, figures = (folder / CARD).read_text(encoding="utf-8", errors="replace"), {}
+        return clean_card(card, self.secrets), figures
 
     def _tag(self, tag: str, commit: str) -> None:
         def at() -> str | None:

@@ -6,16 +6,15 @@ import inspect
 from concurrent.futures import Future
 from pathlib import Path
 
-from huggingface_hub import CommitInfo, ModelCard
+from huggingface_hub import CommitInfo
 from transformers import Trainer
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 
-from hf_recycle.card.words import Words, told_metadata
+from hf_recycle.card.words import Words
 from hf_recycle.engines.replica_checksum import from_main_process
 from hf_recycle.hub.push.commit_message import commit_message, step_of
 from hf_recycle.hub.push.job import Push
-from hf_recycle.hub.push.layout import CARD
 from hf_recycle.hub.push.preflight import check_repository
 from hf_recycle.hub.push.publisher import Publisher
 from hf_recycle.hub.push.repository import Repository
@@ -153,6 +152,7 @@ class HubMixin(NeuronTrainer):
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if self.hub_model_id is None:
             self.init_hf_repo(token=token, private=private)
+        self.card_words = {**self.card_words, **{name: kwargs[name] for name in _CARD_ARGUMENTS & kwargs.keys()}}
         self.save_model(_internal_call=True)
         if self.publisher is None:
             return None
@@ -195,13 +195,6 @@ class HubMixin(NeuronTrainer):
             self.write_recycling_files(folder)
         self.card_words = {**self.card_words, **words}
         self.write_card(folder)
-        metadata = told_metadata(words)
-        if metadata and (folder / CARD).is_file():
-            card = ModelCard.load(folder / CARD, ignore_metadata_errors=True)
-            for key, value in metadata.items():
-                known = getattr(card.data, key, None) if isinstance(value, list) else None
-                setattr(card.data, key, [*known, *(v for v in value if v not in known)] if known else value)
-            card.save(folder / CARD)
 
     def _push_of(self, repository: Repository, folder: Path, wanted: str | None = None) -> Push:
         message, description = commit_message(folder, wanted)

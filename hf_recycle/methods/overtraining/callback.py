@@ -33,7 +33,9 @@ class Overtraining(Method[OvertrainingSettings]):
         self._check_subset()
         # One is made at every overtraining; what can't be made is said now.
         fresh_optimizer(run.optimizer, (p for block in run.table.blocks for p in block.parameters()))
-        self._data = (run.extra_batches or _extra_batches_of(run.train_dataloader))(resolved(settings.seed))
+        self._data = (run.extra_batches or extra_batches_of(run.train_dataloader))(
+            resolved(settings.seed), "overtrain_steps"
+        )
         self._last_loss = _last_loss(run.recorder)
 
     def _check_subset(self) -> None:
@@ -143,16 +145,16 @@ def model_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     return outputs["loss"] if isinstance(outputs, dict) else outputs[0]
 
 
-def _extra_batches_of(loader) -> Callable[[int], ExtraBatches]:
+def extra_batches_of(loader) -> Callable[[int, str], ExtraBatches]:
     """Over the data of a stock Trainer's loader."""
-    return lambda seed: ExtraBatches(loader.dataset, loader.collate_fn, seed)
+    return lambda seed, wanted_by: ExtraBatches(loader.dataset, loader.collate_fn, seed, wanted_by)
 
 
 def _count_tokens(batch: Mapping[str, Any]) -> int:
-    """Tokens of a batch, without padding where it says what is padding."""
+    """Tokens of a batch, without padding where it says what is padding; a batch without `input_ids` has none."""
     if "attention_mask" in batch:
         return int(batch["attention_mask"].sum())
-    return batch["input_ids"].numel()
+    return batch["input_ids"].numel() if "input_ids" in batch else 0
 
 
 def _over_processes(values: list[float], device: torch.device) -> list[float]:

@@ -88,7 +88,7 @@ def overtrain(
             loss = loss_of(model, batch)
             losses.append(loss.detach().float())
             (loss * scale).backward()
-            _reduce_gradients(trained, scale)
+            reduce_gradients(trained, scale)
             others.clear_gradients()
             norm = torch.nn.utils.clip_grad_norm_(trained, max_grad_norm or float("inf"))
             norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
@@ -147,7 +147,7 @@ class _Others:
 
 
 @torch.no_grad()
-def _reduce_gradients(parameters: list[nn.Parameter], scale: float) -> None:
+def reduce_gradients(parameters: list[nn.Parameter], scale: float) -> None:
     """Averages gradients over processes where no engine has done so, and takes the loss scale out of them."""
     processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     for parameter in parameters:

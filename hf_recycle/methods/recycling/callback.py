@@ -1,12 +1,14 @@
 """When to recycle."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 from torch.utils.hooks import RemovableHandle
 from transformers.utils import logging
 
 from hf_recycle.methods.base import Method, Run, StepInfo
 from hf_recycle.methods.coordinator import NeuronCallback
+from hf_recycle.methods.folding import check_can_fold
+from hf_recycle.methods.probe import Probe
 from hf_recycle.methods.recycling.fade_in import (
     blend_weights,
     hook_gradients,
@@ -14,12 +16,12 @@ from hf_recycle.methods.recycling.fade_in import (
     resume_fade_ins,
     scale_gradients,
 )
-from hf_recycle.methods.recycling.phase import run_phase
+from hf_recycle.methods.recycling.phase import needs_of_settings, run_phase
 from hf_recycle.methods.recycling.selection import is_immune
 from hf_recycle.methods.schedule import PhaseSchedule, resolved
 from hf_recycle.methods.settings import RecyclingSettings
 from hf_recycle.neurons.blocks import FeedForward
-from hf_recycle.neurons.optimizer_state import check_can_reset, check_optimizer, check_state
+from hf_recycle.neurons.optimizer_state import check_can_reset, check_optimizer, check_state, check_was_reset
 from hf_recycle.neurons.table import NeuronTable
 from hf_recycle.utils.seeds import generator_for
 
@@ -45,7 +47,12 @@ class Recycling(Method[RecyclingSettings]):
         self.schedule = make_schedule(settings, run.max_steps)
         self.smooth_steps = resolved(settings.smooth_steps or 0)
         check_optimizer(run.optimizer, "recycle_steps", self.schedule.every)
-        check_can_reset(run.optimizer, settings.optimizer_state)
+        check_can_reset(run.optimizer, settings.optimizer_state, run.table.blocks)
+        check_can_fold(settings.fold, [self.table.blocks[index] for index in self._layers], "recycle_fold")
+        wanted = needs_of_settings(settings)
+        self.probe = (
+            Probe(run, resolved(settings.seed), settings.probe_batches, wanted, "recycling") if wanted else None
+        )
         self._gradients_scaled = self._state_checked = False
         self._check_weights()
         self._check_initial_distribution()
@@ -87,9 +94,14 @@ class Recycling(Method[RecyclingSettings]):
         # What can't be drawn is said now rather than at the first phase.
         for index in self._layers:
             view = self.table.views[index]
-            roles: Collection[str] | None = None
-            if self.settings.reinit != "initial":
-                roles = view.bias_roles if self.settings.reinit == "matched_normal" else []
+            inner = [piece.role for piece in view.block.slices if piece.role != "out"]
+            drawn: dict[str, list[str] | None] = {
+                "initial": None,
+                "matched_normal": view.bias_roles,
+                "zero_out": inner,
+                "gradmax": inner,
+            }
+            roles = drawn.get(self.settings.reinit, [])
             view.sample_initial(1, generator_for(0, 0, index, "check"), roles)
 
     def _warn_about_settings(self) -> None:
@@ -136,6 +148,7 @@ class Recycling(Method[RecyclingSettings]):
     def after_step(self, info: StepInfo) -> None:
         if not info.stepped or info.step >= info.max_steps or not self.schedule.is_phase(info.optimizer_steps):
             return
+        reset_before = self.table.optimizer_entries_reset
         records = run_phase(
             self.table,
             self.settings,
@@ -145,9 +158,15 @@ class Recycling(Method[RecyclingSettings]):
             optimizer=self.run.optimizer,
             loss_is_finite=info.loss_is_finite(),
             frozen=self.run.frozen(),
+            gather=None if self.probe is None else self.probe.gather,
         )
         for record in records:
             self.run.recorder.phase(**vars(record))
+        recycled = {record.block for record in records if record.recycled}
+        if recycled and self.settings.optimizer_state != "keep":
+            count = self.table.optimizer_entries_reset - reset_before
+            check_was_reset(self.run.optimizer, [b for b in self.table.blocks if b.name in recycled], count)
+            logger.info(f"Step {info.step}: {count} entries of the optimizer's state were reset.")
         for note in {record.note for record in records if record.note}:
             logger.warning(f"Step {info.step}: {note}.")
 
@@ -157,7 +176,8 @@ class Recycling(Method[RecyclingSettings]):
         self._hooks = ()
 
     def scalars(self) -> dict[str, float]:
-        """Recycling events so far, share of neurons ever recycled, neurons that fade in and immune neurons."""
+        """Recycling events and entries of the optimizer's state that were reset so far, share of neurons ever recycled,
+        neurons that fade in and immune neurons."""
         if not self.has_started:
             return {}
         counts = list(self.table.counts.values())
@@ -166,6 +186,7 @@ class Recycling(Method[RecyclingSettings]):
             "neurons_ever_recycled_share": sum(int((block > 0).sum()) for block in counts) / sum(map(len, counts)),
             "neurons_fading_in": self.table.fading_in,
             "neurons_immune": self.immune(self.table),
+            "optimizer_entries_reset": self.table.optimizer_entries_reset,
         }
 
     def immune(self, table: NeuronTable) -> int:

@@ -8,9 +8,12 @@ import torch
 from torch import Tensor
 
 from hf_recycle.engines.replica_checksum import ReplicaChecksum
+from hf_recycle.methods.folding import FOLDED, fold
+from hf_recycle.methods.probe import Gather, Statistics
 from hf_recycle.methods.recycling.births import REINITIALIZATIONS, Options
 from hf_recycle.methods.recycling.fade_in import begin
 from hf_recycle.methods.recycling.selection import CRITERIA, Signals, is_immune, select_globally, select_in_each
+from hf_recycle.methods.registry import FOLDS, needs_of
 from hf_recycle.methods.schedule import PhaseSchedule, resolved
 from hf_recycle.methods.settings import RecyclingSettings
 from hf_recycle.neurons.blocks import magnitudes_of
@@ -34,6 +37,7 @@ class PhaseRecord:
         eligible: neurons that could be chosen.
         recycled: indices of the chosen neurons, ascending.
         note: why fewer were recycled than requested, or empty.
+        edits: what else was changed, or empty.
     """
 
     step: int
@@ -43,6 +47,17 @@ class PhaseRecord:
     eligible: int
     recycled: list[int]
     note: str = ""
+    edits: str = ""
+
+
+def needs_of_settings(settings: RecyclingSettings) -> dict[str, str]:
+    """The statistics that phases look at, each with the argument that asks for it."""
+    asked = {
+        "recycle_reinit": (settings.reinit, needs_of(REINITIALIZATIONS[settings.reinit])),
+        "recycle_fold": (settings.fold, FOLDS[settings.fold]),
+        "recycle_selection": (settings.selection, needs_of(CRITERIA[settings.selection])),
+    }
+    return {name: f"{field}={value!r}" for field, (value, names) in asked.items() for name in sorted(names)}
 
 
 @torch.no_grad()
@@ -56,11 +71,12 @@ def run_phase(
     optimizer=None,
     loss_is_finite: bool = True,
     frozen: Collection[int] = (),
+    gather: Gather | None = None,
 ) -> list[PhaseRecord]:
     """Runs the selection phase right after step `step` of the Trainer.
 
-    A non-finite loss or magnitude skips the whole phase: nothing is written, and the records say why. A skipped phase
-    does not count for immunity.
+    A non-finite loss, magnitude or statistic skips the whole phase: nothing is written, and the records say why. A
+    skipped phase does not count for immunity.
 
     Args:
         settings: validated settings, with a seed.
@@ -68,6 +84,7 @@ def run_phase(
         optimizer: whose state is reset; None: none.
         loss_is_finite: whether the loss of the whole batch was.
         frozen: indices of blocks that are not trained now. The phase leaves them out, which their records say.
+        gather: gives the statistics of blocks, see `Probe.gather`; for settings that need some.
 
     Returns:
         One record for each block that takes part or is left out.
@@ -86,9 +103,17 @@ def run_phase(
     else:
         by_size = {size: schedule.quota(optimizer_steps, size) for size in {len(values) for values in magnitudes}}
         quotas = [by_size[len(values)] for values in magnitudes]
-    eligible = _eligible([table.states[block_index] for block_index in block_indices], phase, settings.immunity)
+    states = [table.states[block_index] for block_index in block_indices]
+    eligible = _eligible(states, phase, step, settings)
 
     reason = _reason_to_skip(magnitudes, loss_is_finite)
+    names = needs_of_settings(settings)
+    statistics: list[Statistics] = [{} for _ in block_indices]
+    if names and not reason:
+        assert gather is not None, f"{', '.join(names)} can't be known without a probe"
+        statistics = gather(block_indices, names, optimizer_steps)
+        if not all(value.isfinite().all() for each in statistics for value in each.values()):
+            reason = f"{SKIPPED}some statistics of the extra batches are not finite"
     if reason:
         requested = quotas
         if settings.scope == "global":
@@ -98,22 +123,38 @@ def run_phase(
             for block_index, request, mask in zip(block_indices, requested, eligible, strict=True)
         ]
 
+    limits = quotas if settings.scope == "layer" else quotas * len(block_indices)
+    # The last block last: if activations are multiplied with each other, which is known of one block at a time, that is
+    # where the folds begin.
     scores = [
         CRITERIA[settings.selection](
-            Signals(values, partial(generator_for, resolved(settings.seed), optimizer_steps, block_index, "select"))
+            Signals(
+                values,
+                partial(generator_for, resolved(settings.seed), optimizer_steps, block_index, "select"),
+                table.blocks[block_index].out_columns,
+                known,
+                mask,
+                limit,
+            )
         )
-        for block_index, values in zip(block_indices, magnitudes, strict=True)
+        for block_index, values, known, mask, limit in zip(
+            block_indices, magnitudes, statistics, eligible, limits, strict=True
+        )
     ]
+    refused = [""] * len(block_indices)
+    if settings.threshold is not None:
+        refused, quotas = _apply_threshold(settings, settings.threshold, scores, eligible, states, quotas)
     if settings.scope == "global":
         chosen = select_globally(scores, eligible, quotas[0])
         found = sum(len(index) for index in chosen)
         shortfall = found < quotas[0]
         note = f"{found} of {quotas[0]} requested over all blocks: too few eligible neurons" if shortfall else ""
-        requested, notes = [len(index) for index in chosen], [note] * len(chosen)
+        requested, notes = [len(index) for index in chosen], [each or note for each in refused]
     else:
         chosen = select_in_each(scores, eligible, quotas)
         requested = quotas
-        notes = ["too few eligible neurons" if len(c) < q else "" for c, q in zip(chosen, quotas, strict=True)]
+        short = ["too few eligible neurons" if len(c) < q else "" for c, q in zip(chosen, quotas, strict=True)]
+        notes = [each or note for each, note in zip(refused, short, strict=True)]
 
     table.phases = phase
     checksum = ReplicaChecksum()
@@ -123,18 +164,18 @@ def run_phase(
     ]
     # One block at a time: every process draws the new weights of all recycled neurons, whatever its share of the model.
     # The last one first, because it was read last and may still be in a cache.
-    for block_index, index, generator in reversed(list(zip(block_indices, chosen, generators, strict=True))):
-        checksum.note(_recycle(table, block_index, index, settings, generator, smooth_steps, optimizer))
+    for block_index, index, generator, known in reversed(
+        list(zip(block_indices, chosen, generators, statistics, strict=True))
+    ):
+        checksum.note(_recycle(table, block_index, index, settings, generator, smooth_steps, optimizer, known))
     for block_index, index in zip(block_indices, chosen, strict=True):
         table.states[block_index].note(index, phase, step)
     checksum.check(f"the neurons recycled at step {step}", table.blocks[block_indices[0]].out_slice.device)
+    edits = [FOLDED[settings.fold] if len(index) else "" for index in chosen]
+    columns = block_indices, requested, eligible, chosen, notes, edits
     return left_out + [
-        PhaseRecord(
-            step, phase, table.blocks[block_index].name, request, int(mask.count_nonzero()), index.tolist(), note
-        )
-        for block_index, request, mask, index, note in zip(
-            block_indices, requested, eligible, chosen, notes, strict=True
-        )
+        PhaseRecord(step, phase, table.blocks[number].name, request, int(mask.count_nonzero()), index.tolist(), *said)
+        for number, request, mask, index, *said in zip(*columns, strict=True)
     ]
 
 
@@ -145,16 +186,42 @@ def _left_out(table: NeuronTable, block_indices: list[int], step: int, nothing: 
     return [PhaseRecord(step, phase, table.blocks[block_index].name, 0, 0, [], note) for block_index in block_indices]
 
 
-def _eligible(states: list[BlockState], phase: int, immunity: int) -> list[Tensor]:
+def _eligible(states: list[BlockState], phase: int, step: int, settings: RecyclingSettings) -> list[Tensor]:
     """Which neurons may be chosen, bool `(d_ff,)` for each block."""
     excluded = torch.cat([state.pruned for state in states])
-    if immunity:
-        excluded |= is_immune(torch.cat([state.last_phase for state in states]), phase, immunity)
+    last_phase = torch.cat([state.last_phase for state in states])
+    if settings.immunity:
+        excluded |= is_immune(last_phase, phase, settings.immunity)
+    if settings.maturity:
+        young = step - torch.cat([state.last_step for state in states]) < settings.maturity
+        excluded |= young & (last_phase > 0)
     eligible = list((~excluded).split([state.num_neurons for state in states]))
     for mask, state in zip(eligible, states, strict=True):
         if state.fade_in is not None:
             mask[state.fade_in.index] = False
     return eligible
+
+
+def _apply_threshold(
+    settings: RecyclingSettings,
+    threshold: float,
+    scores: list[Tensor],
+    eligible: list[Tensor],
+    states: list[BlockState],
+    quotas: list[int],
+) -> tuple[list[str], list[int]]:
+    """Takes those above the threshold out of `eligible`, and lowers what is requested to what is left; also, for each
+    block, why none of it may be recycled, or empty."""
+    refused = []
+    for values, mask, state in zip(scores, eligible, states, strict=True):
+        below = values <= threshold
+        takes_all = bool((below | state.pruned).all())
+        refused.append(f"the threshold {threshold:g} would take every neuron of a layer" if takes_all else "")
+        mask &= below & (not takes_all)
+    left = [int(mask.count_nonzero()) for mask in eligible]
+    if settings.scope == "global":
+        left = [sum(left)]
+    return refused, [min(*pair) for pair in zip(quotas, left, strict=True)]
 
 
 def _reason_to_skip(magnitudes: list[Tensor], loss_is_finite: bool) -> str:
@@ -174,17 +241,23 @@ def _recycle(
     generator: torch.Generator,
     smooth_steps: int,
     optimizer,
+    statistics: Statistics,
 ) -> list[Tensor]:
-    """Gives neurons `index` of one block new weights, at once or as a fade-in, and returns those."""
+    """Gives neurons `index` of one block new weights, at once or as a fade-in, and returns what was written."""
     if not len(index):
         return []
     block, state = table.blocks[block_index], table.states[block_index]
-    options = Options(noise_scale=settings.noise_scale)
-    values = REINITIALIZATIONS[settings.reinit](table.views[block_index], index, generator, options)
+    others = ~(state.pruned | state.fading_in())
+    others[index] = False
+    others = others.nonzero().flatten()
+    folded = fold(settings.fold, block, statistics, index, others)
+    options = Options(settings.noise_scale, others, statistics)
+    birth = REINITIALIZATIONS[settings.reinit](table.views[block_index], index, generator, options)
     if optimizer is not None and settings.optimizer_state != "keep":
-        reset_state(optimizer, block, index, settings.optimizer_state)
+        table.optimizer_entries_reset += reset_state(optimizer, block, index, settings.optimizer_state)
+    changed, values = birth.together(index)
     if smooth_steps:
-        begin(block, state, index, values)
+        begin(block, state, changed, values)
     else:
-        block.write(index, values)
-    return list(values.values())
+        block.write(changed, values)
+    return [*folded, *values.values()]

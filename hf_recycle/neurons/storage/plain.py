@@ -24,7 +24,7 @@ class PlainStorage(Storage):
         state = optimizer.state.get(piece.parameter, {})
         alike = piece.parameter.shape
         return {
-            key: whole(piece, value) if isinstance(value, Tensor) and value.shape == alike else value
+            key: whole(piece, value) if type(value) is Tensor and value.shape == alike else value
             for key, value in state.items()
         }
 

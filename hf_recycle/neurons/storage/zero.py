@@ -104,7 +104,9 @@ class PartitionedZeroStorage(ZeroStorage):
     def scale(self, piece: ParameterSlice, factors: Tensor) -> None:
         super().scale(piece, factors)
         for master, copied in zip(self.tiles(piece), _copies(piece), strict=True):
-            copied.values.copy_(master.values)
+            # The copies of others may hold something else, as those of neurons that fade in do.
+            changed = (factors != 1)[copied.neurons].to(copied.values.device).unsqueeze(1)
+            copied.values.copy_(torch.where(changed, master.values, copied.values))
         of_deepspeed.refresh(piece.parameter)
 
 

@@ -1,0 +1,182 @@
+"""L2 to the initial weights: after each optimizer step, W ← W − lr · weight · (W − W₀).
+
+Source: Kumar, Marklund and Van Roy, *Maintaining Plasticity in Continual Learning via Regenerative Regularization*
+(arXiv:2308.11958), there a term of the loss; here decoupled, as AdamW does with weight decay.
+"""
+
+import hashlib
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from accelerate.utils import extract_model_from_parallel
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from hf_recycle.engines.plain_weights import cut_like
+from hf_recycle.methods.base import Method, Run
+from hf_recycle.methods.coordinator import NeuronCallback
+from hf_recycle.methods.settings import L2InitSettings
+from hf_recycle.neurons.blocks import FeedForward
+from hf_recycle.neurons.layers import Layers
+from hf_recycle.neurons.optimizer_state import check_optimizer, unwrap_optimizer
+from hf_recycle.utils.whole_files import put
+
+FILE = "initial_weights.safetensors"
+"""W₀, in the folder of the run beside its checkpoints; these have its checksum. It is never published."""
+
+
+class L2Init(Method[L2InitSettings]):
+    """Pulls weights back to where they were when training began."""
+
+    settings_class = L2InitSettings
+    _initial: dict[str, Tensor]
+
+    def start(self, run: Run, settings: L2InitSettings) -> None:
+        super().start(run, settings)
+        check_optimizer(run.optimizer, "l2_init_weight", settings.weight)
+        if any(piece.storage.separate_masters for block in run.table.blocks for piece in block.slices):
+            raise ValueError(
+                f"l2_init_weight={settings.weight} can't be used with DeepSpeed, which updates copies of the weights "
+                "in a layout of its own: use DDP or FSDP2."
+            )
+        model = extract_model_from_parallel(run.model, keep_torch_compile=False)
+        groups = enumerate(unwrap_optimizer(run.optimizer).param_groups)
+        self._group = {id(parameter): number for number, group in groups for parameter in group["params"]}
+        chosen = parameters_of(model, run.table.blocks, settings.parts)
+        self._parameters = {name: each for name, each in chosen.items() if id(each) in self._group}
+        self._check_parameters(model)
+        if run.step == 0:
+            self._initial = {name: _local(each).clone() for name, each in self._parameters.items()}
+            self._write(Path(run.args.output_dir or "", FILE))
+        else:
+            self._initial = self._read()
+
+    def _check_parameters(self, model: nn.Module) -> None:
+        if not self._parameters:
+            raise ValueError(f"l2_init_parts={self.settings.parts} names nothing that {type(model).__name__} trains.")
+        half = [each.dtype for each in self._parameters.values() if each.dtype.itemsize < 4]
+        if half:
+            raise ValueError(
+                f"l2_init_weight={self.settings.weight} can't be used with {half[0]} weights, in which its small steps "
+                "are lost: load the model in float32 and train with bf16=True or fp16=True (autocast) instead."
+            )
+
+    @torch.no_grad()
+    def after_optimizer_step(self, stepped: bool) -> None:
+        # Before neurons that fade in take their effective weights again, and pruned ones become zero: like the
+        # optimizer's own weight decay.
+        if not stepped:
+            return
+        rates = self.run.watch.rates()
+        for name, parameter in self._parameters.items():
+            if parameter.requires_grad:
+                weights = _local(parameter)
+                size = rates[self._group[id(parameter)]] * self.settings.weight
+                weights.add_((self._initial[name] - weights).mul_(size))
+
+    # ---- The file ----
+
+    def _write(self, path: Path) -> None:
+        """Writes W₀ on the process that saves, where the run saves anything."""
+        args = self.run.args
+        if args.save_strategy == "no":
+            return
+        whole = {}
+        for name, parameter in self._parameters.items():  # all processes gather
+            value = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+            if args.should_save:
+                whole[name] = value.detach().cpu().contiguous()
+        if args.should_save:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            put(path, lambda temporary: save_file(whole, temporary))
+            self.table.initial_weights = _checksum(path)
+
+    def _read(self) -> dict[str, Tensor]:
+        """W₀ as this process holds the weights, from the folder of the checkpoint or that of the run."""
+        checkpoint, own = self.run.checkpoint, Path(self.run.args.output_dir or "", FILE)
+        places = [own] if checkpoint is None else [Path(checkpoint).parent / FILE, own]
+        path = next((place for place in places if place.is_file()), None)
+        if path is None or (checkpoint is not None and _checksum(path) != self.table.initial_weights):
+            where = "the checkpoint" if checkpoint is None else checkpoint
+            why = f"{FILE} is not beside it" if path is None else f"{path} is not the file of its run"
+            if checkpoint is not None and not self.table.initial_weights:
+                why = "its run had none"
+            raise ValueError(
+                f"l2_init_weight={self.settings.weight} needs the weights that the run of {where} began with, and "
+                f"{why}: restore the file, or start a new run from the checkpoint's weights."
+            )
+        try:
+            with safe_open(path, framework="pt") as file:
+                initial = {name: _cut(each, file.get_tensor(name)) for name, each in self._parameters.items()}
+        except (SafetensorError, ValueError) as error:
+            raise ValueError(f"{path} does not hold the initial weights of this model: {error}.") from None
+        if path != own and self.run.args.should_save:
+            own.parent.mkdir(parents=True, exist_ok=True)
+            put(own, lambda temporary: shutil.copyfile(path, temporary))
+        return initial
+
+
+def parameters_of(model: nn.Module, blocks: Iterable[FeedForward], parts: Iterable[str]) -> dict[str, nn.Parameter]:
+    """Parameters of some parts of a model, by name.
+
+    Args:
+        model: unwrapped.
+        parts: "all", or some of "ff" (the blocks, with the biases of their out-projections), "attention" (and other
+            modules that mix tokens) and "embeddings".
+    """
+    # Of the names of a tied parameter the last: it is the one that stays under FSDP2, see `drop_tied_aliases`.
+    last = {id(parameter): name for name, parameter in model.named_parameters(remove_duplicate=False)}
+    named = {last[id(parameter)]: parameter for parameter in model.parameters()}
+    if "all" in parts:
+        return named
+    modules = {
+        "ff": lambda: (piece.module for block in blocks for piece in block.slices),
+        "attention": lambda: _mixers(model),
+        "embeddings": lambda: (module for module in model.modules() if isinstance(module, nn.Embedding)),
+    }
+    wanted = {id(p) for part in parts for module in modules[part]() for p in module.parameters(recurse=False)}
+    return {name: parameter for name, parameter in named.items() if id(parameter) in wanted}
+
+
+def _mixers(model: nn.Module) -> Iterator[nn.Module]:
+    layers = Layers(model)
+    return (module for path, module in layers.modules.items() if layers.mixes_tokens(path))
+
+
+def _local(parameter: Tensor) -> Tensor:
+    """What this process holds of a parameter; a view."""
+    return (parameter.to_local() if isinstance(parameter, DTensor) else parameter).detach()
+
+
+def _cut(parameter: nn.Parameter, value: Tensor) -> Tensor:
+    if value.shape != parameter.shape or value.dtype != parameter.dtype:
+        raise ValueError(f"it has {tuple(value.shape)} {value.dtype} for {tuple(parameter.shape)} {parameter.dtype}")
+    return _local(cut_like(parameter, value))
+
+
+def _checksum(path: Path) -> int:
+    """A number of 63 bits, which a state file can hold."""
+    with path.open("rb") as file:
+        return int.from_bytes(hashlib.file_digest(file, "sha256").digest()[:8], "big") >> 1
+
+
+class L2InitCallback(NeuronCallback):
+    """L2 to the initial weights: after each optimizer step, W ← W − lr · weight · (W − W₀), on all trained parameters.
+
+    Source: Kumar et al., *Maintaining Plasticity in Continual Learning via Regenerative Regularization*. W₀ are the
+    weights when training began, also those of a pretrained model; lr is the learning rate of the step just taken, of
+    each parameter's own group. `parts` restricts it to the feed-forward blocks, attention or embeddings. Frozen
+    parameters stay as they are, and steps that the optimizer skips do not count. It costs the memory of the weights
+    once more, shards under FSDP2. DeepSpeed and half-precision weights are refused.
+
+    W₀ lies in `initial_weights.safetensors` in the output directory, and a run that is resumed needs it: a checkpoint
+    has its checksum only. On a stock `Trainer`, whose checkpoints have none, the file is taken as it is.
+
+    Takes the settings of `RecyclingArguments` whose names begin with `l2_init_`, without that prefix.
+    """
+
+    method_class = L2Init

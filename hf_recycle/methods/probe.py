@@ -1,0 +1,320 @@
+"""The probe: what feed-forward neurons do on some extra batches, and what the loss makes of it.
+
+The batches run through the current weights in eval mode, and the training goes on as if nothing had happened. What is
+gathered is a pure function of (weights, seed, optimizer step): there is nothing to save, and a resumed run gathers the
+same.
+"""
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from hf_recycle.methods.base import Run
+from hf_recycle.methods.isolated_training import isolated_training
+from hf_recycle.methods.overtraining.callback import extra_batches_of, model_loss
+from hf_recycle.methods.overtraining.training import reduce_gradients
+from hf_recycle.methods.registry import GRADIENTS
+from hf_recycle.neurons.blocks import FeedForward
+from hf_recycle.utils.seeds import generator_for
+
+Statistics = Mapping[str, Tensor]
+"""What is known of one block, by a name of `registry.STATISTICS`: float64 on the CPU; "cross_moment" and "descent"
+float32 on the block's device."""
+
+Gather = Callable[[Sequence[int], Collection[str], int], list[Statistics]]
+"""What `Probe.gather` does."""
+
+
+class Probe:
+    """Gathers statistics in one training.
+
+    Args:
+        run: the training.
+        seed: of the extra batches.
+        batches: extra batches each time, `per_device_train_batch_size` samples on each process.
+        wanted: what is to be gathered, and for which argument: `{statistic: argument}`.
+        purpose: what for; those of one purpose share their extra batches.
+
+    Raises:
+        ValueError: for what can't be gathered in this training.
+    """
+
+    def __init__(self, run: Run, seed: int, batches: int, wanted: Mapping[str, str], purpose: str):
+        self._run, self._seed, self._batches = run, seed, batches
+        blocks = run.table.blocks
+        for name, argument in wanted.items():
+            for block in blocks:
+                _check_block(block, name, argument)
+        if "cross_moment" in wanted:
+            _square(max(block.num_neurons for block in blocks), blocks[0].out_slice.device, blocks[0])
+        # An order and masks of its own, also where overtraining has the same seed.
+        own = generator_for(seed, 0, 0, f"probe for {purpose}").initial_seed()
+        self._data = (run.extra_batches or extra_batches_of(run.train_dataloader))(own, next(iter(wanted.values())))
+
+    def gather(self, blocks: Sequence[int], names: Collection[str], step: int) -> list[Statistics]:
+        """Statistics `names` of the blocks of index `blocks`, after optimizer step `step`; on every process the same.
+
+        To be called on every process. "cross_moment" is not computed before it is looked up, with the weights as they
+        are then, and kept for one block at a time; its diagonal, "second_moment", comes with the rest, so that what is
+        finite can be told.
+        """
+        names = {*names, "second_moment"} if "cross_moment" in names else set(names)
+        at_once = sorted(names - {"cross_moment"})
+        found: list[Statistics] = [{} for _ in blocks]
+        if at_once:
+            found = [_finished(sums, names) for sums in self._run_batches(blocks, at_once, step)]
+        if "cross_moment" not in names:
+            return found
+        last = _Last(lambda index: self._run_batches([index], ["cross_moment"], step)[0].cross_moment())
+        return [_WithCrossMoment(values, partial(last, index)) for values, index in zip(found, blocks, strict=True)]
+
+    def _run_batches(self, indices: Sequence[int], names: Collection[str], step: int) -> list["_Sums"]:
+        run, args = self._run, self._run.args
+        blocks = [run.table.blocks[index] for index in indices]
+        sums = [_Sums(block, names) for block in blocks]
+        wants_gradients = not GRADIENTS.isdisjoint(names)
+        trained = [parameter for block in blocks for parameter in block.parameters()] if wants_gradients else []
+        scaler = getattr(run.optimizer, "scaler", None) if wants_gradients else None
+        scale = scaler.get_scale() if scaler is not None and scaler.is_enabled() else 1.0
+        loss_of, seed = run.loss_of or model_loss, generator_for(self._seed, step, 0, "probe dropout").initial_seed()
+        # The loss is the mean over processes.
+        hooks = [hook for each in sums for hook in each.register(scale * args.world_size)]
+        try:
+            with (
+                run.attached() if wants_gradients else nullcontext(),
+                torch.set_grad_enabled(wants_gradients),
+                isolated_training(run.model, trained, args.device, seed),
+            ):
+                run.model.eval()
+                for batch in self._batches_of(step):
+                    for each in sums:
+                        each.mask = _mask_of(run.model, batch)
+                    loss = loss_of(run.model, batch)
+                    if wants_gradients:
+                        (loss * scale).backward()
+                if "in_gradient" in names:
+                    reduce_gradients(trained, scale)
+                    for each in sums:
+                        each.note_in_gradient(self._batches)
+        finally:
+            for hook in hooks:
+                hook.remove()
+            _reshard(run.model)
+        _sum_over_processes(sums)
+        return sums
+
+    def _batches_of(self, step: int) -> Iterator[Any]:
+        """The extra batches of one process at an optimizer step: the stream goes on as fast as training does."""
+        size, processes = self._run.args.per_device_train_batch_size, self._run.args.world_size
+        first = step * size * processes + self._run.args.process_index * size
+        for number in range(self._batches):
+            yield self._data.batch(first + number * processes * size, size)
+
+
+class _Sums:
+    """Sums over positions of what one block computes, float32 on its device.
+
+    Attributes:
+        mask: bool `(batch, sequence)`, which positions count; None: all.
+    """
+
+    def __init__(self, block: FeedForward, names: Collection[str]):
+        self._block, self._names = block, names
+        self.mask: Tensor | None = None
+        device, d_ff = block.out_slice.device, block.num_neurons
+        vectors = ["count"] * bool({"mean", "mean_abs", "second_moment", "cross_moment", "taylor"} & set(names))
+        vectors += [name for name in ("mean", "mean_abs", "second_moment", "in_gradient") if name in names]
+        if "taylor" in names:
+            vectors += ["mean"] * ("mean" not in vectors) + ["g²", "g²h", "g²h²"]
+        self.values = {name: torch.zeros(1 if name == "count" else d_ff, device=device) for name in vectors}
+        if "cross_moment" in names:
+            self.values["cross_moment"] = _square(d_ff, device, block)
+        if "descent" in names:
+            self.values["descent"] = _square(block.out_slice.width, device, block)
+        self._input: Tensor | None = None
+
+    def register(self, scale: float) -> list[Any]:
+        """Hooks on the block's projections; they meet gradients that are `scale` times too large."""
+        out = self._block.out_slice.module
+        hooks = [out.register_forward_pre_hook(_Hook(partial(self._see_activations, scale)))]
+        if "descent" in self._names:
+            hooks.append(self._block.in_slices[0].module.register_forward_pre_hook(_Hook(self._see_input)))
+            hooks.append(out.register_forward_hook(_Hook(partial(self._see_output, scale))))
+        return hooks
+
+    def _rows(self, values: Tensor, module: nn.Module) -> tuple[Tensor, Tensor | None]:
+        """Values at positions, float32 `(n, features)`, and which of them count."""
+        values = values.detach().movedim(1, -1) if isinstance(module, nn.Conv1d | nn.Conv2d) else values.detach()
+        rows, mask = values.flatten(0, -2).float(), self.mask
+        fits = mask is not None and mask.shape == values.shape[:-1]
+        return rows, mask.flatten().to(values.device) if mask is not None and fits else None
+
+    @torch.no_grad()
+    def _see_activations(self, scale: float, module: nn.Module, args: tuple) -> None:
+        rows, mask = self._rows(args[0], module)
+        if mask is not None:
+            rows = rows * mask.unsqueeze(1)
+        sums = self.values
+        if "count" in sums:
+            sums["count"] += len(rows) if mask is None else mask.sum()
+        if "mean" in sums:
+            sums["mean"] += rows.sum(0)
+        if "mean_abs" in sums:
+            sums["mean_abs"] += rows.abs().sum(0)
+        if "second_moment" in sums:
+            sums["second_moment"] += rows.square().sum(0)
+        if "cross_moment" in sums:
+            sums["cross_moment"].addmm_(rows.T, rows)
+        if "g²" in sums and args[0].requires_grad:
+            args[0].register_hook(partial(self._see_gradient, scale, module, rows))
+
+    @torch.no_grad()
+    def _see_gradient(self, scale: float, module: nn.Module, rows: Tensor, gradient: Tensor) -> None:
+        squares = (self._rows(gradient, module)[0] / scale).square()
+        self.values["g²"] += squares.sum(0)
+        self.values["g²h"] += (squares * rows).sum(0)
+        self.values["g²h²"] += (squares * rows.square()).sum(0)
+
+    def _see_input(self, module: nn.Module, args: tuple) -> None:
+        self._input = self._rows(args[0], module)[0]
+
+    def _see_output(self, scale: float, module: nn.Module, args: tuple, output: Tensor) -> None:
+        seen, self._input = self._input, None
+        assert seen is not None, "the in-projection comes first"
+
+        @torch.no_grad()
+        def see_gradient(gradient: Tensor) -> None:
+            self.values["descent"].addmm_((self._rows(gradient, module)[0] / scale).T, seen)
+
+        output.register_hook(see_gradient)
+
+    @torch.no_grad()
+    def note_in_gradient(self, batches: int) -> None:
+        """Reads the gradients of the in-rows, of all processes together."""
+        total = self.values["in_gradient"]
+        for piece in self._block.in_slices:
+            row = torch.zeros_like(total)
+            for tile in piece.storage.gradient_tiles(piece):
+                row[tile.neurons] += tile.values.float().abs().sum(1)
+            total += piece.storage.sum_over_processes(piece, row)
+        processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        # Every process has the same: their sum, which is to come, must be that.
+        total /= sum(piece.width for piece in self._block.in_slices) * batches * processes
+
+    def mean(self, name: str) -> Tensor:
+        """The mean over positions; zero where the block was not computed."""
+        return self.values[name].double().cpu() / self.values["count"].double().cpu().clamp(min=1)
+
+    def cross_moment(self) -> Tensor:
+        return self.values["cross_moment"] / self.values["count"].clamp(min=1)
+
+
+class _Hook:
+    """A hook that wants to see a block computed whole, see `hf_recycle.mlm.last_feed_forward`."""
+
+    sees_all_positions = True
+
+    def __init__(self, function: Callable):
+        self._function = function
+
+    def __call__(self, *args: Any) -> None:
+        self._function(*args)
+
+
+class _Last:
+    """Remembers the last answer of a function of one number."""
+
+    def __init__(self, function: Callable[[int], Tensor]):
+        self._function = function
+        self._known: tuple[int, Tensor] | None = None
+
+    def __call__(self, number: int) -> Tensor:
+        if self._known is None or self._known[0] != number:
+            self._known = None  # before the next one is computed: there may be no room for two
+            self._known = number, self._function(number)
+        return self._known[1]
+
+
+class _WithCrossMoment(dict):
+    """Statistics of a block whose "cross_moment" is computed when it is looked up."""
+
+    def __init__(self, values: Statistics, cross_moment: Callable[[], Tensor]):
+        super().__init__(values)
+        self._cross_moment = cross_moment
+
+    def __missing__(self, name: str) -> Tensor:
+        if name != "cross_moment":
+            raise KeyError(name)
+        return self._cross_moment()
+
+
+def _finished(sums: _Sums, names: Collection[str]) -> dict[str, Tensor]:
+    found = {name: sums.mean(name) for name in ("mean", "mean_abs", "second_moment") if name in names}
+    if "in_gradient" in names:
+        found["in_gradient"] = sums.values["in_gradient"].double().cpu()
+    if "descent" in names:
+        found["descent"] = sums.values["descent"]
+    if "taylor" in names:
+        mean, squares, linear, quadratic = map(sums.mean, ("mean", "g²", "g²h", "g²h²"))
+        found["taylor"] = (quadratic - 2 * mean * linear + mean.square() * squares).clamp(min=0)
+    return found
+
+
+def _sum_over_processes(sums: Sequence[_Sums]) -> None:
+    """One sum for all vectors, and one for each matrix, in place, because there may be no room for two."""
+    if not dist.is_available() or not dist.is_initialized():
+        return
+    values = [value for each in sums for value in each.values.values()]
+    vectors = [value for value in values if value.dim() == 1]
+    total = torch.cat(vectors)
+    dist.all_reduce(total)
+    for value, summed in zip(vectors, total.split(list(map(len, vectors))), strict=True):
+        value.copy_(summed)
+    for value in values:
+        if value.dim() == 2:
+            dist.all_reduce(value)
+
+
+def _square(size: int, device: torch.device, block: FeedForward) -> Tensor:
+    try:
+        return torch.zeros(size, size, device=device)
+    except (RuntimeError, torch.OutOfMemoryError) as error:
+        raise ValueError(
+            f"there is no room on {device} for the {4 * size**2:,} bytes of the moments of {block.name}: choose a "
+            "criterion and a fold that need none, such as flap with mean."
+        ) from error
+
+
+def _mask_of(model: nn.Module, batch: Mapping[str, Any]) -> Tensor | None:
+    """Which positions are no padding; None where that is not known (a decoder has other positions)."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    config = getattr(model, "config", None)
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or getattr(config, "is_encoder_decoder", False):
+        return None
+    return mask.bool()
+
+
+def _reshard(model: nn.Module) -> None:
+    """Under FSDP2 a forward pass without a backward pass may leave whole parameters behind."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def _check_block(block: FeedForward, name: str, argument: str) -> None:
+    if block.out_slice.expert is not None:
+        raise ValueError(
+            f"{argument} needs the activations of every block, and those of {block.name} can't be seen, because one "
+            "function computes all experts: choose low_magnitude, high_magnitude or random, and no fold."
+        )
+    if name in GRADIENTS and block.out_slice.storage.separate_masters:
+        raise ValueError(
+            f"{argument} needs gradients, which DeepSpeed takes over: use DDP or FSDP2, or what looks at activations "
+            "alone, such as dormant, contribution or obs."
+        )
