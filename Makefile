@@ -46,9 +46,10 @@ test-fast: install ## Run the tests that take no more than seconds each
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 .PHONY: lint
-lint: install ## Check style
+lint: install ## Check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 .PHONY: format
 format: install ## Format the code

@@ -3,13 +3,15 @@
 import math
 import os
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from hf_recycle.methods.arguments import OwnArguments
 from hf_recycle.methods.settings import LARGEST, METHODS, MOST, Settings
+
+SettingsT = TypeVar("SettingsT", bound=Settings)
 
 MUON = "muon"
 """An optimizer that transformers has no name for, see `hf_recycle.trainer.muon`."""
@@ -50,6 +52,9 @@ class RecyclingArguments(OwnArguments, TrainingArguments):
         },
     )
 
+    if TYPE_CHECKING:
+        output_dir: str = ""  # never None once `__post_init__` is through
+
     def __post_init__(self):
         check_training_numbers(self)
         chosen = self.optim
@@ -64,7 +69,7 @@ class RecyclingArguments(OwnArguments, TrainingArguments):
         for method in METHODS:
             self.method_settings(method)
 
-    def method_settings(self, method: type[Settings]) -> Settings:
+    def method_settings(self, method: type[SettingsT]) -> SettingsT:
         """The settings of one method as they are now, without their prefix.
 
         Raises:

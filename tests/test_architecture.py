@@ -12,9 +12,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 LEVELS = (
-    *("errors", "utils", "neurons", "hub.checks", "hub", "records", "engines", "speed", "batches", "mlm", "methods"),
-    *("arguments", "plots", "card", "hub.push", "hub.pull", "checkpoints", "trainer", "data", "runs", "analysis"),
-    *("studies", "cli", "train"),
+    *("errors", "internals", "utils", "neurons", "hub.checks", "hub", "records", "engines", "speed", "batches", "mlm"),
+    *("methods", "arguments", "plots", "card", "trainer.base", "hub.push", "hub.pull", "checkpoints", "trainer"),
+    *("data", "runs", "analysis", "studies", "cli", "train"),
 )
 """From the bottom to the top: a folder imports only what stands before it. `hf_recycle/__init__.py` imports lazily."""
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -155,16 +155,17 @@ class Checkpoint:
     def _convert(self, stored: "Stored", name: str, expected: tuple[int, ...]) -> Tensors:
         """What transformers makes of some tensors: whole, and kept until others are asked for."""
         if self._converted[0] != stored.first:
+            assert stored.converter is not None, "one tensor is not converted"
             parts = copy.deepcopy(stored.converter)
             for pattern, keys in zip(parts.source_patterns, stored.keys, strict=True):
                 for key in keys:
-                    parts.add_tensor(stored.first, key, pattern, partial(self._whole, key))
+                    parts.add_tensor(stored.first, key, pattern, partial(self._whole, key))  # type: ignore[arg-type]
             try:
                 made = parts.convert(stored.first, model=self.model, config=self.config)
             except Exception as error:  # as many kinds as there are conversions
                 raise UserError(f"{self.source.name}: the parts of {name} don't fit together ({error})") from error
-            tensors = {key: tensor[0] if isinstance(tensor, list) else tensor for key, tensor in made.items()}
-            self._converted = stored.first, Tensors(Path(self.source.name), tensors)
+            whole = {key: tensor[0] if isinstance(tensor, list) else tensor for key, tensor in made.items()}
+            self._converted = stored.first, Tensors(Path(self.source.name), whole)
         tensors = self._converted[1]
         if name not in tensors.entries or tensors.shape(name) != expected:
             raise UserError(f"{self.source.name}: its weights don't give a {name} of shape {expected}")
@@ -239,13 +240,15 @@ class Stored:
     @property
     def is_stacked(self) -> bool:
         """Whether the parts lie one below the other in the matrix: in that of each expert, if there are experts."""
+        if self.converter is None:
+            return False
         steps = [(type(step), getattr(step, "dim", None)) for step in self.converter.operations]
         merge = (MergeModulelist, 0)
         known = steps in ([merge], [merge, (Concatenate, 1)], [(Concatenate, 0)])
         return known and len(self.converter.target_patterns) == 1
 
 
-def stored_names(model: nn.Module, stored: Iterable[str]) -> dict[str, Stored]:
+def stored_names(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, Stored]:
     """How each parameter of a model is stored, by its name.
 
     The renamings and conversions are those that `from_pretrained` applies: old names, a base model's prefix,
@@ -269,9 +272,9 @@ def stored_names(model: nn.Module, stored: Iterable[str]) -> dict[str, Stored]:
         known = names.setdefault(name, Stored([[] for _ in patterns], converter, name))
         if known.converter is converter:
             known.keys[patterns.index(pattern)].append(key)
-    for stored in list(names.values()):
-        if stored.converter is not None:
-            own, *others = stored.converter.target_patterns
+    for each in list(names.values()):
+        if each.converter is not None:
+            own, *others = each.converter.target_patterns
             for other in others:
-                names.setdefault(stored.first.replace(own, other), stored)
+                names.setdefault(each.first.replace(own, other), each)
     return names

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import (
@@ -21,6 +22,7 @@ from hf_recycle.data.loading import load_data
 from hf_recycle.data.model import load_model, positions_needed
 from hf_recycle.data.tokenizer import load_tokenizer
 from hf_recycle.errors import UserError
+from hf_recycle.internals.of_transformers import has_class_for
 from hf_recycle.mlm.heads import find_masked_head
 from hf_recycle.mlm.loss import IGNORED, target_positions, token_losses
 from hf_recycle.mlm.tasks import TASKS, Task
@@ -116,6 +118,7 @@ def load_language_model(source: Source, settings: EvaluationSettings) -> Languag
     arguments = ModelArguments(model_name_or_path=where, model_revision=revision, task=task.name)
     model = load_model(arguments, tokenizer, length)
     sequences = load_data(settings.data(length), tokenizer)[1]
+    assert isinstance(sequences, Dataset), "eval_file is given"
     rows = [sequences[index] for index in range(len(sequences))]
     subject = language_model(model, task, rows, task.collator(tokenizer), settings.batch_size)
     if not subject.tokens:
@@ -138,18 +141,19 @@ def language_model(
     batches = [collator(numbered[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
     batches = [{name: value.to(device) for name, value in batch.items()} for batch in batches]
     tokens = sum(int((task.targets(batch["labels"]) != IGNORED).sum()) for batch in batches)
-    return LanguageModel(model.to(device).eval(), task, batches, tokens)
+    model.to(device)  # type: ignore[arg-type]  # transformers hides the signature
+    return LanguageModel(model.eval(), task, batches, tokens)
 
 
 def _task(config: PreTrainedConfig, source: Source) -> Task:
     architecture = (config.architectures or ["no architecture"])[0]
     if not config.is_encoder_decoder:
         causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()) - set(MODEL_FOR_MASKED_LM_MAPPING_NAMES.values())
-        if architecture in causal and type(config) in TASKS["clm"].auto_class._model_mapping:
+        if architecture in causal and has_class_for(TASKS["clm"].auto_class, config):
             return TASKS["clm"]
         heads = {*MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()}
         if (architecture in heads or architecture.endswith("ForPreTraining")) and (
-            type(config) in TASKS["mlm"].auto_class._model_mapping
+            has_class_for(TASKS["mlm"].auto_class, config)
         ):
             return TASKS["mlm"]
     raise UserError(

@@ -47,16 +47,17 @@ def outputs(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
 def _guesses(model: PreTrainedModel, batch: int, length: int) -> Iterator[dict[str, Tensor]]:
     """All kinds of input together, then each alone: the main one first."""
     config = model.config
-    kinds = {
+    guessed: dict[str, Tensor | None] = {
         "input_ids": _tokens(config.get_text_config(), batch, length),
         "pixel_values": _image(config, batch, model),
         "input_values": _normal((batch, _AUDIO), model.dtype),
         "input_features": _features(config, batch, model.dtype),
     }
-    kinds = {name: values for name, values in kinds.items() if values is not None}
-    together = {name: kinds[name] for name in ("input_ids", "pixel_values") if name in kinds}
-    main = model.main_input_name
-    for inputs in ({main: kinds[main]} if main in kinds else {}, together, *({name: kinds[name]} for name in kinds)):
+    kinds = {name: values for name, values in guessed.items() if values is not None}
+    together: dict[str, Tensor] = {name: kinds[name] for name in ("input_ids", "pixel_values") if name in kinds}
+    main = {name: kinds[name] for name in kinds if name == model.main_input_name}
+    guesses: list[dict[str, Tensor]] = [main, together, *({name: kinds[name]} for name in kinds)]
+    for inputs in guesses:
         if not inputs:
             continue
         if "input_ids" in inputs:

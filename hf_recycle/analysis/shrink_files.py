@@ -3,6 +3,7 @@
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -54,7 +55,7 @@ def load_model(
     for piece in blocks[0].slices:
         next(iter(checkpoint.tiles(piece)))  # and what is damaged or incomplete
     where, revision = (source.folder, None) if source.folder else (source.name, source.revision)
-    options = {} if revision is None else {"revision": revision}
+    options: dict[str, Any] = {} if revision is None else {"revision": revision}
     if source.subfolder:
         options["subfolder"] = source.subfolder.rstrip("/")
     if source.folder is None:
@@ -100,9 +101,9 @@ def _pruned_masks(source: Source) -> dict[str, Tensor]:
         raise UserError(f"{path} is damaged ({error}); copy or download it again") from error
 
 
-def _class_of(checkpoint: Checkpoint) -> type:
+def _class_of(checkpoint: Checkpoint) -> Any:
     """The class of the model, so that its head stays."""
-    architecture = (checkpoint.config.architectures or [None])[0]
+    architecture = next(iter(checkpoint.config.architectures or ()), None)
     cls = AutoModel if architecture is None else getattr(transformers, architecture, None)
     if cls is None:
         raise UserError(

@@ -36,7 +36,9 @@ def table(rows: Sequence[Sequence[str]], indent: str = "  ") -> str:
 
 def _model(analysis: ModelAnalysis) -> str:
     names = short_names([block.name for block in analysis.blocks])
-    rows = [("block", "neurons", "1%", "median", "99%", "mean", "CV", "dip", "p", "dead", "dup.")]
+    rows: list[tuple[str, ...]] = [
+        ("block", "neurons", "1%", "median", "99%", "mean", "CV", "dip", "p", "dead", "dup.")
+    ]
     rows += [_block(names[block.name], block) for block in analysis.blocks]
     heading = (
         f"{analysis.label}: {analysis.architecture}, {analysis.neurons:,} neurons in {len(analysis.blocks)} "

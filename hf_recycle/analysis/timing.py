@@ -42,7 +42,8 @@ def speedup(before: Callable[[], object], after: Callable[[], object], pairs: in
     times = [(_seconds(before), _seconds(after)) for _ in range(pairs + 1)][1:]
     ratios = [first / second for first, second in times]
     low, _, high = statistics.quantiles(ratios, n=4)
-    return Speedup(*(statistics.median(side) for side in zip(*times, strict=True)), low, high)
+    first, second = (statistics.median(side) for side in zip(*times, strict=True))
+    return Speedup(first, second, low, high)
 
 
 def forward(model: nn.Module, inputs: dict[str, Tensor]) -> Callable[[], object]:

@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +40,7 @@ class Field:
 
     def put(self, config: PreTrainedConfig, value: Value) -> None:
         """Changes it in a configuration."""
-        path = list(self.path)
+        path: list[Any] = list(self.path)
         if isinstance(path[-1], int):
             place = path.pop()
             old = _get(config, path)
@@ -70,9 +71,10 @@ def with_neurons(
         field.put(config, value)
     # Every weight is overwritten below, so the random state that initialises them is of no account.
     with torch.random.fork_rng(devices=[]):
-        new = type(model)(config).to(model.dtype)
+        new = type(model)(config)
+        new.to(model.dtype)  # type: ignore[arg-type]  # transformers hides the signature
     paths = _paths(model)
-    new_blocks = [_moved(block, paths, new) for block in blocks]
+    new_blocks = [moved for block in blocks if (moved := _moved(block, paths, new)) is not None]
     neurons = {id(parameter) for block in new_blocks for parameter in block.parameters()}
     old = dict(_tensors(model))
     with torch.no_grad():
@@ -85,7 +87,8 @@ def with_neurons(
         new_block.write(torch.arange(len(index)), block.read(index))
     if hasattr(model, "generation_config"):
         new.generation_config = model.generation_config
-    return new.to(model.device).train(model.training), new_blocks
+    new.to(model.device)  # type: ignore[arg-type]  # the same
+    return new.train(model.training), new_blocks
 
 
 def width_fields(model: PreTrainedModel, blocks: Sequence[FeedForward]) -> list[Field]:
@@ -129,7 +132,7 @@ def _candidates(config: PreTrainedConfig, widths: set[int]) -> Iterator[tuple[tu
             yield from (((name,), width) for width in widths)
 
 
-def _may_set(name: str, value: object, widths: set[int]) -> bool:
+def _may_set(name: str, value: Any, widths: set[int]) -> bool:
     if type(value) is int and ({value, value // 2} & widths):
         return True
     return type(value) in (int, float) and value > 0 and _RATIO.search(name) is not None
@@ -150,8 +153,8 @@ def _try(model: PreTrainedModel, blocks: Sequence[FeedForward], path: tuple[str 
     if any(shapes.get(name) != tensor.shape for name, tensor in _tensors(model) if id(tensor) not in neurons):
         return None
     paths = _paths(model)
-    moved = [_moved(block, paths, trial) for block in blocks]
-    if None in moved:
+    moved = [found for block in blocks if (found := _moved(block, paths, trial)) is not None]
+    if len(moved) < len(blocks):
         return None
     pairs = [(old.num_neurons, new.num_neurons) for old, new in zip(blocks, moved, strict=True)]
     changed = tuple(n for n, (old, new) in enumerate(pairs) if new != old)

@@ -68,7 +68,8 @@ def collating(moments: list[Moment | None]) -> Iterator[None]:
 def moments_of_batch() -> tuple[np.ndarray, int] | None:
     """For a collator that a `RecyclingTrainer` calls: when the examples of its batch are trained, int64 `(batch,)`, and
     the steps of the training. None in an evaluation, and wherever that is not known."""
-    moments = _collated.get()
-    if not moments or None in moments:
+    found = _collated.get() or []
+    moments = [moment for moment in found if moment is not None]
+    if not moments or len(moments) < len(found):
         return None
     return np.array([moment.step for moment in moments], np.int64), moments[0].of

@@ -90,11 +90,11 @@ def _uniform_in_place(draws: ExampleDraws, tensor: Tensor, low: float = 0.0, hig
 
 
 def _randint(draws: ExampleDraws, *numbers, low=0, high=None, size=None, generator=None, dtype=None, **other):
-    numbers = list(numbers)
-    shape = _shape((numbers.pop() if size is None else size,))
-    high = numbers.pop() if high is None else high
-    low = numbers.pop() if numbers else low
-    if shape is None or numbers or high <= low or any(value for value in other.values()):
+    given = list(numbers)
+    shape = _shape((given.pop() if size is None else size,))
+    high = given.pop() if high is None else high
+    low = given.pop() if given else low
+    if shape is None or given or high <= low or any(value for value in other.values()):
         return None
     words = draws.words(shape)
     if words is None:
@@ -118,7 +118,7 @@ def _shape(sizes: tuple[Any, ...]) -> tuple[int, ...] | None:
     return sizes if all(isinstance(size, int) for size in sizes) else None
 
 
-_ANSWERS = {
+_ANSWERS: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
     torch.bernoulli: _bernoulli,
     Tensor.bernoulli: _bernoulli,
     Tensor.bernoulli_: _bernoulli_in_place,

@@ -39,7 +39,8 @@ class ExtraBatches:
             )
         if not len(dataset):
             raise ValueError(f"{wanted_by} needs a training set, and this one is empty.")
-        self.dataset, self.seed = dataset, seed
+        self.dataset: Any = dataset
+        self.seed = seed
         self.collator = SeededCollator(collator, generator_for(seed, 0, 0, "overtrain masks").initial_seed())
         self._order: tuple[int, list[int]] | None = None
 

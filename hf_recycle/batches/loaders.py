@@ -59,7 +59,9 @@ def set_sampler_epoch(loader: Any, epoch: int) -> None:
 
 
 def _seed_sampler(base: DataLoader, clock: TrainingClock, seed: int) -> None:
-    holder, name = base, _inner_sampler(base)
+    holder: Any = base
+    name = _inner_sampler(base)
+    assert name is not None, "every loader of a dataset with a length draws from a sampler"
     while (inner := _inner_sampler(vars(holder)[name])) is not None:
         holder, name = vars(holder)[name], inner
     vars(holder)[name] = SeededSampler(vars(holder)[name], clock, seed)

@@ -14,42 +14,18 @@ import torch
 from transformers.utils import logging
 
 from hf_recycle.errors import UserError, first_line
+from hf_recycle.internals.of_datasets import resumes_exactly
 
 logger = logging.get_logger(__name__)
 
 STREAM_STATE_FILE = "stream_state.pt"
-
-# Those of datasets 5.2 whose state says exactly where they are. A shuffle buffer is lost, and tables may skip rows.
-_EXACT = {
-    "ArrowExamplesIterable",
-    "CyclingMultiSourcesExamplesIterable",
-    "ExamplesIterable",
-    "FilteredExamplesIterable",
-    "FormattedExamplesIterable",
-    "MappedExamplesIterable",
-    "RandomlyCyclingMultiSourcesExamplesIterable",
-    "RebatchedArrowExamplesIterable",
-    "SelectColumnsIterable",
-    "SkipExamplesIterable",
-    "StepExamplesIterable",
-    "TakeExamplesIterable",
-    "VerticallyConcatenatedMultiSourcesExamplesIterable",
-}
 
 
 def can_resume(stream: Any) -> bool:
     """Whether a stream has a state, and is exactly where it was when it is given back to it."""
     if not (hasattr(stream, "state_dict") and hasattr(stream, "load_state_dict")):
         return False
-    if not isinstance(stream, datasets.IterableDataset):
-        return True
-    kind = stream._formatting
-    return (kind is None or not kind.is_table) and _is_exact(stream._ex_iterable)
-
-
-def _is_exact(iterable: Any) -> bool:
-    inner = [*getattr(iterable, "ex_iterables", ()), *filter(None, [getattr(iterable, "ex_iterable", None)])]
-    return type(iterable).__name__ in _EXACT and all(map(_is_exact, inner))
+    return not isinstance(stream, datasets.IterableDataset) or resumes_exactly(stream)
 
 
 class StreamState:

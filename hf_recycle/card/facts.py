@@ -164,8 +164,7 @@ def _evaluation(history: RecyclingHistory) -> list[tuple[str, str, float]]:
     """The last evaluation: (the Hub's type of the metric, its name, its value)."""
     found = []
     for column, name, kind in _METRICS:
-        values = _finite(history, column) if kind else []
-        if len(values):
+        if kind is not None and len(values := _finite(history, column)):
             found.append((kind, name, round(float(values[-1, 1]), 6)))
             if kind == "loss" and values[-1, 1] < 30:  # past this a perplexity says nothing
                 found.append(("perplexity", "evaluation perplexity", round(math.exp(values[-1, 1]), 4)))
@@ -191,7 +190,7 @@ def _blocks(history: RecyclingHistory) -> Rows:
     rows: Rows = []
     for block in history.stats["blocks"]:
         name, size = block["name"], block["neurons"]
-        row = (names[name], f"{size:,}")
+        row: tuple[str, ...] = (names[name], f"{size:,}")
         if recycled:
             ages = history.ages[name][history.ages[name] >= 0]
             row += (
@@ -233,7 +232,8 @@ def _command(command: str | None) -> str | None:
 
 def _surroundings(run: Mapping[str, Any]) -> Rows:
     """Name and value of what the run needed."""
-    hardware, rows = run.get("hardware", {}), []
+    hardware = run.get("hardware", {})
+    rows: Rows = []
     if "device" in hardware:
         processes = hardware.get("processes", 1)
         rows.append(("Hardware", hardware["device"] if processes == 1 else f"{processes} × {hardware['device']}"))

@@ -16,6 +16,8 @@ import torch
 from transformers import Trainer
 
 from hf_recycle.hub.scrub import Secrets, is_private
+from hf_recycle.internals.of_transformers import is_from_files
+from hf_recycle.neurons.slices import full_shape
 from hf_recycle.records.files import package_version
 from hf_recycle.records.run_schema import MAX_TEXT
 
@@ -66,7 +68,9 @@ def run_facts(trainer: Trainer) -> dict[str, Any]:
         "arguments": {**context.get("arguments", {}), **changed},
         "defaults": {**context.get("defaults", {}), **unchanged},
     }
-    return _clipped(Secrets.of_this_machine(trainer.args.hub_token, output_dir=trainer.args.output_dir).facts(facts))
+    return _clipped(
+        Secrets.of_this_machine(trainer.args.hub_token, output_dir=trainer.args.output_dir or "").facts(facts)
+    )
 
 
 def split_arguments(arguments: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -106,7 +110,7 @@ def _same_by_derivation(name: str, value: Any, arguments: Any) -> bool:
 def model_facts(model: torch.nn.Module) -> dict[str, Any]:
     """The class of a model and the number of its parameters, also where they are sharded."""
     # A parameter sharded by DeepSpeed's stage 3 is empty and keeps its size elsewhere.
-    sizes = {id(p): getattr(p, "ds_numel", p.numel()) for p in model.parameters()}
+    sizes = {id(p): full_shape(p).numel() for p in model.parameters()}
     # FSDP2 puts its name before that of the class.
     return {"architecture": type(model).__name__.removeprefix("FSDP"), "parameters": int(sum(sizes.values()))}
 
@@ -114,8 +118,7 @@ def model_facts(model: torch.nn.Module) -> dict[str, Any]:
 def _base_model(model: torch.nn.Module) -> dict[str, Any] | None:
     """The model of the Hub whose weights were loaded; None for a model from scratch or from a local folder."""
     name = getattr(model, "name_or_path", "")
-    # `from_pretrained` leaves this behind; a model that only took its configuration from elsewhere lacks it.
-    if not hasattr(model, "_weight_conversions") or not is_repo_id(name) or os.path.isdir(name):
+    if not is_from_files(model) or not is_repo_id(name) or os.path.isdir(name):
         return None
     return {"name": name, "revision": None}  # which one it was, transformers does not keep
 
@@ -145,6 +148,7 @@ def _tokenizer(tokenizer: Any) -> dict[str, Any] | None:
 def hardware(trainer: Trainer) -> dict[str, Any]:
     """On what a training runs: device, number of processes, engine and precision."""
     args, device = trainer.args, trainer.args.device
+    assert trainer.model is not None
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
     if trainer.is_deepspeed_enabled:
         stage = trainer.accelerator.state.deepspeed_plugin.zero_stage
@@ -153,7 +157,7 @@ def hardware(trainer: Trainer) -> dict[str, Any]:
         engine = "FSDP2"
     else:
         engine = "one process" if args.world_size == 1 else "DistributedDataParallel"
-    precision = "fp16 mixed" if args.fp16 else "bf16 mixed" if args.bf16 else str(_dtype(trainer.model))
+    precision = "fp16 mixed" if args.fp16 else "bf16 mixed" if args.bf16 else _dtype(trainer.model)
     return {"device": name, "processes": args.world_size, "engine": engine, "precision": precision}
 
 

@@ -6,6 +6,8 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
 
 class RunMeter:
     """Counts on this process. `tokens` and `seconds` go on from what a checkpoint holds; None is unknown."""
@@ -29,7 +31,7 @@ class RunMeter:
     def count(self, inputs: Any) -> None:
         """Count the positions of a training batch; a batch without `input_ids` has none."""
         ids = inputs.get("input_ids") if isinstance(inputs, Mapping) else None
-        if hasattr(ids, "numel"):
+        if isinstance(ids, Tensor):
             self.own_tokens += ids.numel()
 
     def reading(self, tokens: int) -> dict[str, Any]:

@@ -17,7 +17,7 @@ def load_template(name: str, **filters: Any) -> jinja2.Template:
     """A template with its filters. Those that end in `.html.jinja` escape what they are given."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(template_root()),
-        autoescape=lambda template: bool(template) and template.endswith(".html.jinja"),
+        autoescape=lambda template: template is not None and template.endswith(".html.jinja"),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

@@ -11,12 +11,12 @@ from typing import Any
 
 import datasets
 from torch import nn
-from transformers import Trainer
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from hf_recycle.engines.resume import EngineCheckpointMixin
 from hf_recycle.errors import UserError
+from hf_recycle.trainer.base import NeuronTrainer
 
 logger = logging.get_logger(__name__)
 
@@ -36,7 +36,7 @@ _KEPT = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsi
 _CHANGED = ("mask_rate", "lr_scheduler_type", "precision")
 
 
-class ContinuationMixin(EngineCheckpointMixin):
+class ContinuationMixin(EngineCheckpointMixin, NeuronTrainer):
     """Compares a run with the one that wrote its checkpoint, and knows which step's model it has.
 
     Attributes:
@@ -69,7 +69,7 @@ class ContinuationMixin(EngineCheckpointMixin):
         super()._load_optimizer_and_scheduler(checkpoint)
 
 
-def made_with(trainer: Trainer) -> dict[str, Any]:
+def made_with(trainer: NeuronTrainer) -> dict[str, Any]:
     """What decides how a training goes on, as JSON: for `training` in `recycling_config.json`.
 
     To be asked when training begins: a callback may change a mask rate while it runs.

@@ -6,6 +6,7 @@ A checkpoint of the stock Trainer has none, and one from the Hub neither: what i
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from hf_recycle.checkpoints.run_folder import step_of_name
 from hf_recycle.records.file_checks import FORMAT_VERSION, check_version, fail
@@ -27,7 +28,7 @@ def write_list(folder: Path, step: int, *, checksum_all: bool) -> None:
         step: of the Trainer.
         checksum_all: also the SHA-256 of larger files.
     """
-    listed = {}
+    listed: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.rglob("*")):
         inside = path.relative_to(folder)
         if path.is_file() and inside.parts[0] not in _NOT_LISTED:

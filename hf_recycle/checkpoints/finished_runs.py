@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import time
 
-from transformers import Trainer
 from transformers.utils import logging
+
+from hf_recycle.trainer.base import NeuronTrainer
 
 logger = logging.get_logger(__name__)
 
 
-class FinishedRunMixin(Trainer):
+class FinishedRunMixin(NeuronTrainer):
     """`train` of a finished run loads its state and ends as the run itself did or would have, had it not been killed
     after its last checkpoint: with the metrics of the whole run, and the best model where that is asked for.
     """
 
     _finished: str | None = None
     """The checkpoint of a finished run that `train` was called with."""
+
+    _resumed_loss: tuple[float, int] | None = None
+    """Of a logging interval that the checkpoint lies in: the sum of its losses so far, and the step it began with."""
 
     def _init_training_state(
         self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
@@ -47,7 +51,7 @@ class FinishedRunMixin(Trainer):
 
     def _loss_of_all_steps(self) -> float:
         """The sum of the losses of all steps: what was logged, each a mean since the one before, and the rest."""
-        total, last = 0.0, 0
+        total, last = 0.0, 0.0
         for row in self.state.log_history:
             if "loss" in row:
                 total += row["loss"] * (row["step"] - last)

@@ -19,10 +19,7 @@ from hf_recycle.records.recorder import HistoryRecorder
 
 
 class CheckpointMixin(CheckpointWritingMixin, FinishedRunMixin, ContinuationMixin):
-    """Checkpoints that are whole or absent, hold the recycling files, and resume exactly.
-
-    Expects `self.recorder`, `self.meter`, `self.neuron_table()` and `self.recycling_arguments()`.
-    """
+    """Checkpoints that are whole or absent, hold the recycling files, and resume exactly."""
 
     def _init_training_state(
         self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
@@ -30,7 +27,7 @@ class CheckpointMixin(CheckpointWritingMixin, FinishedRunMixin, ContinuationMixi
         progress = super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
-        self._resumed_loss: tuple[float, int] | None = None
+        self._resumed_loss = None
         self.neuron_methods.began_with = {}
         self.neuron_methods.checkpoint = resume_from_checkpoint
         if resume_from_checkpoint is None:
@@ -99,6 +96,7 @@ class CheckpointMixin(CheckpointWritingMixin, FinishedRunMixin, ContinuationMixi
     def _load_best_model(self) -> None:
         super()._load_best_model()
         folder = self.state.best_model_checkpoint
+        assert folder is not None
         if not Path(folder).is_dir():
             return  # said by the stock Trainer; the model is that of the last step
         # The time and the tokens that the run has taken, and not those of its best checkpoint; and no part of a logging

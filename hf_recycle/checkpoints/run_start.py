@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from transformers import Trainer, TrainerState
+from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import SaveStrategy, get_last_checkpoint
 from transformers.utils import logging
@@ -18,11 +18,12 @@ from hf_recycle.checkpoints.file_list import check_list
 from hf_recycle.checkpoints.unreadable import unreadable_file
 from hf_recycle.engines.replica_checksum import on_every_process
 from hf_recycle.errors import UserError, first_line
+from hf_recycle.trainer.base import NeuronTrainer
 
 logger = logging.get_logger(__name__)
 
 
-class RunStartMixin(Trainer):
+class RunStartMixin(NeuronTrainer):
     """Claims the run's folder and checks the checkpoint, before anything of either is used."""
 
     def train(self, resume_from_checkpoint=None, trial=None, *args, **kwargs):
@@ -74,6 +75,7 @@ class RunStartMixin(Trainer):
 
     def _load_best_model(self):
         best = self.state.best_model_checkpoint
+        assert best is not None
         on_every_process(lambda: self._check_files(Path(best)), here=self.args.should_save)
         with _reading(best, "the weights"):
             super()._load_best_model()
@@ -98,7 +100,7 @@ def _reading(folder: str | None, what: str | None = None) -> Iterator[None]:
         raise
     except Exception as error:
         found = unreadable_file(Path(folder)) if folder is not None else None
-        if found is None and (folder is None or what is None):
+        if folder is None or (found is None and what is None):
             raise
         if not Path(folder).is_dir():
             raise UserError(str(error)) from error  # as the Trainer says it

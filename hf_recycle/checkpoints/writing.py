@@ -5,12 +5,11 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import nested_gather
@@ -18,12 +17,11 @@ from transformers.training_args import ParallelMode
 from transformers.utils import logging
 
 from hf_recycle.card.run_facts import run_facts
-from hf_recycle.card.run_meter import RunMeter
 from hf_recycle.card.words import Words, told_facts
+from hf_recycle.checkpoints.continuation import ContinuationMixin
 from hf_recycle.checkpoints.file_list import write_list
 from hf_recycle.checkpoints.run_folder import checkpoint_folder, install, keep_only, rotate, staging_folder
 from hf_recycle.records.file_set import FileSet, write_files
-from hf_recycle.records.recorder import HistoryRecorder
 from hf_recycle.records.run_schema import run_problem
 from hf_recycle.records.summary import summarize
 from hf_recycle.utils.whole_files import sync_tree
@@ -34,16 +32,11 @@ logger = logging.get_logger(__name__)
 RUNNING_LOSS, LAST_LOGGED = "trainer/running_loss", "trainer/last_logged_step"
 
 
-class CheckpointWritingMixin(Trainer):
+class CheckpointWritingMixin(ContinuationMixin):
     """Writes each checkpoint under another name and renames it last, with the recycling files and a list of all files
     inside.
-
-    Expects `self.recorder`, `self.meter`, `self.neuron_table()`, `self.recycling_arguments()`,
-    `self.resolved_arguments()`, `self.made_with` and `self.model_step`.
     """
 
-    recorder: HistoryRecorder
-    meter: RunMeter
     card_words: Words
 
     def _save_checkpoint(self, model, trial) -> None:
@@ -95,13 +88,14 @@ class CheckpointWritingMixin(Trainer):
 
     def _export_callback_states(self) -> None:
         stateful = [cb for cb in [*self.callback_handler.callbacks, self.control] if isinstance(cb, ExportableState)]
+        states: dict[str, Any] = cast(Any, self.state.stateful_callbacks)  # which is declared as what it comes from
         for callback in stateful:
             name, state = type(callback).__name__, callback.state()
             # A callback that is new since the checkpoint this run resumed from has no entry yet.
-            if isinstance(self.state.stateful_callbacks.get(name), list):
-                self.state.stateful_callbacks[name].append(state)
+            if isinstance(states.get(name), list):
+                states[name].append(state)
             else:
-                self.state.stateful_callbacks[name] = state
+                states[name] = state
 
     def _wait_for_everyone(self) -> None:
         if self.args.parallel_mode == ParallelMode.DISTRIBUTED and dist.is_initialized():
@@ -154,8 +148,8 @@ class CheckpointWritingMixin(Trainer):
             running_loss = nested_gather(running_loss, self.args.parallel_mode).mean()
         # Before the other processes leave: both gather what is sharded.
         tensors, statistics = table.state_dict(), self.statistics()
-        tokens = torch.tensor([self.meter.own_tokens], device=self.args.device)
-        tokens = int(nested_gather(tokens, self.args.parallel_mode).sum())
+        own_tokens = torch.tensor([self.meter.own_tokens], device=self.args.device)
+        tokens = int(nested_gather(own_tokens, self.args.parallel_mode).sum())
         if not self.args.should_save:
             return
         os.makedirs(folder, exist_ok=True)
@@ -171,8 +165,14 @@ class CheckpointWritingMixin(Trainer):
         write_files(folder, FileSet(config, tensors, self.recorder.to_table(), statistics))
 
     def statistics(self) -> dict[str, Any]:
-        """The summary of the run so far: the content of `recycling_stats.json`."""
+        """The summary of the run so far: the content of `recycling_stats.json`.
+
+        Raises:
+            ValueError: the model has no feed-forward blocks.
+        """
         table = self.neuron_table()
+        if table is None:
+            raise ValueError("the model has no feed-forward blocks, so nothing is known of its neurons.")
         return summarize(
             table.counts,
             table.magnitudes(),
@@ -187,8 +187,9 @@ class CheckpointWritingMixin(Trainer):
 @contextlib.contextmanager
 def _saving_here(model: nn.Module) -> Iterator[None]:
     """Within it `save_pretrained` writes on this process, whatever its rank: by itself it does on the first alone."""
-    model.should_save_on_this_rank = lambda is_main_process: is_main_process
+    shown: Any = model
+    shown.should_save_on_this_rank = lambda is_main_process: is_main_process
     try:
         yield
     finally:
-        del model.should_save_on_this_rank
+        del shown.should_save_on_this_rank

@@ -54,7 +54,7 @@ def report(run: str, revision: str | None = None) -> str:
     if local and revision is not None:
         raise UserError(f"revision={revision!r} is for a repository, and {run!r} is a folder here; leave it out")
     history = RecyclingHistory.from_pretrained(run, revision)
-    folder = history.folder if local else _small_files(run, revision)
+    folder = (history.folder if local else None) or _small_files(run, revision)
     facts = facts_of(history, folder, None if local else locate(run)[0])
     title = Path(run).resolve().name if local else f"{run} at {revision}" if revision else run
     return render_report(facts, figure_pictures(history, unigram_entropy=facts["unigram_entropy"]), title)

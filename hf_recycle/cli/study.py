@@ -125,9 +125,10 @@ def _study(study: Study, options: argparse.Namespace) -> int:
     say = (lambda line: None) if options.quiet else print
     runner = StudyRunner(output / "runs", jobs, devices, say)
     planned = study.runs()
+    failures: dict[tuple[str, int], str] = {}
     if options.report_only:
         found = {(run.arm, run.seed): load_result(run, runner.folder_of(run)) for run in planned}
-        results, failures = {key: result for key, result in found.items() if result is not None}, {}
+        results = {key: result for key, result in found.items() if result is not None}
     else:
         say(f"{study.title}: {len(planned)} run{'s' * (len(planned) > 1)}, {jobs} at a time")
         results, failures = runner.run(planned)

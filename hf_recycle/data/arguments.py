@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from hf_recycle.errors import UserError
 from hf_recycle.mlm.mask_rates import SHAPES, MaskRates
 
 
-def _argument(default: object, help: str) -> object:
+def _argument(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
@@ -220,7 +221,7 @@ COMPRESSION = (".gz", ".xz", ".bz2", ".zst")
 
 def text_builder(path: str) -> str | None:
     """The builder of `datasets` that reads a file, by its ending; None for an unknown one."""
-    return BUILDERS.get(_ending(path))
+    return BUILDERS.get(_ending(path) or "")
 
 
 def is_tab_separated(path: str) -> bool:

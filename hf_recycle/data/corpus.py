@@ -59,8 +59,8 @@ def builtin_corpus() -> tuple[list[str], list[str]]:
 def corpus_fingerprint() -> str:
     """A hash of what the corpus is made of, which is had without making it."""
     digest = hashlib.sha256()
-    for part in (*_help_topics(), *(path.read_bytes() for path in _sources())):
-        digest.update(hashlib.sha256(part.encode() if isinstance(part, str) else part).digest())
+    for part in (*(topic.encode() for topic in _help_topics()), *(path.read_bytes() for path in _sources())):
+        digest.update(hashlib.sha256(part).digest())
     return digest.hexdigest()
 
 

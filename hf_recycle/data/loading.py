@@ -18,6 +18,7 @@ from hf_recycle.data.packing import Frame, Ids, pack, truncate
 from hf_recycle.data.sources import Texts, load_texts
 from hf_recycle.data.words import check_words, word_starts
 from hf_recycle.errors import UserError
+from hf_recycle.internals.of_datasets import fingerprint, with_features
 from hf_recycle.mlm.tasks import Task
 
 # Raise it when the steps below change what they write, so that cached sequences are not taken for new ones.
@@ -105,11 +106,11 @@ def _sequences(
     tokenise = _Tokenise(tokenizer, column, arguments.line_by_line, words)
     shape = _Shape(frame, length, arguments.line_by_line, words)
     if isinstance(documents, IterableDataset):
-        columns = documents.column_names or list(documents._resolve_features().column_names)
+        columns = documents.column_names or list(with_features(documents).column_names)
         stream = documents.map(tokenise, batched=True, remove_columns=columns, batch_size=_BATCH)
         return stream.map(shape, batched=True, batch_size=_BATCH, features=features)
     kind = [frame, arguments.line_by_line] + ["words"] * words
-    key = _key(documents._fingerprint, column, tokenizer_key(tokenizer), *kind)
+    key = _key(fingerprint(documents), column, tokenizer_key(tokenizer), *kind)
     shaped_key = _key(key, length)
     path = cache_folder("sequences") / f"{shaped_key}.arrow"
     if path.exists():
@@ -170,7 +171,8 @@ class _Tokenise:
         if self.by_line:
             texts = [line for text in texts for line in text.splitlines() if line and not line.isspace()]
         if not texts:
-            return {"input_ids": []} | ({"word_starts": []} if self.words else {})
+            names = ["input_ids", *(["word_starts"] if self.words else [])]
+            return {name: [] for name in names}
         encoded = self.tokenizer(
             texts,
             add_special_tokens=False,

@@ -21,6 +21,7 @@ from hf_recycle.errors import UserError
 from hf_recycle.hub.checks.configuration import configuration_problem
 from hf_recycle.hub.fetch import check_small_files, fetch_file
 from hf_recycle.hub.retry import RetryPolicy, insist, say
+from hf_recycle.internals.of_transformers import has_class_for, note_commit
 from hf_recycle.mlm.tasks import TASKS
 from hf_recycle.utils.suggest import nearest
 
@@ -49,15 +50,15 @@ def load_model(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase, ma
         scale_width(config, arguments.ff_factor)
     _check_fit(config, arguments, tokenizer, max_seq_length)
     auto_class = TASKS[arguments.task].auto_class
-    if type(config) not in auto_class._model_mapping:
-        others = [name for name, task in TASKS.items() if type(config) in task.auto_class._model_mapping]
+    if not has_class_for(auto_class, config):
+        others = [name for name, task in TASKS.items() if has_class_for(task.auto_class, config)]
         hint = f"try task={others[0]}" if others else "name a language model"
         raise UserError(f"a {config.model_type} model cannot be trained with task={arguments.task!r}; {hint}")
     try:
         if scratch:
             return auto_class.from_config(config)
         model = auto_class.from_pretrained(
-            arguments.model_name_or_path,
+            str(arguments.model_name_or_path),
             config=config,
             revision=arguments.model_revision,
             trust_remote_code=arguments.trust_remote_code,
@@ -69,8 +70,7 @@ def load_model(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase, ma
             or f"a {config.model_type} with config_overrides={arguments.config_overrides!r}"
         )
         raise UserError(f"{source} could not be built: {_first_line(error)}") from error
-    # The ancestry: transformers keeps it no longer, and never writes it to config.json.
-    model.config._commit_hash = getattr(arguments.model_revision, "resolved", None)
+    note_commit(model.config, getattr(arguments.model_revision, "resolved", None))
     return model
 
 

@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow as pa
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, Value, load_dataset
 
 from hf_recycle.data.arguments import DataArguments, is_tab_separated, text_builder
 from hf_recycle.data.corpus import builtin_corpus
 from hf_recycle.errors import UserError
+from hf_recycle.internals.of_datasets import with_features
 
 # A WordPiece vocabulary gains nothing from more text than this.
 _TOKENIZER_CHARACTERS = 100_000_000
@@ -93,16 +95,15 @@ def _file_texts(path: str, argument: str, streaming: bool) -> Dataset | Iterable
 
 
 def _in_memory(paragraphs: list[str]) -> Dataset:
-    dataset = Dataset.from_dict({"text": paragraphs})
     # Named after its content, so that what is computed from it is found again.
-    dataset._fingerprint = hashlib.sha256("\0".join(paragraphs).encode()).hexdigest()[:32]
-    return dataset
+    name = hashlib.sha256("\0".join(paragraphs).encode()).hexdigest()[:32]
+    return Dataset(pa.table({"text": paragraphs}), fingerprint=name)
 
 
 def _text_column(dataset: Dataset | IterableDataset, wanted: str | None, name: str) -> str:
     features = dataset.features
     if features is None:  # a stream does not know its columns before it is read
-        dataset = dataset._resolve_features()
+        dataset = with_features(dataset)
         features = dataset.features or {}
     strings = [key for key, feature in features.items() if feature in (Value("string"), Value("large_string"))]
     if wanted is not None:

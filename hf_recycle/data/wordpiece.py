@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import BertTokenizer, PreTrainedTokenizerBase
@@ -18,7 +19,7 @@ def wordpiece_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedToke
         UserError: see `train_wordpiece`.
     """
     roles = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
-    names = dict(zip(roles, _SPECIAL_TOKENS, strict=True))
+    names: dict[str, Any] = dict(zip(roles, _SPECIAL_TOKENS, strict=True))
     return BertTokenizer(tokenizer_object=train_wordpiece(texts, vocab_size), **names)
 
 

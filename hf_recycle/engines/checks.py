@@ -9,6 +9,7 @@ from transformers import Trainer
 
 from hf_recycle.engines.launch import check_process_count
 from hf_recycle.errors import UserError
+from hf_recycle.internals.of_transformers import unsplit_classes
 
 
 def check_engine(trainer: Trainer) -> None:
@@ -67,6 +68,7 @@ def can_recompute(trainer: Trainer) -> bool:
     """Whether activations may be computed again, block by block: not where compilation or checkpointing decides what is
     kept, nor under ZeRO-3, whose gathered weights a hook on saved tensors would keep alive."""
     state = trainer.accelerator.state
+    assert trainer.model is not None
     checkpointing = (
         trainer.args.gradient_checkpointing
         or any(getattr(module, "gradient_checkpointing", False) for module in trainer.model.modules())
@@ -90,7 +92,7 @@ def _asked_for(trainer: Trainer, engine: str) -> bool:
     return bool(by_argument) or os.environ.get(f"ACCELERATE_USE_{engine}", "").lower() == "true"
 
 
-def leave_embeddings_ungrouped(plugin, model: nn.Module) -> None:
+def leave_embeddings_ungrouped(plugin, model: Any) -> None:
     """Leaves the input embeddings out of the groups that FSDP2 makes of a model's `_no_split_modules`, where the
     accelerate configuration names no classes.
 
@@ -99,12 +101,12 @@ def leave_embeddings_ungrouped(plugin, model: nn.Module) -> None:
     Args:
         plugin: Accelerate's FSDP plugin, which is changed.
     """
-    if plugin.transformer_cls_names_to_wrap is not None or not getattr(model, "_no_split_modules", None):
+    if plugin.transformer_cls_names_to_wrap is not None or not unsplit_classes(model):
         return
     embeddings = model.get_input_embeddings()
     present = {type(module).__name__ for module in model.modules()}
     holders = {type(module).__name__ for module in model.modules() if any(m is embeddings for m in module.modules())}
-    plugin.transformer_cls_names_to_wrap = sorted((present & set(model._no_split_modules)) - holders)
+    plugin.transformer_cls_names_to_wrap = sorted((present & set(unsplit_classes(model))) - holders)
 
 
 def check_deepspeed(config: dict[str, Any]) -> None:
@@ -154,18 +156,19 @@ def drop_tied_aliases(model: nn.Module) -> dict[str, str]:
     Returns:
         The names that went, each with the name that stays.
     """
-    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    whole: Any = model
+    output = whole.get_output_embeddings() if hasattr(whole, "get_output_embeddings") else None
     if output is None:
         return {}
     held = {id(parameter) for parameter in output.parameters(recurse=False)}
-    kept = {id(output), id(model.get_input_embeddings())}
+    kept = {id(output), id(whole.get_input_embeddings())}
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if id(parameter) in held and id(module) not in kept:
-                del module._parameters[name]
+                delattr(module, name)
     stayed = dict(model.named_parameters(remove_duplicate=False))
     return {
         name: next(other for other in tied if other in stayed)

@@ -179,6 +179,8 @@ def _reference(optimizer: Optimizer) -> dict[int, dict[str, Any]]:
 def _state_of_twin(optimizer: Optimizer, device: str) -> dict[int, dict[str, Any]]:
     """The state after one step of an optimizer of the same known class and settings, whose parameters are zero."""
     cls, defaults = _known_class(optimizer), optimizer.defaults
+    if cls is None:
+        return {}
     plain = {key: False for key in _IMPLEMENTATION if key in defaults}
     options = {key: defaults[key] for key in inspect.signature(cls).parameters if key in defaults} | plain
     twins: dict[int, Tensor] = {}

@@ -22,7 +22,7 @@ class ReplicaChecksum:
     def note(self, tensors: Iterable[Tensor]) -> None:
         """Adds the bytes of some tensors to the checksum."""
         for tensor in tensors if self._several else ():
-            data = tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
+            data = tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data
             self._checksum = zlib.crc32(data, self._checksum)
 
     def check(self, what: str, device: torch.device) -> None:

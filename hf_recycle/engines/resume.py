@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import PreTrainedConfig, Trainer, __version__
 from transformers.core_model_loading import WeightTransform
 from transformers.trainer import SCHEDULER_NAME
@@ -43,6 +44,7 @@ class EngineCheckpointMixin(Trainer):
     Expects `self.tied_aliases`, see `drop_tied_aliases`.
     """
 
+    model: nn.Module
     tied_aliases: dict[str, str]
     _conversions: list[WeightTransform] | None = None
 
@@ -60,6 +62,7 @@ class EngineCheckpointMixin(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         folder = self.args.output_dir if output_dir is None else output_dir
+        assert folder is not None
         if self.is_fsdp_enabled and _state_dict_type(self) == "SHARDED_STATE_DICT":
             # The stock Trainer writes no weights then but those that only FSDP reads.
             os.makedirs(folder, exist_ok=True)
@@ -88,6 +91,8 @@ class EngineCheckpointMixin(Trainer):
             check_adapter(self._unwrapped(), folder)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        assert self.optimizer is not None
+        assert self.lr_scheduler is not None
         check_when_loaded(self.optimizer, self.lr_scheduler, self.model, checkpoint)
         if checkpoint is not None and self._is_of_another_engine(checkpoint):
             load_optimizer(self.optimizer, self._unwrapped(), Path(checkpoint), self.tied_aliases)
@@ -99,6 +104,7 @@ class EngineCheckpointMixin(Trainer):
             super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_best_model(self) -> None:
+        assert self.state.best_model_checkpoint is not None
         folder = Path(self.state.best_model_checkpoint)
         if self._reads_plain_weights(folder):
             logger.info(f"Loading best model from {folder} (score: {self.state.best_metric}).")

@@ -20,6 +20,8 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
+from hf_recycle.internals.of_transformers import names_not_saved, patterns_not_loaded
+
 
 def conversions_of(model: nn.Module) -> list[WeightTransform]:
     """What `from_pretrained` does to the weights of a model's files, in order; nothing for other modules.
@@ -60,7 +62,7 @@ def as_in_model(
             name, pattern = key, None
         if name in targets and pattern is not None:
             parts = merged.setdefault(name, copy.deepcopy(of_pattern[pattern]))
-            parts.add_tensor(name, key, pattern, files[key])
+            parts.add_tensor(name, key, pattern, files[key])  # type: ignore[arg-type]  # or a function that gives it
         else:
             yield (name if name in targets else key), files[key]()
     for first, parts in merged.items():
@@ -74,10 +76,9 @@ def as_in_model(
 
 def is_left_out(model: nn.Module, name: str) -> bool:
     """Whether `save_pretrained` leaves a tensor out on purpose, because the model makes it anew."""
-    return name in (getattr(model, "_keys_to_ignore_on_save", None) or ())
+    return name in names_not_saved(model)
 
 
 def is_obsolete(model: nn.Module, name: str) -> bool:
     """Whether a tensor of a file is one that the model's class says it no longer has."""
-    patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
-    return any(re.search(pattern, name) for pattern in patterns)
+    return any(re.search(pattern, name) for pattern in patterns_not_loaded(model))

@@ -6,7 +6,7 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import httpx2
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
@@ -79,7 +79,8 @@ def passes(error: BaseException) -> bool:
     for cause in _causes(error):
         if isinstance(cause, HfHubHTTPError | httpx2.HTTPStatusError):
             # An upload's own address expires: its refusals come as the cause of a RuntimeError, and pass.
-            return status_of(cause) in _PASSING or status_of(cause) >= 500 or isinstance(error, RuntimeError)
+            status = status_of(cause) or 0
+            return status in _PASSING or status >= 500 or isinstance(error, RuntimeError)
         if isinstance(cause, httpx2.TransportError | LocalEntryNotFoundError | ConnectionError | TimeoutError):
             return True
     # An answer that is no JSON comes from something between us and the Hub; uploads report failures as RuntimeError.
@@ -88,12 +89,13 @@ def passes(error: BaseException) -> bool:
 
 def status_of(error: BaseException) -> int | None:
     """The HTTP status behind an error, or None."""
-    return next((c.response.status_code for c in _causes(error) if getattr(c, "response", None) is not None), None)
+    response = _response(error)
+    return None if response is None else response.status_code
 
 
 def asked_for(error: BaseException) -> float:
     """Seconds that the Hub asked to wait, 0 if it did not."""
-    response = next((c.response for c in _causes(error) if getattr(c, "response", None) is not None), None)
+    response = _response(error)
     if response is None:
         return 0.0
     after = response.headers.get("retry-after", "")
@@ -109,6 +111,12 @@ def say(error: BaseException) -> str:
     text = " ".join(lines[:2])[:300].rstrip(". ") or type(error).__name__
     status = status_of(error)
     return text if status is None or str(status) in text else f"{status}: {text}"
+
+
+def _response(error: BaseException) -> Any:
+    """The HTTP library's answer behind an error, or None."""
+    found = (getattr(cause, "response", None) for cause in _causes(error))
+    return next((response for response in found if response is not None), None)
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from torch import Tensor, nn
 from transformers import TrainingArguments
@@ -83,7 +83,10 @@ class StepInfo:
     loss_is_finite: Callable[[], bool]
 
 
-class Method:
+SettingsT = TypeVar("SettingsT", bound=Settings)
+
+
+class Method(Generic[SettingsT]):
     """Base of the methods. `NeuronMethods` calls them, in the order in which they act.
 
     Attributes:
@@ -92,32 +95,43 @@ class Method:
         needs_loss: it asks `StepInfo.loss_is_finite`.
         given: the settings as the user gave them.
         settings: the settings in force; from `start` on with steps instead of fractions, see `Settings.resolve`.
-        run: the training, from `start` on.
     """
 
     settings_class: ClassVar[type[Settings]]
     changes_weights: ClassVar[bool] = True
     needs_loss: ClassVar[bool] = False
 
-    def __init__(self, settings: Settings):
+    def __init__(self, settings: SettingsT):
         self.given = self.settings = settings
-        self.run: Run | None = None
+        self._run: Run | None = None
 
     @property
-    def table(self) -> NeuronTable | None:
-        """The neurons of the model being trained; None before training."""
-        return None if self.run is None else self.run.table
+    def has_started(self) -> bool:
+        """Whether a training has begun."""
+        return self._run is not None
+
+    @property
+    def run(self) -> Run:
+        """The training, from `start` on."""
+        if self._run is None:
+            raise RuntimeError(f"{type(self).__name__} is used before training begins.")
+        return self._run
+
+    @property
+    def table(self) -> NeuronTable:
+        """The neurons of the model being trained, from `start` on."""
+        return self.run.table
 
     def check_blocks(self, blocks: list[FeedForward]) -> None:
         """Raises a ValueError for settings that do not fit the model; called before anything else."""
 
-    def start(self, run: Run, settings: Settings) -> None:
+    def start(self, run: Run, settings: SettingsT) -> None:
         """Training begins, anew or from a checkpoint. Raises a ValueError for what can't work.
 
         Args:
             settings: resolved.
         """
-        self.run, self.settings = run, settings
+        self._run, self.settings = run, settings
 
     def before_clipping(self) -> None:
         """Gradients are complete and not clipped yet; on a stock Trainer, which has no such event, clipped."""

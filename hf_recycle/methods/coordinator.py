@@ -151,14 +151,14 @@ class NeuronMethods(TrainerCallback):
             method.before_step()
 
     def on_optimizer_step(self, args, state, control, **kwargs):
-        if self._watch is None:
+        if self._watch is None or self.table is None:
             return
         self.table.note_step(state.global_step, self._watch.stepped)
         for method in self._acting():
             method.after_optimizer_step(self._watch.stepped)
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self._watch is None:
+        if self._watch is None or self.table is None:
             return
         info = StepInfo(
             step=state.global_step,
@@ -229,8 +229,8 @@ class NeuronCallback(NeuronMethods):
         """The settings in force."""
         return self.method.settings
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, train_dataloader=None, **kwargs):
         if self.leader is not None:
             return
         self.methods = [self.method] if self.method.given.enabled else []
-        super().on_train_begin(args, state, control, **kwargs)
+        super().on_train_begin(args, state, control, model, optimizer, train_dataloader, **kwargs)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from hf_recycle.neurons.blocks import FeedForward
+from hf_recycle.neurons.blocks import FeedForward, NeuronSlice
 
 FOLDED = {
     "none": "",
@@ -75,8 +75,10 @@ def fold(how: str, block: FeedForward, statistics: Mapping[str, Tensor], removed
         return []
     out = block.out_slice
     columns = block.out_columns()
+    target: NeuronSlice | None
     if how == "mean":
         target, index = block.out_bias, torch.arange(out.width)
+        assert target is not None, "see check_can_fold"
         before, share = target.storage.read_full(target, index), mean_share(statistics["mean"], columns, removed)
     else:
         target, index = out, kept

@@ -29,11 +29,11 @@ FILE = "initial_weights.safetensors"
 """W₀, in the folder of the run beside its checkpoints; these have its checksum. It is never published."""
 
 
-class L2Init(Method):
+class L2Init(Method[L2InitSettings]):
     """Pulls weights back to where they were when training began."""
 
     settings_class = L2InitSettings
-    settings: L2InitSettings
+    _initial: dict[str, Tensor]
 
     def start(self, run: Run, settings: L2InitSettings) -> None:
         super().start(run, settings)
@@ -51,7 +51,7 @@ class L2Init(Method):
         self._check_parameters(model)
         if run.step == 0:
             self._initial = {name: _local(each).clone() for name, each in self._parameters.items()}
-            self._write(Path(run.args.output_dir, FILE))
+            self._write(Path(run.args.output_dir or "", FILE))
         else:
             self._initial = self._read()
 
@@ -97,7 +97,7 @@ class L2Init(Method):
 
     def _read(self) -> dict[str, Tensor]:
         """W₀ as this process holds the weights, from the folder of the checkpoint or that of the run."""
-        checkpoint, own = self.run.checkpoint, Path(self.run.args.output_dir, FILE)
+        checkpoint, own = self.run.checkpoint, Path(self.run.args.output_dir or "", FILE)
         places = [own] if checkpoint is None else [Path(checkpoint).parent / FILE, own]
         path = next((place for place in places if place.is_file()), None)
         if path is None or (checkpoint is not None and _checksum(path) != self.table.initial_weights):

@@ -2,26 +2,27 @@
 
 from hf_recycle.methods.base import Method, Run, StepInfo
 from hf_recycle.methods.coordinator import NeuronCallback
+from hf_recycle.methods.schedule import resolved
 from hf_recycle.methods.settings import MagnitudeSettings
 
 
-class Magnitudes(Method):
+class Magnitudes(Method[MagnitudeSettings]):
     """Records magnitude histograms."""
 
     settings_class = MagnitudeSettings
     changes_weights = False
-    settings: MagnitudeSettings
 
     def start(self, run: Run, settings: MagnitudeSettings) -> None:
         super().start(run, settings)
+        self._every = resolved(settings.steps)
         if run.step == 0:
             self._record(0)
 
     def acting_steps(self, max_steps: int) -> list[int]:
-        return sorted({*range(0, max_steps, self.settings.steps), max_steps})
+        return sorted({*range(0, max_steps, resolved(self.settings.steps)), max_steps})
 
     def after_step(self, info: StepInfo) -> None:
-        if info.step % self.settings.steps == 0 or info.step == info.max_steps:
+        if info.step % self._every == 0 or info.step == info.max_steps:
             self._record(info.step)
 
     def _record(self, step: int) -> None:

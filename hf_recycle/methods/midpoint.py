@@ -113,11 +113,10 @@ logger = logging.get_logger(__name__)
 Slopes = tuple[Tensor, Tensor]
 
 
-class Midpoint(Method):
+class Midpoint(Method[MidpointSettings]):
     """Takes a midpoint step after each step of the optimizer."""
 
     settings_class = MidpointSettings
-    settings: MidpointSettings
 
     def start(self, run: Run, settings: MidpointSettings) -> None:
         super().start(run, settings)
@@ -141,7 +140,8 @@ class Midpoint(Method):
             return
         frozen = self._frozen(info.step)
         # Blocks of one size are worked on together, and nothing waits for the device.
-        norms, alike = norms_of(self.table.blocks), {}
+        norms = norms_of(self.table.blocks)
+        alike: dict[tuple, list[int]] = {}
         for block_index, (in_norm, _) in enumerate(norms):
             if block_index not in frozen:
                 alike.setdefault((in_norm.device, in_norm.dtype, len(in_norm)), []).append(block_index)
@@ -169,8 +169,8 @@ class Midpoint(Method):
         in_norms, out_norms = (torch.stack(side) for side in zip(*(norms[p] for p in block_indices), strict=True))
         states = [self.table.states[block_index] for block_index in block_indices]
         left_out = torch.stack([state.fading_in() | state.pruned for state in states])
-        losses, *slopes = self._loss.slopes(in_norms, out_norms, to_device(~left_out, in_norms.device))
-        return losses, tuple(slopes)
+        losses, of_in, of_out = self._loss.slopes(in_norms, out_norms, to_device(~left_out, in_norms.device))
+        return losses, (of_in, of_out)
 
     def _take(self, block_indices: list[int], slopes: Slopes, rate_of: Callable[[NeuronSlice], float | Tensor]) -> None:
         """Takes the step: one multiplication of each matrix."""
@@ -197,7 +197,7 @@ class Midpoint(Method):
 
     def scalars(self) -> dict[str, float]:
         """The midpoint loss before the last step, unweighted, summed over blocks; blocks that it left out, if any."""
-        if self.run is None or not self._losses:
+        if not self.has_started or not self._losses:
             return {}
         left_out = {"midpoint_blocks_left_out": len(self._left_out)} if self._left_out else {}
         return {"midpoint_loss": sum(map(float, self._losses)), **left_out}

@@ -125,7 +125,8 @@ class _Sums:
     """
 
     def __init__(self, block: FeedForward, names: Collection[str]):
-        self._block, self._names, self.mask = block, names, None
+        self._block, self._names = block, names
+        self.mask: Tensor | None = None
         device, d_ff = block.out_slice.device, block.num_neurons
         vectors = ["count"] * bool({"mean", "mean_abs", "second_moment", "cross_moment", "taylor"} & set(names))
         vectors += [name for name in ("mean", "mean_abs", "second_moment", "in_gradient") if name in names]
@@ -150,8 +151,9 @@ class _Sums:
     def _rows(self, values: Tensor, module: nn.Module) -> tuple[Tensor, Tensor | None]:
         """Values at positions, float32 `(n, features)`, and which of them count."""
         values = values.detach().movedim(1, -1) if isinstance(module, nn.Conv1d | nn.Conv2d) else values.detach()
-        fits = self.mask is not None and self.mask.shape == values.shape[:-1]
-        return values.flatten(0, -2).float(), self.mask.flatten().to(values.device) if fits else None
+        rows, mask = values.flatten(0, -2).float(), self.mask
+        fits = mask is not None and mask.shape == values.shape[:-1]
+        return rows, mask.flatten().to(values.device) if mask is not None and fits else None
 
     @torch.no_grad()
     def _see_activations(self, scale: float, module: nn.Module, args: tuple) -> None:
@@ -184,6 +186,7 @@ class _Sums:
 
     def _see_output(self, scale: float, module: nn.Module, args: tuple, output: Tensor) -> None:
         seen, self._input = self._input, None
+        assert seen is not None, "the in-projection comes first"
 
         @torch.no_grad()
         def see_gradient(gradient: Tensor) -> None:
@@ -228,11 +231,12 @@ class _Last:
     """Remembers the last answer of a function of one number."""
 
     def __init__(self, function: Callable[[int], Tensor]):
-        self._function, self._known = function, (-1, None)
+        self._function = function
+        self._known: tuple[int, Tensor] | None = None
 
     def __call__(self, number: int) -> Tensor:
-        if self._known[0] != number:
-            self._known = (-1, None)  # before the next one is computed: there may be no room for two
+        if self._known is None or self._known[0] != number:
+            self._known = None  # before the next one is computed: there may be no room for two
             self._known = number, self._function(number)
         return self._known[1]
 
@@ -291,8 +295,9 @@ def _mask_of(model: nn.Module, batch: Mapping[str, Any]) -> Tensor | None:
     """Which positions are no padding; None where that is not known (a decoder has other positions)."""
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     config = getattr(model, "config", None)
-    is_known = isinstance(mask, Tensor) and mask.dim() == 2 and not getattr(config, "is_encoder_decoder", False)
-    return mask.bool() if is_known else None
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or getattr(config, "is_encoder_decoder", False):
+        return None
+    return mask.bool()
 
 
 def _reshard(model: nn.Module) -> None:

@@ -21,6 +21,7 @@ from hf_recycle.methods.folding import FOLDED, check_can_fold, fold
 from hf_recycle.methods.probe import Gather, Probe, Statistics
 from hf_recycle.methods.recycling.selection import CRITERIA, Signals, select
 from hf_recycle.methods.registry import FOLDS, needs_of
+from hf_recycle.methods.schedule import resolved
 from hf_recycle.methods.settings import PruningSettings
 from hf_recycle.neurons.optimizer_state import check_optimizer
 from hf_recycle.neurons.table import NeuronTable
@@ -55,7 +56,9 @@ class PruningSchedule:
         """How many of a layer's `neurons` are to be pruned at `step`: the share, rounded down, exactly."""
         if step < self.start:
             return 0
-        progress = min(Fraction(step - self.start, self.end - self.start), 1) if self.end > self.start else 1
+        progress = Fraction(1)
+        if step < self.end:
+            progress = Fraction(step - self.start, self.end - self.start)
         if self.shape == "cubic":
             progress = 1 - (1 - progress) ** 3
         return math.floor(Fraction(str(self.fraction)) * progress * neurons)
@@ -120,6 +123,7 @@ def prune(
     names, trained = needs_of_settings(settings), [i for i in range(len(table.blocks)) if i not in frozen]
     known: dict[int, Statistics] = {}
     if names and trained:
+        assert gather is not None, f"{', '.join(names)} can't be known without a probe"
         known = dict(zip(trained, gather(trained, names, step), strict=True))
     # Of what the model computes with, also for neurons that fade in, which pruning may take.
     magnitudes = table.magnitudes()
@@ -136,7 +140,7 @@ def prune(
         if reason:
             records.append(replace(record, note=f"put off: {reason}"))
             continue
-        generator = partial(generator_for, settings.seed, step, block_index, "prune")
+        generator = partial(generator_for, resolved(settings.seed), step, block_index, "prune")
         signals = Signals(magnitudes[block.name], generator, block.out_columns, statistics, eligible, requested)
         index = select(CRITERIA[settings.selection](signals), eligible, requested)
         state.pruned[index] = True
@@ -163,18 +167,17 @@ def hold_at_zero(table: NeuronTable) -> None:
 logger = logging.get_logger(__name__)
 
 
-class Pruning(Method):
+class Pruning(Method[PruningSettings]):
     """Prunes neurons by its schedule, and keeps them at zero."""
 
     settings_class = PruningSettings
-    settings: PruningSettings
 
     def start(self, run: Run, settings: PruningSettings) -> None:
         super().start(run, settings)
         check_optimizer(run.optimizer, "prune_fraction", settings.fraction)
         check_can_fold(settings.fold, run.table.blocks, "prune_fold")
         wanted = needs_of_settings(settings)
-        self.probe = Probe(run, settings.seed, settings.probe_batches, wanted, "pruning") if wanted else None
+        self.probe = Probe(run, resolved(settings.seed), settings.probe_batches, wanted, "pruning") if wanted else None
         self.schedule = make_schedule(settings, run.max_steps)
         if self.schedule.is_due(0) and run.step == 0:
             self._prune(0, 0)
@@ -192,7 +195,7 @@ class Pruning(Method):
 
     def _prune(self, step: int, progress: int) -> None:
         """Prunes, after the Trainer's step `step`, to the share of optimizer step `progress`."""
-        gather = self.probe and self.probe.gather
+        gather = None if self.probe is None else self.probe.gather
         records = prune(self.table, self.settings, self.schedule, progress, frozen=self.run.frozen(), gather=gather)
         for record in records:
             if record.requested or record.note:
@@ -202,7 +205,7 @@ class Pruning(Method):
 
     def scalars(self) -> dict[str, float]:
         """Share of the neurons that are pruned."""
-        if self.table is None:
+        if not self.has_started:
             return {}
         pruned = list(self.table.pruned.values())
         return {"neurons_pruned_share": sum(int(block.sum()) for block in pruned) / sum(map(len, pruned))}
@@ -232,7 +235,7 @@ def make_schedule(settings: PruningSettings, max_steps: int) -> PruningSchedule:
     Raises:
         ValueError: if pruning starts after it ends, or would not reach its share within the training.
     """
-    start, end = settings.start or 0, settings.end
+    start, end = resolved(settings.start or 0), resolved(settings.end)
     if start > end:
         raise ValueError(f"prune_start={start} is after prune_end={end}: nothing would be pruned.")
     if end > max_steps:
@@ -240,4 +243,4 @@ def make_schedule(settings: PruningSettings, max_steps: int) -> PruningSchedule:
             f"prune_end={end} is after the last of {max_steps} steps: prune_fraction={settings.fraction} would not be "
             "reached; lower it or train longer."
         )
-    return PruningSchedule(settings.steps, start, end, settings.fraction, settings.schedule)
+    return PruningSchedule(resolved(settings.steps), start, end, settings.fraction, settings.schedule)

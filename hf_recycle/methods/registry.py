@@ -39,7 +39,7 @@ def needs(*statistics: str) -> Callable[[Callable], Callable]:
         raise ValueError(f"unknown statistic {min(unknown)!r}: choose some of {', '.join(STATISTICS)}")
 
     def declare(function: Callable) -> Callable:
-        function.needs = frozenset(statistics)
+        function.needs = frozenset(statistics)  # type: ignore[attr-defined]
         return function
 
     return declare

@@ -93,3 +93,10 @@ def resolve_steps(value: float | None, total: int) -> int | None:
     if value is None:
         return None
     return math.ceil(Fraction(str(value)) * total) if value < 1 else int(value)
+
+
+def resolved(value: float | None) -> int:
+    """A number of steps, or a seed, of settings that `Settings.resolve` gave: there, and whole."""
+    if not isinstance(value, int):
+        raise TypeError(f"{value!r} is no whole number: settings are resolved when training begins.")
+    return value

@@ -384,6 +384,6 @@ def flat_fields(settings: type[Settings]) -> list[tuple[str, Any, Any]]:
         if isinstance(check := item.metadata["check"], OneOf):
             metadata["choices"] = check.choices
         default = {"default": item.default, "default_factory": item.default_factory}
-        kept = {name: value for name, value in default.items() if value is not MISSING}
+        kept: Any = {name: value for name, value in default.items() if value is not MISSING}
         found.append((settings.prefix + item.name, item.type, field(**kept, metadata=metadata)))
     return found

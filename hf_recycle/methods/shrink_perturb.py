@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hf_recycle.methods.base import Method, Run, StepInfo
 from hf_recycle.methods.coordinator import NeuronCallback
+from hf_recycle.methods.schedule import resolved
 from hf_recycle.methods.settings import ShrinkPerturbSettings
 from hf_recycle.neurons.blocks import FeedForward, NeuronSlice
 from hf_recycle.neurons.initial import FreshModules
@@ -18,15 +19,15 @@ from hf_recycle.neurons.table import BlockState
 from hf_recycle.utils.seeds import generator_for
 
 
-class ShrinkPerturb(Method):
+class ShrinkPerturb(Method[ShrinkPerturbSettings]):
     """Mixes fresh weights into those of the model."""
 
     settings_class = ShrinkPerturbSettings
-    settings: ShrinkPerturbSettings
 
     def start(self, run: Run, settings: ShrinkPerturbSettings) -> None:
         super().start(run, settings)
-        check_optimizer(run.optimizer, "shrink_perturb_steps", settings.steps)
+        self._every = resolved(settings.steps)
+        check_optimizer(run.optimizer, "shrink_perturb_steps", self._every)
         if any(piece.storage.sharded for block in run.table.blocks for piece in block.slices):
             raise ValueError(
                 f"shrink_perturb_steps={settings.steps} can't be used with weights that FSDP2, tensor parallelism or "
@@ -46,14 +47,15 @@ class ShrinkPerturb(Method):
                 )
 
     def acting_steps(self, max_steps: int) -> range:
-        return range(self.settings.steps, max_steps, self.settings.steps)
+        every = resolved(self.settings.steps)
+        return range(every, max_steps, every)
 
     @torch.no_grad()
     def after_step(self, info: StepInfo) -> None:
-        if not info.stepped or info.step >= info.max_steps or info.optimizer_steps % self.settings.steps:
+        if not info.stepped or info.step >= info.max_steps or info.optimizer_steps % self._every:
             return
         kept = [lines for pair in zip(self.table.blocks, self.table.states, strict=True) for lines in _fading_in(*pair)]
-        generator = generator_for(self.settings.seed, info.optimizer_steps, 0, "shrink and perturb")
+        generator = generator_for(resolved(self.settings.seed), info.optimizer_steps, 0, "shrink and perturb")
         seed, keep = int(torch.randint(2**62, (), generator=generator)), self.settings.keep
         with self._fresh.instance("", seed=seed) as model:
             fresh = dict(model.named_parameters(remove_duplicate=False))

@@ -14,6 +14,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor
 from transformers import BatchEncoding
 
+from hf_recycle.internals.of_torch import version_of
 from hf_recycle.mlm.loss import IGNORED
 
 
@@ -42,12 +43,12 @@ def masked_tokens(labels: Tensor) -> int:
     """How many of `labels` are not -100. Waits for the device where nobody counted them before they were moved to it,
     or where they were changed since."""
     count, version = getattr(labels, "masked_tokens", (0, None))
-    return count if version == labels._version else int((labels != IGNORED).sum())
+    return count if version == version_of(labels) else int((labels != IGNORED).sum())
 
 
 def _note_count(labels: Tensor, count: int | None) -> None:
     if count is not None:
-        labels.masked_tokens = count, labels._version
+        labels.masked_tokens = count, version_of(labels)  # type: ignore[attr-defined]
 
 
 class _CountedDict(dict):

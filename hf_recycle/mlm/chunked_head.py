@@ -11,6 +11,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +48,7 @@ class ChunkedHead:
 
         Labels must not be given. Outside the context the model is as it was.
         """
-        head = self._head()
+        head: Any = self._head()
         before = vars(head).get("forward")
         head.forward = _LossOfChunks(head.forward, targets.reshape(-1), scores)
         try:
@@ -64,7 +65,8 @@ def find_chunked_head(model: nn.Module) -> ChunkedHead | None:
     that are taken before the loss is scaled would vanish."""
     if not feeds_its_head_to_the_loss(model):
         return None
-    head = model.get_output_embeddings()
+    whole: Any = model
+    head = whole.get_output_embeddings()
     # FSDP2 makes a class of its own of it, which computes the same.
     linear = isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward
     plain = linear and comes_with_a_library(head) and is_untouched(head)
@@ -112,10 +114,8 @@ class _SummedHeadLoss(torch.autograd.Function):
         inputs = hidden, weight, bias
         # Sums over chunks are kept in float32, whatever the products are computed in.
         of_hidden = torch.empty_like(hidden) if needed[0] else None
-        of_weight, of_bias = (
-            torch.zeros_like(value, dtype=torch.float32) if wanted else None
-            for value, wanted in zip(inputs[1:], needed[1:], strict=True)
-        )
+        of_weight = torch.zeros_like(weight, dtype=torch.float32) if needed[1] else None
+        of_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and needed[2] else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         hidden, weight, bias = _as_computed(hidden, weight, bias)
         with torch.autocast(hidden.device.type, enabled=False):
@@ -160,12 +160,13 @@ def _scores(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
     return scores
 
 
-def _as_computed(*values: Tensor | None) -> list[Tensor | None]:
+def _as_computed(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Input, weight and bias of a linear layer as autocast would have them."""
-    kind = values[0].device.type
+    kind = hidden.device.type
     if not torch.is_autocast_enabled(kind):
-        return list(values)
-    return [None if value is None else value.to(torch.get_autocast_dtype(kind)) for value in values]
+        return hidden, weight, bias
+    dtype = torch.get_autocast_dtype(kind)
+    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
 def _chunks(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Iterator[tuple[slice, Tensor]]:

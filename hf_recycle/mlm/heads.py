@@ -145,7 +145,8 @@ def find_masked_head(model: nn.Module) -> MaskedHead | None:
     """A `MaskedHead` on the (unwrapped) masked language model, or None where its head is not known to be
     position-wise: a family that is not in `HEADS`, another kind of model, a class with a forward of its own, or a head
     with a module of the user's in it."""
-    path = HEADS.get(getattr(getattr(model, "config", None), "model_type", None) or "")
+    kind = getattr(getattr(model, "config", None), "model_type", None) or ""
+    path = HEADS.get(kind)
     if path is None or not has_known_forward(model):
         return None
     try:
@@ -154,5 +155,5 @@ def find_masked_head(model: nn.Module) -> MaskedHead | None:
         return None
     if not all(map(comes_with_a_library, first.modules())):
         return None
-    alike = model.config.model_type not in _PAD_INSIDE
+    alike = kind not in _PAD_INSIDE
     return MaskedHead(first, find_last_feed_forward(model) if alike else None)

@@ -9,10 +9,12 @@ dropout, residual and norm see the shapes they always see, and dropout draws the
 from __future__ import annotations
 
 import weakref
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hf_recycle.internals.of_torch import all_hooks, is_in_backward
 from hf_recycle.mlm.plain_loss import comes_with_a_library, is_hook_of_a_library
 from hf_recycle.neurons.find import find_feed_forwards
 from hf_recycle.utils.hooks import PassingHook
@@ -32,7 +34,8 @@ class LastFeedForward:
 
     def set(self, positions: Tensor | None, padding: Tensor | None) -> None:
         """As in `MaskedHead.at`; without positions, the block is as it was."""
-        if positions is not None and _is_watched(self._model()):
+        model = self._model()
+        if positions is not None and model is not None and _is_watched(model):
             positions = padding = None
         self._places.positions, self._places.padding = positions, padding
 
@@ -65,13 +68,12 @@ class _Places:
 def _is_watched(model: nn.Module) -> bool:
     """Whether the model has hooks that look at the block's positions: of none of the libraries that train it, or ours
     that say so."""
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    hooks = (hook for module in model.modules() for kind in kinds for hook in getattr(module, kind).values())
+    hooks = all_hooks(model.modules())
     return any(getattr(hook, "sees_all_positions", False) or not is_hook_of_a_library(hook) for hook in hooks)
 
 
 def _in_backward() -> bool:
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+    return not torch.compiler.is_compiling() and is_in_backward()
 
 
 class _Hook:
@@ -103,10 +105,10 @@ class _Scatter(_Hook):
     """Forward hook of the out-projection."""
 
     def __call__(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-        if self.places.idle:
+        (positions, padding), shape = self.places.now, self.places.shape
+        if self.places.idle or positions is None or shape is None:
             return None
-        positions, padding = self.places.now
-        shape, self.places.shape = self.places.shape, None
+        self.places.shape = None
         if padding is not None:  # it points to a position that may be among the others: it must add nothing there
             output = output.masked_fill(padding[:, None], 0)
         full = output.new_zeros(shape.numel(), output.shape[-1]).index_add(0, positions, output)
@@ -117,16 +119,20 @@ def find_last_feed_forward(model: nn.Module) -> LastFeedForward | None:
     """The last block of an encoder whose head works position by position; None where it is not known that the block is
     computed once in a forward pass, last and over the whole sequence: blocks that are not found or that layers share,
     layers in groups (ALBERT), a module of the user's around the block, or blocks computed in chunks of the sequence."""
-    config = model.config
+    config: Any = model.config
     try:
         blocks = find_feed_forwards(model)
     except ValueError:
         return None
     path = blocks[-1].name.split(".")
     place = next((place for place, name in enumerate(path) if name.isdecimal()), None)
-    if place is None or getattr(config, "chunk_size_feed_forward", 0):
+    chunked = getattr(config, "chunk_size_feed_forward", 0)
+    if place is None or chunked:
         return None
-    *above, layers = [model.get_submodule(".".join(path[:depth])) for depth in range(place + 1)]
+    *above, holder = [model.get_submodule(".".join(path[:depth])) for depth in range(place + 1)]
+    if not isinstance(holder, nn.ModuleList):
+        return None
+    layers = list(holder)
     last = layers[int(path[place])]
     once_each = len(blocks) == len({*layers}) == config.num_hidden_layers and last is layers[-1]
     if not once_each or not all(map(comes_with_a_library, [*above, *last.modules()])):

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.nn import functional as F
 from transformers.loss.loss_utils import ForMaskedLMLoss
+
+from hf_recycle.internals.of_torch import assert_on_device
 
 IGNORED = -100
 """The label of a token that is not predicted."""
@@ -32,7 +36,7 @@ def padded_positions(labels: torch.Tensor, size: int) -> tuple[torch.Tensor, tor
     """
     labels = labels.reshape(-1)
     masked = labels != IGNORED
-    torch._assert_async(masked.sum() <= size, "labels changed after their masked tokens were counted")
+    assert_on_device(masked.sum() <= size, "labels changed after their masked tokens were counted")
     positions = masked.nonzero_static(size=size, fill_value=-1).squeeze(-1)
     padding = positions < 0
     positions = positions.masked_fill(padding, 0)
@@ -65,4 +69,5 @@ def lm_loss(logits: torch.Tensor, labels: torch.Tensor, num_items: torch.Tensor 
     """
     # Added rather than clamped: a share of the items, below one, is a legitimate divisor.
     num_items = num_items + (num_items == 0)
-    return ForMaskedLMLoss(logits, labels, vocab_size=logits.shape[-1], num_items_in_batch=num_items)
+    items: Any = num_items  # declared a tensor there, and divided by alone
+    return ForMaskedLMLoss(logits, labels, vocab_size=logits.shape[-1], num_items_in_batch=items)

@@ -172,8 +172,9 @@ class MaskedLanguageModelingCollator:
 
     def _rates(self) -> float | np.ndarray:
         """The chance of a token to be masked: that of each example, `(batch,)`, by when it is trained."""
-        when = moments_of_batch() if self.mask_rates is not None else None
-        return self.mlm_probability if when is None else self.mask_rates.at(*when)
+        if self.mask_rates is None or (when := moments_of_batch()) is None:
+            return self.mlm_probability
+        return self.mask_rates.at(*when)
 
 
 def special_tokens(tokenizer: Any, input_ids: np.ndarray) -> np.ndarray:

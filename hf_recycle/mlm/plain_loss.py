@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, cast
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -17,6 +17,8 @@ from transformers.loss.loss_utils import ForCausalLMLoss, ForMaskedLMLoss
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import is_peft_available
 
+from hf_recycle.internals.of_accelerate import has_forward_of_accelerate
+from hf_recycle.internals.of_torch import forward_hooks
 from hf_recycle.mlm.causal_classes import CHANGED_LOGITS, LOGITS_OF_THE_HEAD
 from hf_recycle.utils.forwards import Forward
 
@@ -55,8 +57,9 @@ def core_model(model: nn.Module) -> nn.Module:
     from peft import PeftModel
 
     # Other classes and prompts change what goes in or comes out, and so may the tuners that they call.
-    passes_on = isinstance(model, PeftModel) and type(model).forward is PeftModel.forward
-    return model.base_model.model if passes_on and not model.active_peft_config.is_prompt_learning else model
+    if not isinstance(model, PeftModel) or type(model).forward is not PeftModel.forward:
+        return model
+    return model if model.active_peft_config.is_prompt_learning else cast(nn.Module, model.base_model.model)
 
 
 def plain_loss_of(model: nn.Module) -> Literal["mlm", "clm"] | None:
@@ -142,14 +145,12 @@ def _class_forward_is_used(module: nn.Module) -> bool:
     own = vars(module).get("forward")
     if isinstance(own, Forward):
         return True
-    original = getattr(vars(module).get("_original_forward"), "__func__", None)
-    return own is None or (original is type(module).forward and own.__module__.startswith("accelerate."))
+    return own is None or has_forward_of_accelerate(module)
 
 
 def is_untouched(model: nn.Module) -> bool:
     """Whether nothing of the user's comes before or after the forward of `model`."""
-    hooks = [*model._forward_hooks.values(), *model._forward_pre_hooks.values()]
-    return type(model).__call__ is nn.Module.__call__ and all(map(is_hook_of_a_library, hooks))
+    return type(model).__call__ is nn.Module.__call__ and all(map(is_hook_of_a_library, forward_hooks(model)))
 
 
 _LIBRARIES = ("torch", "accelerate", "deepspeed", "transformers", __name__.partition(".")[0])

@@ -61,5 +61,5 @@ class EvaluationTally:
         loss = self._loss / self.tokens
         metrics = {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf}
         if with_accuracy:
-            metrics |= self._accuracy.compute()
+            metrics |= self._accuracy.compute() or {}
         return metrics

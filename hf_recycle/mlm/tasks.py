@@ -33,7 +33,7 @@ class Task(ABC):
     """
 
     name: ClassVar[str]
-    auto_class: ClassVar[type]
+    auto_class: ClassVar[Any]
     predicted: ClassVar[str]
     tokenizer: ClassVar[Literal["wordpiece", "byte_bpe"]]
     first_predicted: ClassVar[int]

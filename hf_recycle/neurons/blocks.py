@@ -117,7 +117,7 @@ def norms_of(blocks: Sequence[FeedForward]) -> list[tuple[Tensor, Tensor]]:
             storage = storage_of(parameter)
             key = storage, dtype, storage.processes(piece), piece.length, parameter.device
             alike.setdefault(key, []).append(piece)
-    norms = {}
+    norms: dict[NeuronSlice, Tensor] = {}
     for (storage, dtype, *_), pieces in alike.items():
         norms |= zip(pieces, storage.norms(pieces, dtype), strict=True)
     found = []

@@ -98,5 +98,5 @@ def _is_turned_around(layers: Layers, layer: str, out: nn.Module) -> bool:
 
 
 def _has_vector(module: nn.Module) -> bool:
-    weight = module._parameters.get("weight")
-    return weight is not None and weight.dim() == 1
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, nn.Parameter) and weight.dim() == 1

@@ -1,5 +1,7 @@
 """Experts whose weights lie in parameters of all experts of a layer, one matrix behind the other: a block for each."""
 
+from typing import Any
+
 from torch import nn
 
 from hf_recycle.neurons.blocks import FeedForward, NeuronSlice
@@ -23,10 +25,13 @@ def find_experts(path: str, holder: nn.Module) -> list[FeedForward]:
 def experts_of(path: str, holder: nn.Module, layout: Layout) -> list[FeedForward]:
     """The experts that `layout` describes under `holder`, at `path`, in their own order; none if its parameters are
     missing or do not fit together."""
-    *ins, out = (_locate(holder, name) for name in (*layout.ins, layout.out))
-    if None in ins or out is None:
-        return []
-    shapes = [full_shape(getattr(*place)) for place in (*ins, out)]
+    found = []
+    for name in (*layout.ins, layout.out):
+        if (place := _locate(holder, name)) is None:
+            return []
+        found.append(place)
+    *ins, out = found
+    shapes = [full_shape(getattr(*place)) for place in found]
     halves = 2 if layout.fused else 1
     transposed = _is_transposed(holder, shapes, halves)
     if transposed is None:
@@ -56,11 +61,11 @@ def experts_of(path: str, holder: nn.Module, layout: Layout) -> list[FeedForward
 def _locate(holder: nn.Module, name: str) -> tuple[nn.Module, str] | None:
     """The module and the attribute of a parameter with a matrix for each expert."""
     *path, attribute = name.split(".")
-    module: nn.Module | None = holder
+    module: Any = holder
     for child in path:
-        module = module._modules.get(child) if module is not None else None
-    parameter = module._parameters.get(attribute) if module is not None else None
-    if parameter is None or not parameter.is_floating_point():
+        module = getattr(module, child, None)
+    parameter = getattr(module, attribute, None)
+    if not isinstance(parameter, nn.Parameter) or not parameter.is_floating_point():
         return None
     shape = full_shape(parameter)
     return (module, attribute) if len(shape) == 3 and all(shape) else None
@@ -68,7 +73,7 @@ def _locate(holder: nn.Module, name: str) -> tuple[nn.Module, str] | None:
 
 def _bias(module: nn.Module, name: str) -> str | None:
     bias = "bias" if name == "weight" else f"{name}_bias"
-    return bias if module._parameters.get(bias) is not None else None
+    return bias if isinstance(getattr(module, bias, None), nn.Parameter) else None
 
 
 def _is_transposed(holder: nn.Module, shapes: list, halves: int) -> bool | None:

@@ -5,6 +5,7 @@ number of processes.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,8 +29,8 @@ class FadeIn:
 
     index: Tensor
     age: Tensor
-    old: dict[str, Fragments] | dict[str, Tensor]
-    new: dict[str, Fragments] | dict[str, Tensor]
+    old: dict[str, Any]
+    new: dict[str, Any]
     whole: bool = False
 
     def __len__(self) -> int:

@@ -109,8 +109,9 @@ def _by_layout(layers: Layers, layouts: Iterable[Layout], *, anywhere: bool) -> 
     # A gated block has the layers of a plain one too.
     layouts = sorted(layouts, key=lambda layout: not layout.gated)
     for path, module in layers.modules.items():
+        children = dict(module.named_children())
         for layout in layouts:
-            if layout.out.partition(".")[0] not in module._modules:
+            if layout.out.partition(".")[0] not in children:
                 continue  # most are settled here
             for block in _build(layers, path, layout, whole=True):
                 if (anywhere or layers.layer_of(block.name)) and not lies_beside(block.name):
@@ -154,8 +155,9 @@ def _build(layers: Layers, path: str, layout: Layout, *, whole: bool = False) ->
 
 def _linears(layers: Layers, path: str, layout: Layout) -> list[nn.Module] | None:
     """The linear layers that `layout` names, its out-projection last; None if one is missing or shapes do not fit."""
-    linears = [_submodule(layers.modules[path], relative) for relative in (*layout.ins, layout.out)]
-    if not all(map(is_linear, linears)):
+    found = (_submodule(layers.modules[path], relative) for relative in (*layout.ins, layout.out))
+    linears = [module for module in found if is_linear(module)]
+    if len(linears) <= len(layout.ins):
         return None
     *ins, out = linears
     shape = out_features(out), in_features(out) * (2 if layout.fused else 1)
@@ -201,5 +203,5 @@ def _describe(model: nn.Module) -> str:
 
 def _submodule(holder: nn.Module | None, relative: str) -> nn.Module | None:
     for name in relative.split("."):
-        holder = holder._modules.get(name) if holder is not None else None
-    return holder
+        holder = getattr(holder, name, None)
+    return holder if isinstance(holder, nn.Module) else None

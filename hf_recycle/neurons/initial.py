@@ -14,22 +14,27 @@ import weakref
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cached_property, partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from hf_recycle.internals.of_torch import TorchDispatchMode, is_mutating, rebuilt
+from hf_recycle.internals.of_transformers import INITIALIZED, initialize
 from hf_recycle.neurons.blocks import FeedForward
 from hf_recycle.neurons.slices import full_shape
 from hf_recycle.neurons.storage.plain import whole
 
 _aten = torch.ops.aten
 # With the method that does the same and is called faster.
-_DRAWS = {_aten.normal_.default: Tensor.normal_, _aten.uniform_.default: Tensor.uniform_}
-_FILLS = {_aten.zero_.default, _aten.fill_.Scalar}
-_ADJUSTMENTS = {
+_DRAWS: dict[Any, Callable[..., Tensor]] = {
+    _aten.normal_.default: Tensor.normal_,
+    _aten.uniform_.default: Tensor.uniform_,
+}
+_FILLS: set[Any] = {_aten.zero_.default, _aten.fill_.Scalar}
+_ADJUSTMENTS: set[Any] = {
     _aten.mul_.Tensor,
     _aten.mul_.Scalar,
     _aten.add_.Tensor,
@@ -67,7 +72,9 @@ class FreshModules:
     @property
     def model(self) -> nn.Module:
         """The model, as long as it lives."""
-        return self._model()
+        model = self._model()
+        assert model is not None, "whoever draws fresh weights keeps the model"
+        return model
 
     @cached_property
     def _hollow(self) -> nn.Module:
@@ -102,8 +109,8 @@ class FreshModules:
                     if isinstance(submodule, Conv1D):
                         nn.init.normal_(submodule.weight, std=0.02)
                         nn.init.zeros_(submodule.bias)
-                    elif callable(getattr(submodule, "reset_parameters", None)):
-                        submodule.reset_parameters()
+                    elif callable(reset := getattr(submodule, "reset_parameters", None)):
+                        reset()
                 self._initialise(path, fresh)
             yield fresh
         finally:
@@ -121,9 +128,9 @@ class FreshModules:
             if owner is None:
                 return
             if position:
-                owner._init_weights(self._hollow.get_submodule(place))
+                initialize(owner, self._hollow.get_submodule(place))
             else:
-                fresh.apply(owner._init_weights)
+                fresh.apply(partial(initialize, owner))
 
 
 class InitialDistribution:
@@ -153,18 +160,19 @@ class InitialDistribution:
             ValueError: if nothing in the model initialises one of them.
         """
         roles = self._recipes.keys() if roles is None else roles
-        for role in roles:
-            if self._recipes[role] == []:
+        recipes = {role: recipe for role in roles if (recipe := self._recipes[role]) is not None}
+        for role, recipe in recipes.items():
+            if not recipe:
                 raise ValueError(
                     f"recycle_reinit: nothing in the model initialises {role!r} of {self._block.name}, so a fresh "
                     "neuron can't be drawn from its initial distribution; use recycle_reinit='copy_noise'."
                 )
-        if any(self._recipes[role] is None for role in roles):
+        if len(recipes) < len(roles):
             return self._sample_instance(n, generator, roles)
         drawn = {}
-        for role in roles:
+        for role, recipe in recipes.items():
             drawn[role] = torch.empty(n, *self._widths[role])
-            for operation in self._recipes[role]:
+            for operation in recipe:
                 operation.replay(drawn[role], generator)
         return drawn
 
@@ -192,7 +200,7 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        if function._schema.is_mutable and args and isinstance(args[0], Tensor):
+        if is_mutating(function) and args and isinstance(args[0], Tensor):
             self._note(function, args[0], args[1:], kwargs or {})
         return result
 
@@ -204,8 +212,8 @@ class _Recorder(TorchDispatchMode):
         operation = _Operation(function, arguments)
         if whole and plain and function in {*_DRAWS, *_FILLS}:
             self._operations[key] = [operation]
-        elif whole and plain and function in _ADJUSTMENTS and self._operations.get(key):
-            self._operations[key].append(operation)
+        elif whole and plain and function in _ADJUSTMENTS and (known := self._operations.get(key)):
+            known.append(operation)
         else:
             self._operations[key] = None
 
@@ -215,7 +223,7 @@ class _Recorder(TorchDispatchMode):
 
 
 def _storage_key(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return tensor.untyped_storage().data_ptr()
 
 
 def _upwards(path: str) -> list[str]:
@@ -224,31 +232,23 @@ def _upwards(path: str) -> list[str]:
     return [".".join(names[:depth]) for depth in range(len(names), -1, -1)]
 
 
-def _hollow_copy(module: nn.Module, memo: dict[int, object]) -> nn.Module:
+def _hollow_copy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     """A copy of `module` without its weights: every tensor on the meta device. What modules keep beside tensors is
     shared, but for hooks and functions, which may hold the model."""
     if id(module) in memo:
         return memo[id(module)]
-    fresh = memo[id(module)] = module.__class__.__new__(module.__class__)
-    fresh.__dict__.update(
-        {
-            name: {} if name.endswith("_hooks") else value
-            for name, value in vars(module).items()
-            # The flag says "loaded or initialised already", and makes the initialiser skip the module.
-            if name != "_is_hf_initialized" and not isinstance(value, types.FunctionType | types.MethodType | partial)
-        }
-    )
-    for kind in ("_parameters", "_buffers"):
-        tensors = vars(module)[kind].items()
-        fresh.__dict__[kind] = {name: None if value is None else _hollow(value, memo) for name, value in tensors}
-    children = module._modules.items()
-    fresh.__dict__["_modules"] = {
-        name: None if child is None else _hollow_copy(child, memo) for name, child in children
+    attributes = {
+        name: value
+        for name, value in vars(module).items()
+        if name != INITIALIZED and not isinstance(value, types.FunctionType | types.MethodType | partial)
     }
+    fresh = memo[id(module)] = rebuilt(
+        module, attributes, partial(_hollow, memo=memo), partial(_hollow_copy, memo=memo)
+    )
     return fresh
 
 
-def _hollow(tensor: Tensor, memo: dict[int, object]) -> Tensor:
+def _hollow(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
     if id(tensor) not in memo:
         empty = torch.empty(full_shape(tensor), dtype=tensor.dtype, device="meta")
         is_parameter = isinstance(tensor, nn.Parameter)

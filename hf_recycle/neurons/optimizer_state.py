@@ -209,7 +209,7 @@ def _reset(piece: NeuronSlice, kind: str | None, value: list[Tile] | Tensor | No
 def _tiles(piece: NeuronSlice, kind: str | None, value: list[Tile] | Tensor | None) -> list[list[Tile]]:
     """The parts of one state entry that belong to the slice's neurons: usually one, or none."""
     if kind in (_ROWS, _COLUMNS):
-        if (piece.dim == 0) != (kind == _ROWS) or value is None:
+        if (piece.dim == 0) != (kind == _ROWS) or not isinstance(value, Tensor):
             return []  # averaged over neurons: it belongs to no single one
         lines = (value if piece.expert is None else value[piece.expert]).view(-1)
         return [[Tile(lines[piece.offset :: piece.stride][: piece.length].unsqueeze(1), 0, 0)]]

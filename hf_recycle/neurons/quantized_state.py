@@ -66,6 +66,7 @@ def is_quantized(state: Mapping[str, Any], key: str) -> bool:
 def dequantized(state: Mapping[str, Any], key: str) -> Iterator[Tensor]:
     """The entry as a float32 tensor of its own shape; what is edited there is in the state afterwards."""
     entry = _entry(state, key)
+    assert entry is not None, "see is_quantized"
     old = entry.read()
     new = old.clone()
     yield new.view(state[key].shape)

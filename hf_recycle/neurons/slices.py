@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from hf_recycle.internals import of_deepspeed
+
 
 @dataclass(frozen=True)
 class ParameterSlice:
@@ -69,4 +71,4 @@ class ParameterSlice:
 
 def full_shape(parameter: Tensor) -> torch.Size:
     """The shape of a parameter, also where DeepSpeed ZeRO-3 has emptied it."""
-    return getattr(parameter, "ds_shape", parameter.shape)
+    return of_deepspeed.full_shape(parameter)

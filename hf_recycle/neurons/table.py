@@ -264,7 +264,7 @@ class NeuronTable:
         pruned = tensors.get(f"{block.name}/pruned", torch.zeros(block.num_neurons, dtype=torch.bool))
         if pruned.shape != (block.num_neurons,) or pruned.dtype != torch.bool:
             raise ValueError(f"{block.name}/pruned has shape {tuple(pruned.shape)} and dtype {pruned.dtype}.")
-        state = BlockState(**columns, pruned=pruned.clone())
+        state = BlockState(columns["counts"], columns["last_phase"], columns["last_step"], pruned.clone())
         prefix = f"{block.name}/fade_in"
         if f"{prefix}/index" in tensors:
             state.fade_in = _load_fade_in(block, prefix, tensors)
@@ -308,9 +308,9 @@ def _tensors_of(block: FeedForward, state: BlockState) -> dict[str, Tensor]:
 def _load_fade_in(block: FeedForward, prefix: str, tensors: dict[str, Tensor]) -> FadeIn:
     index, age = tensors[f"{prefix}/index"], tensors.get(f"{prefix}/age")
     n = len(index) if index.dim() == 1 else -1
-    fits = n > 0 and index.dtype == torch.int64 and age is not None and age.shape == (n,) and age.dtype == torch.int64
-    fits = fits and bool(((index >= 0) & (index < block.num_neurons)).all()) and len(index.unique()) == n
-    if not fits or int(age.min()) < 0:
+    fits = n > 0 and index.dtype == torch.int64 and bool(((index >= 0) & (index < block.num_neurons)).all())
+    fits = fits and len(index.unique()) == n
+    if not fits or age is None or age.shape != (n,) or age.dtype != torch.int64 or int(age.min()) < 0:
         raise ValueError(f"{prefix} holds no valid neuron indices and ages.")
     sides: dict[str, dict[str, Tensor]] = {"old": {}, "new": {}}
     for side, values in sides.items():
@@ -318,7 +318,7 @@ def _load_fade_in(block: FeedForward, prefix: str, tensors: dict[str, Tensor]) -
             found = tensors.get(f"{prefix}/{side}/{piece.role}")
             expected = () if piece.is_bias else (piece.width,)
             fits = found is not None and found.is_floating_point() and found.shape == (n, *expected)
-            if not fits or not found.isfinite().all():
+            if found is None or not fits or not found.isfinite().all():
                 raise ValueError(f"{prefix}/{side}/{piece.role} must hold {n} finite lines of shape {expected}.")
             values[piece.role] = found.clone()  # in the precision of the masters, which may be more than the model's
     return FadeIn(index.clone(), age.clone(), sides["old"], sides["new"], whole=True)

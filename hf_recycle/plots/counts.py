@@ -100,7 +100,8 @@ def ages_figure(history: RecyclingHistory) -> Figure | None:
     title = f"Ages of the {len(recycled):,} recycled neurons at step {history.stats['step']:,}"
     figure, axes = one_panel(3.2, title, "optimizer steps since the neuron was last recycled", "neurons")
     bins = np.linspace(0, max(1, int(recycled.max())), 31)
-    numbers, _, bars = axes.hist(recycled, bins=bins, color=BLUE)
+    numbers, _ = np.histogram(recycled, bins)
+    bars = axes.bar(bins[:-1], numbers, np.diff(bins), align="edge", color=BLUE)
     for bar, number, low, high in zip(bars, numbers, bins, bins[1:], strict=False):
         hover(bar, [f"{int(number):,} neurons were last recycled {low:,.0f} to {high:,.0f} steps ago"])
     axes.set_title(f"{never:,} of {len(ages):,} neurons were never recycled", fontsize=LABEL)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -20,7 +22,7 @@ def loss_figure(history: RecyclingHistory, unigram_entropy: float | None = None)
         unigram_entropy: entropy of the corpus's unigrams in nats, drawn as a line beside the losses.
     """
     logs = history.logs
-    curves = [
+    curves: list[tuple[str, np.ndarray, dict[str, Any]]] = [
         (name, logs.loc[np.isfinite(logs[column]), ["step", column]].to_numpy(), style)
         for column, name, style in (
             ("loss", "training", {"color": BLUE, "lw": 1.1}),
@@ -43,7 +45,7 @@ def loss_figure(history: RecyclingHistory, unigram_entropy: float | None = None)
     phases = np.unique(history.events["step"].to_numpy())
     if 0 < len(phases) <= _MOST_MARKS:
         # Short marks on the axis: lines through the whole panel would hide the curves.
-        place = {"transform": axes.get_xaxis_transform(), "clip_on": False}
+        place: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "clip_on": False}
         axes.plot(phases, np.zeros(len(phases)), "|", color=GREEN, ms=8, mew=1.4, label="selection phase", **place)
     add_legend(figure, axes)
     return figure

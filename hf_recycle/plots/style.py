@@ -10,6 +10,7 @@ import io
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -36,14 +37,14 @@ TITLE, LABEL, SMALL = 10.0, 9.0, 7.5  # points
 _DPI = 150
 
 
-def line_style(number: int, *, marker: bool = False) -> dict[str, object]:
+def line_style(number: int, *, marker: bool = False) -> dict[str, Any]:
     """How the `number`-th line is drawn: black and solid is the first, the baseline's. Told apart by dashes (5) as by
     colours (7), so 35 lines differ.
 
     Args:
         marker: with a marker at each point, for lines of few points.
     """
-    style: dict[str, object] = {
+    style: dict[str, Any] = {
         "color": _COLOURS[number % len(_COLOURS)],
         "linestyle": _DASHES[number % len(_DASHES)],
         "linewidth": 1.4,
@@ -51,7 +52,7 @@ def line_style(number: int, *, marker: bool = False) -> dict[str, object]:
     return style | {"marker": _MARKERS[number % len(_MARKERS)], "markersize": 3.5} if marker else style
 
 
-def new_figure(height: float, width: float = WIDTH, layout: str | None = "constrained") -> Figure:
+def new_figure(height: float, width: float = WIDTH, layout: Literal["constrained"] | None = "constrained") -> Figure:
     """An empty figure of so many inches."""
     figure = Figure(figsize=(width, height), layout=layout, facecolor="white")
     FigureCanvasAgg(figure)

@@ -33,8 +33,8 @@ def tidy_svg(drawn: bytes, name: str) -> bytes:
             parent.remove(rule)
     root.set("style", "stroke-linejoin: round; stroke-linecap: butt")
     for element in list(root.iter()):
-        if element.get("id", "").startswith(_HOVER):
-            _add_titles(element, json.loads(element.get("id").removeprefix(_HOVER)))
+        if (note := element.get("id", "")).startswith(_HOVER):
+            _add_titles(element, json.loads(note.removeprefix(_HOVER)))
     # Matplotlib's ids are random in part, and the same in all figures in part; most are never referred to.
     used = {id_ for element in root.iter() for value in element.attrib.values() for id_ in _REFERENCE.findall(value)}
     ids = {id_: f"{name}-{number}" for number, id_ in enumerate(e.get("id") for e in root.iter()) if id_ in used}

@@ -181,10 +181,9 @@ def check_stats(path: Path, stats: Mapping[str, Any]) -> None:
 
 def _check_times(path: Path, where: str, owner: Mapping[str, Any], total: int) -> None:
     times = owner.get("times_recycled")
-    plain = isinstance(times, dict) and all(
+    if not isinstance(times, dict) or not all(
         re.fullmatch(r"0|[1-9][0-9]{0,9}", key) and _is_count(value) for key, value in times.items()
-    )
-    if not plain:
+    ):
         fail(path, f"times_recycled of {where} is {_show(times)} where {{times: neurons}} is expected")
     recycled = sum(number for key, number in times.items() if key != "0")
     events = sum(int(key) * number for key, number in times.items())

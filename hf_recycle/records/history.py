@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
@@ -40,10 +41,10 @@ class RecyclingHistory:
 
     def __init__(
         self,
-        config: dict[str, Any],
-        tensors: dict[str, torch.Tensor],
+        config: Mapping[str, Any],
+        tensors: Mapping[str, torch.Tensor],
         table: pa.Table,
-        stats: dict[str, Any],
+        stats: Mapping[str, Any],
         folder: Path | None = None,
     ) -> None:
         self.folder = folder
@@ -223,6 +224,7 @@ def _download(text: str, revision: str | None, token: str | None) -> Path:
                 revision = commit
         elif path.parent != folder:
             fail(where, f"{name} comes from another commit than {CONFIG_FILE}", "try again")
+    assert folder is not None, "there are files to read"
     return folder
 
 

@@ -1,10 +1,10 @@
 """How a process of a launch ends."""
 
-import atexit
 import os
 import sys
-import threading
 from typing import NoReturn
+
+from hf_recycle.internals.of_python import finish
 
 
 def leave(status: int) -> NoReturn:
@@ -18,8 +18,7 @@ def leave(status: int) -> NoReturn:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         sys.exit(status)
     try:
-        threading._shutdown()
-        atexit._run_exitfuncs()
+        finish()
     finally:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()

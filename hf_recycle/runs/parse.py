@@ -70,10 +70,11 @@ def merge(recipes: Sequence[str], flags: Mapping[str, Any]) -> RunArguments:
     given = {name: value for name, value in given.items() if value is not None}
     if "output_dir" not in given:
         given["output_dir"], sources["output_dir"] = f"runs/{run_name(recipes)}", BY_RECIPES
-    parts = [
+    parts: list[Any] = [
         cls(**{item.name: given[item.name] for item in fields(cls) if item.name in given}) for cls in ARGUMENT_CLASSES
     ]
-    return RunArguments(*parts, tuple(recipes), given, sources)
+    model, data, training = parts
+    return RunArguments(model, data, training, tuple(recipes), given, sources)
 
 
 def _hints() -> dict[str, Any]:

@@ -136,10 +136,10 @@ def prepare_data(
         facts = Facts.of(data)
         return facts_tokenizer(facts.keys, facts.values), facts, facts.last_task()
     texts = load_texts(data)
-    name = model.tokenizer_name or model.model_name_or_path or model.config_name
-    if name:
+    named = model.tokenizer_name or model.model_name_or_path or model.config_name
+    if named:
         revision = "main" if model.tokenizer_name else model.model_revision
-        tokenizer = load_tokenizer(name, data.max_seq_length, revision, model.trust_remote_code)
+        tokenizer = load_tokenizer(named, data.max_seq_length, revision, model.trust_remote_code)
     else:
         kind = TASKS[model.task].tokenizer
         tokenizer = trained_tokenizer(texts.sample(), model.tokenizer_vocab_size, data.max_seq_length, kind)

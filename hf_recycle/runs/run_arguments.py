@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, fields
 from enum import Enum
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import UnionType
@@ -78,7 +79,7 @@ def add_fields(group: Any, cls: type, *, shown: bool = True, without: type | Non
             help=_help(item, choices) if shown else argparse.SUPPRESS,
         )
         if names := choices or (["true", "false"] if kind is bool else []):
-            completed_by(action, lambda prefix, names=names: names)
+            completed_by(action, partial(_always, names))
         if item.default is True:
             off = {"action": "store_false", "default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
             group.add_argument(f"--no_{item.name}", dest=item.name, **off)
@@ -148,12 +149,18 @@ def _help(item: Field, choices: Sequence[str]) -> str:
     return text.replace("%", "%%")
 
 
+def _always(names: Sequence[str], prefix: str) -> Sequence[str]:
+    return names
+
+
 def _add_trainer_names(group: Any) -> None:
     """Adds the names of the Trainer's arguments alone, read from the source of transformers: for a shell that waits."""
-    source = Path(find_spec("transformers").origin).with_name("training_args.py")
+    spec = find_spec("transformers")
+    assert spec is not None
+    source = Path(str(spec.origin)).with_name("training_args.py")
     for node in ast.parse(source.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.ClassDef) and node.name == "TrainingArguments":
-            names = [item.target.id for item in node.body if isinstance(item, ast.AnnAssign)]
-            for name in names:
+            targets = [item.target for item in node.body if isinstance(item, ast.AnnAssign)]
+            for name in (target.id for target in targets if isinstance(target, ast.Name)):
                 if not name.startswith("_"):
                     group.add_argument(f"--{name}", default=argparse.SUPPRESS, nargs="?")

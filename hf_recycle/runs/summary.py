@@ -48,8 +48,7 @@ def _losses(history: RecyclingHistory, unigram_entropy: float | None) -> list[st
     logs = history.logs
     lines = []
     for label, column in (("training loss", "loss"), ("evaluation loss", "eval_loss")):
-        values = logs[column].dropna() if column in logs else []
-        if not len(values):
+        if column not in logs or not len(values := logs[column].dropna()):
             continue
         first, last = values.iloc[0], values.iloc[-1]
         line = f"  {label:<17}{first:.4f} → {last:.4f} nats" if len(values) > 1 else f"  {label:<17}{last:.4f} nats"

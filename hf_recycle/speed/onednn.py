@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from hf_recycle.internals.of_torch import linear_by_onednn, transforms_are_active
 from hf_recycle.utils.forwards import Forward
 
 _LEAST_WORK = 1 << 22
@@ -45,9 +46,7 @@ def onednn_forwards(model: nn.Module) -> dict[nn.Module, Forward]:
 def _applies(values: Tensor, weight: Tensor) -> bool:
     plain = type(values) is Tensor and type(weight) in (Tensor, nn.Parameter) and values.dim() > 1  # no DTensor
     alike = values.dtype == weight.dtype == torch.float32 and values.device == weight.device == torch.device("cpu")
-    others = (
-        torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    )
+    others = torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling() or transforms_are_active()
     return plain and alike and not others and values.numel() * weight.shape[0] >= _LEAST_WORK
 
 
@@ -102,8 +101,7 @@ def _known_outer(rows: Tensor, lines: Tensor) -> Tensor:
 def multiply(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`rows` `(m, k)` @ `weight` `(n, k)`.T + `bias` `(n,)`: float32 `(m, n)`, by oneDNN; copies `rows` unless they are
     contiguous. Nothing that autograd could go back through."""
-    # The operation that torch.compile makes linear layers of on a CPU.
-    return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+    return linear_by_onednn(rows, weight, bias)
 
 
 def _padded(rows: Tensor) -> Tensor:

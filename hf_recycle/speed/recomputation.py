@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
+from hf_recycle.internals.of_torch import keeps_saved_tensors, saved_approximation, saved_input, version_of
 from hf_recycle.neurons.blocks import FeedForward
 from hf_recycle.utils.forwards import Forward
 
@@ -42,7 +43,7 @@ class Recomputation(Forward):
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        compute = None if torch.compiler.is_compiling() or not _is_free() else _function_of(*args[:1])
+        compute = None if torch.compiler.is_compiling() or not keeps_saved_tensors() else _function_of(*args[:1])
         if compute is None:
             return self.original(*args, **kwargs)
         with saved_tensors_hooks(partial(_pack, _identity(args[0]), compute), _unpack):
@@ -54,12 +55,6 @@ def _pack(activations: _Identity, compute: Callable[[], Tensor], saved: Tensor) 
     if _identity(saved) != activations or not saved.is_contiguous():
         return saved
     return partial(_compute, compute, saved.shape)
-
-
-def _is_free() -> bool:
-    """Whether what is saved for the backward pass is kept as it is, and hooks may change that."""
-    allowed = torch._C._autograd._saved_tensors_hooks_is_enabled()
-    return allowed and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
 
 
 _Identity = tuple[int, int, torch.dtype]
@@ -81,12 +76,12 @@ def _unpack(kept: Tensor | Callable[[], Tensor]) -> Tensor:
 def _function_of(activations: object = None) -> Callable[[], Tensor] | None:
     """How to compute `activations` again from what is kept anyway, told from how autograd got them; None if they have
     been changed since, or do not lie in memory row after row."""
-    if type(activations) is not Tensor or activations._version or not activations.is_contiguous():
+    if type(activations) is not Tensor or version_of(activations) or not activations.is_contiguous():
         return None
     node = activations.grad_fn
     match node.name() if node is not None else None:
         case "GeluBackward0":
-            return partial(F.gelu, node._saved_self, approximate=node._saved_approximate)
+            return partial(F.gelu, saved_input(node), approximate=saved_approximation(node))
         case "SiluBackward0":
-            return partial(F.silu, node._saved_self)
+            return partial(F.silu, saved_input(node))
     return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -59,8 +59,8 @@ def losses(results: StudyResults, plan: FigurePlan) -> Figure | None:
     for arm in arms:
         _lines(panels[0], arm, _curves(results.of(arm)), styles[arm])
     _cut_off_the_start(panels[0])
-    if compared:
-        dress(panels[1], ylabel=f"loss minus that of {clip(base or '', 1.2)} (nats)")
+    if base is not None and compared:
+        dress(panels[1], ylabel=f"loss minus that of {clip(base, 1.2)} (nats)")
         panels[1].axhline(0, color=GREY, lw=0.8)
         for arm in compared:
             pairs = [_curves(pair) for pair in results.paired(arm, base)]
@@ -78,7 +78,7 @@ def _curves(runs: Sequence[RunResult]) -> list[dict[int, float]]:
     return [{step: curve[step] for step in steps} for curve in curves] if steps else []
 
 
-def _lines(panel: Axes, arm: str, curves: Sequence[Mapping[int, float]], style: Mapping[str, object]) -> None:
+def _lines(panel: Axes, arm: str, curves: Sequence[Mapping[int, float]], style: Mapping[str, Any]) -> None:
     if not curves:
         return
     steps = list(curves[0])
@@ -106,9 +106,9 @@ def differences(results: StudyResults, plan: FigurePlan) -> Figure | None:
     """difference of the final evaluation loss from the baseline: each seed, and the 95% interval of the mean"""
     base = results.study.baseline
     arms = [arm for arm in _present(results, plan) if arm != base and results.paired(arm, base)] if base else []
-    if not arms:
+    if base is None or not arms:
         return None
-    name = f"evaluation loss minus that of {clip(base or '', 2.5)} (nats)"
+    name = f"evaluation loss minus that of {clip(base, 2.5)} (nats)"
     figure, panel = one_panel(1.5 + 0.25 * len(arms), plan.title, name, "")
     panel.axvline(0, color=GREY, lw=1)
     for row, arm in enumerate(arms):
@@ -117,7 +117,7 @@ def differences(results: StudyResults, plan: FigurePlan) -> Figure | None:
         found = paired_difference([one.eval_loss for one, _ in pairs], [two.eval_loss for _, two in pairs])
         (dots,) = panel.plot(values, [row] * len(values), "o", color=BLUE, mfc="white", ms=4, label="one seed")
         hover(dots, [f"seed {one.seed}: {value:+.4f}" for (one, _), value in zip(pairs, values, strict=True)])
-        if found.low is not None:
+        if found.low is not None and found.high is not None:
             panel.plot([found.low, found.high], [row, row], "-", color=VERMILION, lw=1.8, label="95% interval")
         panel.plot([found.mean], [row], "|", color=VERMILION, ms=12, mew=2, label="mean")
         if row == 0:
@@ -227,7 +227,7 @@ def _first_runs(results: StudyResults, plan: FigurePlan) -> list[RunResult]:
     return [results.of(arm)[0] for arm in _present(results, plan)]
 
 
-def _styles(results: StudyResults, plan: FigurePlan) -> dict[str, dict[str, object]]:
+def _styles(results: StudyResults, plan: FigurePlan) -> dict[str, dict[str, Any]]:
     """How the line of each arm is drawn: the baseline is black and solid in every figure."""
     present = _present(results, plan)
     others = [arm for arm in present if arm != results.study.baseline]

@@ -231,7 +231,7 @@ def _figure(where: str, value: Any, arms: Sequence[str], kinds: Iterable[str]) -
     kind, chosen = value.get("kind"), _names(where, "arms", value.get("arms")) or tuple(arms)
     check_known(where, "kind", [kind], kinds)
     check_known(f"{where} {kind!r}", "arm", chosen, arms)
-    return FigurePlan(kind, str(value.get("title") or kind), chosen)
+    return FigurePlan(str(kind), str(value.get("title") or kind), chosen)
 
 
 def _list(where: str, key: str, value: Any) -> list[Any]:

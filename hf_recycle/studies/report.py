@@ -81,7 +81,8 @@ def count_tests(results: StudyResults) -> dict[str, int]:
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    return float(np.mean(values)) if values and None not in values else None
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known and len(known) == len(values) else None
 
 
 def write_report(results: StudyResults, folder: Path, command: str, jobs: int) -> list[Path]:

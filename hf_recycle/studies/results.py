@@ -100,9 +100,9 @@ def load_result(planned: PlannedRun, folder: Path) -> RunResult | None:
     files are damaged: then the run goes on from its last checkpoint, which writes them anew."""
     try:
         content: dict[str, Any] = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
-        points = {name: [(int(s), float(v)) for s, v in content[name]] for name in ("losses", "evaluations")}
-        numbers = {name: content[name] for name in ("steps", "seconds", "tokens")}
-        result = RunResult(arm=planned.arm, seed=planned.seed, folder=str(folder), **points, **numbers)
+        losses, evaluations = ([(int(s), float(v)) for s, v in content[name]] for name in ("losses", "evaluations"))
+        steps, seconds, tokens = (content[name] for name in ("steps", "seconds", "tokens"))
+        result = RunResult(planned.arm, planned.seed, steps, seconds, tokens, losses, evaluations, str(folder))
         _ = result.eval_loss, result.history
     except (OSError, ValueError, TypeError, KeyError, IndexError):  # RecyclingFileError is a ValueError
         return None

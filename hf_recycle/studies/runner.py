@@ -59,7 +59,7 @@ class StudyRunner:
         """
         results: Results = {}
         failures: Failures = {}
-        first = {}
+        first: dict[str, PlannedRun] = {}
         for run in planned:
             first.setdefault(run.key, run)
         self._prepare(list(first.values()))

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from hf_recycle.records.history import RecyclingHistory
 from hf_recycle.records.recorder import QUANTILE_LEVELS
 from hf_recycle.studies.inference import paired_difference
 from hf_recycle.studies.results import RunResult, StudyResults
@@ -116,8 +117,9 @@ def midpoint_does_not_help(results: StudyResults) -> Verdict:
 def wider_is_better(results: StudyResults) -> Verdict:
     """The loss falls as the feed-forward layer grows."""
     names = [name for name in ("no-ff", "ff-quarter", "ff-half", "baseline", "ff-double") if results.has(name)]
-    steps = [difference(results, wide, narrow) for narrow, wide in itertools.pairwise(names)]
-    if not steps or None in steps:
+    found = [difference(results, wide, narrow) for narrow, wide in itertools.pairwise(names)]
+    steps = [step for step in found if step is not None]
+    if not steps or len(steps) < len(found):
         return needs("baseline", "ff-half")
     means = {name: float(np.mean([run.eval_loss for run in results.of(name)])) for name in names}
     measured = ", ".join(f"{name} {mean:.4f}" for name, mean in means.items())
@@ -221,13 +223,18 @@ def small_neurons_gain_from_overtraining(results: StudyResults) -> Verdict:
 # ---- How they are measured ----
 
 
+def _history(run: RunResult) -> RecyclingHistory:
+    assert run.history is not None, "asked of runs with a history only"
+    return run.history
+
+
 def _recycled(run: RunResult) -> bool:
     return run.history is not None and any(count.any() for count in run.history.counts.values())
 
 
 def _counts(run: RunResult) -> np.ndarray:
     """How often each neuron of all layers was recycled, `(layers * d_ff,)`."""
-    return np.concatenate(list(run.history.counts.values()))
+    return np.concatenate(list(_history(run).counts.values()))
 
 
 def _reaches_more(results: StudyResults, name: str) -> Verdict:
@@ -254,20 +261,20 @@ def _has_magnitudes(run: RunResult) -> bool:
 
 def _quantiles(run: RunResult, step: int) -> np.ndarray:
     """Of each layer's magnitudes at one step, `(layers, levels)`."""
-    records = run.history.magnitudes
+    records = _history(run).magnitudes
     return np.array([values for values in records[records["step"] == step]["quantiles"] if len(values)])
 
 
 def _medians(run: RunResult) -> tuple[float, float]:
     """Median magnitude when it was first and last recorded, mean over layers."""
-    steps, at = run.history.magnitudes["step"], QUANTILE_LEVELS.index(0.5)
+    steps, at = _history(run).magnitudes["step"], QUANTILE_LEVELS.index(0.5)
     first, last = (float(_quantiles(run, step)[:, at].mean()) for step in (steps.min(), steps.max()))
     return first, last
 
 
 def _spread(run: RunResult) -> float:
     """Distance between the 10% and 90% quantiles of the last magnitudes, in medians; mean over layers."""
-    quantiles = _quantiles(run, run.history.magnitudes["step"].max())
+    quantiles = _quantiles(run, _history(run).magnitudes["step"].max())
     low, middle, high = (quantiles[:, QUANTILE_LEVELS.index(level)] for level in (0.1, 0.5, 0.9))
     return float(((high - low) / middle).mean())
 

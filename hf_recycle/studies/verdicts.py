@@ -37,6 +37,9 @@ STATEMENTS: Registry[Check] = Registry("statement")
 """Checks by name; the first line of a check's docstring is the statement."""
 
 
+_OF_LOSSES = "judges_losses"
+
+
 def of_losses(function: Check) -> Check:
     """Decorator of a check that judges losses: nothing can be told of them unless the positive control separates."""
 
@@ -46,13 +49,13 @@ def of_losses(function: Check) -> Check:
         told = found.verdict == MISSING or control(results).verdict == HOLDS
         return found if told else Verdict(CANT_TELL, found.measured)
 
-    judged.judges_losses = True
+    setattr(judged, _OF_LOSSES, True)
     return judged
 
 
 def judges_losses(name: str) -> bool:
     """Whether the statement of this name is about losses."""
-    return getattr(STATEMENTS[name], "judges_losses", False)
+    return getattr(STATEMENTS[name], _OF_LOSSES, False)
 
 
 def control(results: StudyResults) -> Verdict:

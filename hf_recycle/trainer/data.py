@@ -7,7 +7,7 @@ from pathlib import Path
 import datasets
 import torch
 from torch.utils.data import IterableDataset
-from transformers import Trainer, TrainerState
+from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
@@ -18,20 +18,18 @@ from hf_recycle.batches.loaders import base_loader, make_reproducible, set_sampl
 from hf_recycle.batches.numbered import NumberedStream
 from hf_recycle.batches.seeded import EVALUATION_SEED
 from hf_recycle.batches.stream_state import StreamState
+from hf_recycle.internals.of_datasets import is_split_by_node
+from hf_recycle.trainer.base import NeuronTrainer
 
 logger = logging.get_logger(__name__)
 
 
-class ReproducibleDataMixin(Trainer):
+class ReproducibleDataMixin(NeuronTrainer):
     """Batches as a pure function of (seed, epoch, example), so that a resumed run gets those of an uninterrupted one.
 
     The collator stays the user's own object and does what it would do at that moment; so do the datasets and the
     samplers. Only their random numbers are others: see `make_reproducible`. Evaluations get the same masks always.
-
-    Expects `self.steps_aside`.
     """
-
-    steps_aside: bool
 
     def set_up_data(self) -> None:
         """To be called once, at the end of `__init__`."""
@@ -85,7 +83,7 @@ class ReproducibleDataMixin(Trainer):
 
     def _check_stream(self, dataset, is_training: bool) -> None:
         processes = self.args.world_size
-        if getattr(dataset, "_distributed", None) is not None:
+        if is_split_by_node(dataset):
             raise ValueError(
                 f"The stream was split by split_dataset_by_node, and the Trainer splits it once more over {processes} "
                 "processes, so that most examples would never be seen: pass the whole stream."
@@ -125,7 +123,9 @@ class ReproducibleDataMixin(Trainer):
 
     # ---- Epochs ----
 
-    def _run_epoch(self, model, epoch: int, train_dataloader, **kwargs) -> None:
+    def _run_epoch(  # type: ignore[override]  # the Trainer calls it by names
+        self, model, epoch: int, train_dataloader, **kwargs
+    ) -> None:
         goes_on = kwargs["resume_from_checkpoint"] is not None and epoch == kwargs["epochs_trained"]
         skips = goes_on and not self.args.ignore_data_skip
         skipped = kwargs["steps_trained_in_current_epoch"] // self.args.gradient_accumulation_steps if skips else 0

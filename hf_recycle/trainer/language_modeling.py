@@ -12,6 +12,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
 from hf_recycle.batches.loaders import base_loader
+from hf_recycle.internals.of_torch import may_be_dynamic
 from hf_recycle.mlm.capacity import CountingCollator, counted, masked_tokens, padded_count
 from hf_recycle.mlm.chunked_head import ChunkedHead, find_chunked_head
 from hf_recycle.mlm.cross_entropy import compact_loss
@@ -65,7 +66,7 @@ class LanguageModelingMixin(ReproducibleDataMixin):
         loader = super()._get_dataloader(
             dataset, description, batch_size, sampler_fn, is_training=is_training, dataloader_key=dataloader_key
         )
-        masked = self._wants_own_head and self._task.name == "mlm"
+        masked = self._wants_own_head and self._own_task.name == "mlm"
         if masked and self.accelerator.device.type != "cpu":  # on a CPU, counting waits for nothing
             base = base_loader(loader)
             base.collate_fn = CountingCollator(base.collate_fn)
@@ -98,9 +99,6 @@ class LanguageModelingMixin(ReproducibleDataMixin):
             accepts = self._stock_accepts_loss_kwargs and (users or not ignores_item_count(model))
         self.model_accepts_loss_kwargs = self._settled_accepts_loss_kwargs = accepts
 
-    def _unwrapped_model(self) -> nn.Module:
-        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-
     def loss_of(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         """The loss of one batch of all processes, as in training: to be averaged over processes, not backpropagated."""
         items = self._get_num_items_in_batch([batch], self.args.device)
@@ -110,7 +108,7 @@ class LanguageModelingMixin(ReproducibleDataMixin):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         labels = inputs.get("labels")
-        if self._wants_own_head and labels is None and self._task.name == "mlm":
+        if self._wants_own_head and labels is None and self._own_task.name == "mlm":
             raise ValueError(
                 "masked_head=True needs labels, and the batches have none: pass a masking collator such as "
                 "DataCollatorForLanguageModeling(tokenizer), make them in a compute_loss of your own, or set "
@@ -122,7 +120,7 @@ class LanguageModelingMixin(ReproducibleDataMixin):
             return super().compute_loss(
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
             )
-        targets = self._task.targets(labels)
+        targets = self._own_task.targets(labels)
         items = (targets != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
         outputs = None
         if return_outputs:
@@ -160,6 +158,11 @@ class LanguageModelingMixin(ReproducibleDataMixin):
             )
 
     # ---- Head ----
+
+    @property
+    def _own_task(self) -> Task:
+        assert self._task is not None, "asked where the loss is ours"
+        return self._task
 
     @property
     def _own_head_is_on(self) -> bool:
@@ -202,6 +205,7 @@ class LanguageModelingMixin(ReproducibleDataMixin):
         head = self._own_head()
         if head is None:
             return _logits(model(**inputs)), targets
+        assert isinstance(head, MaskedHead), "a head in chunks gives losses"
         positions, chosen, padding = self._choose_positions(targets)
         with head.at(positions, padding):
             logits = _logits(model(**inputs))
@@ -216,14 +220,15 @@ class LanguageModelingMixin(ReproducibleDataMixin):
         if not self._compiled:
             return *padded_positions(labels, masked), None
         share = getattr(self.data_collator, "mlm_probability", None)
-        known = isinstance(share, int | float) and 0 <= share <= 1
-        size = padded_count(masked, labels.numel(), share) if known else None
+        size = None
+        if isinstance(share, int | float) and 0 <= share <= 1:
+            size = padded_count(masked, labels.numel(), share)
         # Sizes 0 and 1 are never dynamic.
         positions, targets = padded_positions(labels, max(masked, 2) if size is None else size)
         padding = targets == IGNORED
         if size is None:
-            torch._dynamo.maybe_mark_dynamic(positions, 0)
-            torch._dynamo.maybe_mark_dynamic(padding, 0)
+            may_be_dynamic(positions, 0)
+            may_be_dynamic(padding, 0)
         return positions, targets, padding
 
     def head_attached(self) -> AbstractContextManager:
@@ -238,7 +243,7 @@ class LanguageModelingMixin(ReproducibleDataMixin):
         model = core_model(self._unwrapped_model())
         if self._head_model is not model:  # model_init makes a new one
             self._head_model = model
-            if self._task.name == "mlm":
+            if self._own_task.name == "mlm":
                 self._head = find_masked_head(model)
                 why = "its head is not known to work position by position"
             else:
@@ -259,7 +264,7 @@ class LanguageModelingMixin(ReproducibleDataMixin):
 
     def _give_up_own_head(self, why: str) -> None:
         self._head = None
-        causal = self._task.name == "clm"
+        causal = self._own_task.name == "clm"
         name, how = ("chunked_head", "in chunks") if causal else ("masked_head", "on masked positions only")
         logger.warning(
             f"{name}: {type(self._head_model).__name__} can't compute its head {how} ({why}); "
@@ -307,7 +312,7 @@ class LanguageModelingMixin(ReproducibleDataMixin):
         compute = self.compute_metrics
 
         def noting(*args, **kwargs):
-            metrics = compute(*args, **kwargs)
+            metrics = compute(*args, **kwargs) if compute is not None else {}
             names.update(metrics or ())
             return metrics
 
@@ -324,14 +329,16 @@ class LanguageModelingMixin(ReproducibleDataMixin):
             # The caller wants the logits of all positions, so the full head it is.
             loss, logits, labels = super().prediction_step(model, inputs, False, ignore_keys=ignore_keys)
             scores = logits[0] if isinstance(logits, tuple | list) else logits
-            targets = self._task.targets(labels)
+            assert scores is not None
+            assert labels is not None
+            targets = self._own_task.targets(labels)
             positions = target_positions(targets)
             scores = scores.flatten(0, -2)[positions]
             losses = token_losses(scores, targets.reshape(-1)[positions])
             self._tally.add(losses, scores.argmax(-1), targets, positions)
             return loss, logits, labels
         inputs = self._prepare_inputs(inputs)
-        targets = self._task.targets(inputs["labels"])
+        targets = self._own_task.targets(inputs["labels"])
         with torch.no_grad(), self.compute_loss_context_manager():
             losses, predictions, positions = self._scores(model, inputs, targets)
         return self._tally.add(losses, predictions, targets, positions), None, None

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import Trainer
 from transformers.utils import logging
 
@@ -29,16 +30,13 @@ from hf_recycle.methods.all import CALLBACKS, NeuronMethods
 from hf_recycle.methods.base import Method
 from hf_recycle.methods.coordinator import NeuronCallback
 from hf_recycle.methods.overtraining.callback import Overtraining
-from hf_recycle.methods.recycling.callback import Recycling
-from hf_recycle.methods.settings import flat
 from hf_recycle.neurons.slices import full_shape
 from hf_recycle.neurons.table import NeuronTable
-from hf_recycle.records.recorder import HistoryRecorder
 from hf_recycle.speed.onednn import is_available, onednn_forwards
 from hf_recycle.speed.recomputation import recomputing_forwards
 from hf_recycle.trainer.language_modeling import LanguageModelingMixin
 from hf_recycle.trainer.muon import MuonWithAdamW, muon_arguments
-from hf_recycle.utils.forwards import replaced_forwards
+from hf_recycle.utils.forwards import Forward, replaced_forwards
 
 logger = logging.get_logger(__name__)
 
@@ -62,7 +60,7 @@ class RecyclingTrainer(RunStartMixin, HubMixin, CheckpointMixin, LanguageModelin
             FSDP version 1, fewer processes or another engine than the launcher was asked for.
     """
 
-    @wraps(Trainer.__init__, assigned=())  # for whoever asks for its signature
+    @wraps(Trainer.__init__, assigned=())  # type: ignore[misc]  # for whoever asks for its signature
     def __init__(self, model=None, args: RecyclingArguments | None = None, *positional, **kwargs):
         if args is None:
             args = RecyclingArguments(output_dir="tmp_trainer")
@@ -110,8 +108,9 @@ class RecyclingTrainer(RunStartMixin, HubMixin, CheckpointMixin, LanguageModelin
         self.neuron_methods.ff_pattern, self.neuron_methods.ff_blocks = where
         self.neuron_methods.use(methods, fronts)
         table = self.neuron_table()  # a model without blocks is refused here
-        for method in methods:
-            method.check_blocks(table.blocks)
+        if table is not None:
+            for method in methods:
+                method.check_blocks(table.blocks)
         if any(isinstance(method, Overtraining) for method in methods):
             check_can_overtrain(self)
         # Among the callbacks only while there is something to run.
@@ -143,57 +142,13 @@ class RecyclingTrainer(RunStartMixin, HubMixin, CheckpointMixin, LanguageModelin
         methods = self.neuron_methods.methods if self.is_in_train else self._asked_for()[0]
         return not (methods or self._own_head_is_on)
 
-    # ---- Neurons ----
-
-    @property
-    def recorder(self) -> HistoryRecorder:
-        """What happened to the neurons so far."""
-        return self.neuron_methods.recorder
-
-    @property
-    def recycling(self) -> Recycling | None:
-        """The method that recycles, or None if recycling is off."""
-        return next((method for method in self.neuron_methods.methods if isinstance(method, Recycling)), None)
-
-    def neuron_table(self) -> NeuronTable | None:
-        """The state of the current model's neurons; None if it has no feed-forward blocks and no method needs any.
-
-        Raises:
-            ValueError: if a method is on and the model has no feed-forward block.
-        """
-        methods = self.neuron_methods
-        try:
-            return NeuronTable.of(self._unwrapped_model(), methods.ff_pattern, methods.ff_blocks)
-        except ValueError:
-            if methods.methods or methods.ff_pattern or methods.ff_blocks:
-                raise
-            return None
-
-    def recycling_arguments(self) -> dict[str, Any]:
-        """The settings as they were given, flat."""
-        where = {"ff_pattern": self.neuron_methods.ff_pattern, "ff_blocks": self.neuron_methods.ff_blocks}
-        arguments = self.args.method_arguments() | where
-        for method in self.neuron_methods.methods:
-            arguments |= flat(method.given)
-        return arguments
-
-    def resolved_arguments(self) -> dict[str, Any]:
-        """The settings in force of the methods that are on, flat, with steps instead of shares of the training; empty
-        before training."""
-        methods = [method for method in self.neuron_methods.methods if method.run is not None]
-        return {name: value for method in methods for name, value in flat(method.settings).items()}
-
-    def immune_neurons(self) -> int:
-        """Neurons that the next selection phase may not take because of their immunity."""
-        return self.recycling.immune(self.neuron_table()) if self.recycling is not None else 0
-
     # ---- Training ----
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         check_same(self._start(max_steps, resume_from_checkpoint))
         # The last moment at which the model is not wrapped or sharded.
-        if self.recycling is not None:
-            for view in self.neuron_table().views:
+        if self.recycling is not None and (table := self.neuron_table()) is not None:
+            for view in table.views:
                 view.learn_distribution()
         self.settle_loss()
         self._enable_optimizations()
@@ -203,7 +158,8 @@ class RecyclingTrainer(RunStartMixin, HubMixin, CheckpointMixin, LanguageModelin
 
     def _enable_optimizations(self) -> None:
         """Settles what saves memory and time in this training."""
-        table, forwards = self.neuron_table(), {}
+        table = self.neuron_table()
+        forwards: dict[nn.Module, Forward] = {}
         if self.args.onednn_linear and can_use_onednn(self):
             forwards |= onednn_forwards(self.model)
         if self.args.recompute_activations and not self.steps_aside and table is not None and can_recompute(self):
@@ -284,14 +240,14 @@ class RecyclingTrainer(RunStartMixin, HubMixin, CheckpointMixin, LanguageModelin
     # ---- Logging ----
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs and self.neuron_methods.methods:
-            logs |= self._neuron_scalars()
+        if "loss" in logs and self.neuron_methods.methods and (table := self.neuron_table()) is not None:
+            logs |= self._neuron_scalars(table)
         super().log(logs, start_time)
         self.recorder.log(self.model_step, logs)
 
-    def _neuron_scalars(self) -> dict[str, float]:
+    def _neuron_scalars(self, table: NeuronTable) -> dict[str, float]:
         scalars = self.neuron_methods.scalars()
-        magnitudes = torch.cat(list(self.neuron_table().magnitudes().values()))
+        magnitudes = torch.cat(list(table.magnitudes().values()))
         for name, level in _LOGGED_QUANTILES.items():
             # kthvalue, because torch.quantile refuses more than 16 million values.
             scalars[name] = float(magnitudes.kthvalue(max(1, round(level * len(magnitudes)))).values)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
 from hf_recycle.errors import UserError
+from hf_recycle.internals.of_python import flags_of, has_commands
 from hf_recycle.utils.suggest import nearest
 
 _NUMBER = re.compile(r"-\.?\d.*")
@@ -57,7 +58,9 @@ class Parser(argparse.ArgumentParser):
             message = f"unexpected {message.partition(': ')[2]!r}; names go before the arguments"
         raise UserError(message)
 
-    def parse_known_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None) -> Any:
+    def parse_known_args(  # type: ignore[override]  # of two overloads, which differ in the type of namespace
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> Any:
         """Parse words, of which every flag must be known.
 
         Raises:
@@ -70,7 +73,7 @@ class Parser(argparse.ArgumentParser):
         """The words with flags as they were declared. Those of another command, behind its name, stay."""
         spelled: list[str] = []
         for position, word in enumerate(words):
-            if word == "--" or (self._subparsers is not None and not word.startswith("-")):
+            if word == "--" or (has_commands(self) and not word.startswith("-")):
                 return spelled + words[position:]
             name, equals, value = word.partition("=")
             if len(word) > 1 and word.startswith("-") and not _NUMBER.fullmatch(word) and " " not in name:
@@ -79,7 +82,7 @@ class Parser(argparse.ArgumentParser):
         return spelled
 
     def _declared(self, name: str) -> str:
-        declared = {known.replace("-", "_"): known for known in self._option_string_actions}
+        declared = {known.replace("-", "_"): known for known in flags_of(self)}
         if (found := declared.get(name.replace("-", "_"))) is not None:
             return found
         if self.add_later is not None:
@@ -89,7 +92,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"unknown argument {name}; {self._hint(name)}")
 
     def _hint(self, name: str) -> str:
-        known = [flag[2:] for flag in self._option_string_actions if re.match("--(?!no_)", flag)]
+        known = [flag[2:] for flag in flags_of(self) if re.match("--(?!no_)", flag)]
         hint = nearest(name.lstrip("-").replace("-", "_"), known)
         found = hint.startswith("did you mean ")
         return hint.replace("mean ", "mean --", 1) if found else f"{self.prog} --help lists the known ones"

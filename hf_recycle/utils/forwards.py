@@ -20,7 +20,10 @@ class Forward:
 
     def __init__(self, original: Callable[..., Any]) -> None:
         self.original = original
-        self.own = getattr(original, "own", original)
+        self.own: Any = getattr(original, "own", original)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
 
     def __reduce__(self) -> tuple:
         return partial, (self.original,)
@@ -41,7 +44,7 @@ def replaced_forwards(forwards: Mapping[nn.Module, Forward]) -> Iterator[None]:
     }
     try:
         for module, forward in free.items():
-            module.forward = forward
+            module.forward = forward  # type: ignore[method-assign, assignment]
         yield
     finally:
         for module, forward in free.items():

@@ -17,6 +17,7 @@ class PassingHook:
 
     def register(self):
         module = self._module()
+        assert module is not None
         return (module.register_forward_hook if self._behind else module.register_forward_pre_hook)(self._hook)
 
 

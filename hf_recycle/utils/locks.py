@@ -11,7 +11,7 @@ from pathlib import Path
 try:
     import fcntl
 except ImportError:  # not on Windows; there nothing is locked
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 
 class FileLock:

@@ -50,6 +50,8 @@ class OwnRandomState:
         fresh = OwnRandomState(self._seed, self._sources[3:])
         with fresh:
             pass
+        assert fresh._inside is not None
+        assert self._inside is not None, "to be asked once it was left"
         return not all(map(_equal, fresh._inside, self._inside))
 
 

@@ -54,7 +54,9 @@ class Registry(Generic[F]):
         """Docstrings by name, without importing the home."""
         texts = {name: (function.__doc__ or "") for name, function in self._functions.items()}
         if self._home:
-            source = Path(find_spec(self._home).origin).read_text(encoding="utf-8")
+            spec = find_spec(self._home)
+            assert spec is not None
+            source = Path(str(spec.origin)).read_text(encoding="utf-8")
             functions = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
             texts = {f.name: ast.get_docstring(f) or "" for f in functions if _is_registered(f)} | texts
         return texts

@@ -86,6 +86,7 @@ def test_activations_on_shapes_are_those_of_a_computation():
 def test_when_methods_act(tmp_path):
     settings = {"recycle_steps": 10, "recycle_start": 5, "prune_fraction": 0.5, "prune_steps": 20, "prune_end": 0.7}
     settings |= {"overtrain_steps": 25, "overtrain_batches": 1, "magnitude_steps": 0.5, "midpoint_weight": 0.1}
+    settings |= {"shrink_perturb_steps": 25}
     args = RecyclingArguments(output_dir=str(tmp_path), **settings)
     found = {}
     for callback in CALLBACKS:
@@ -97,6 +98,7 @@ def test_when_methods_act(tmp_path):
     assert list(found["PruningCallback"]) == [0, 20, 40, 42]
     assert list(found["OvertrainingCallback"]) == [25, 50]
     assert list(found["MagnitudeCallback"]) == [0, 30, 60]
+    assert list(found["ShrinkPerturbCallback"]) == [25, 50]
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from hf_recycle.methods.overtraining.subsets import SUBSETS, choose, subset_size
 def test_subsets(magnitudes, seed, subset, fraction):
     values = torch.tensor(magnitudes)
     available = torch.rand(len(values), generator=torch.Generator().manual_seed(seed)) < 0.7
-    chosen = choose(values, available, subset, fraction, torch.Generator().manual_seed(seed)).tolist()
+    chosen = choose(values, available, subset, fraction, lambda: torch.Generator().manual_seed(seed)).tolist()
     candidates = [number for number in range(len(values)) if available[number]]
     if subset == "all":
         assert chosen == candidates

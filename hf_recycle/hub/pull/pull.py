@@ -58,7 +58,7 @@ class Pull:
                     self.address.repo_id, revision=self.address.revision, allow_patterns=list(self.files), token=token
                 ),
             )
-        folder = Path(snapshot, self.address.folder)
+        folder = Path(snapshot, self.address.folder or "")
         check_checkpoint(folder, self.address)
         return folder
 

@@ -6,10 +6,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerState, TrainingArguments
+from transformers import TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
+from hf_recycle.arguments import RecyclingArguments
 from hf_recycle.engines.replica_checksum import from_main_process
 from hf_recycle.hub.address import HubAddress, is_address
 from hf_recycle.hub.pull.names import refuse_pickled
@@ -19,7 +20,7 @@ from hf_recycle.hub.pull.trust import check_checkpoint
 logger = logging.get_logger(__name__)
 
 
-def local_checkpoint(source: Any, args: TrainingArguments) -> Any:
+def local_checkpoint(source: Any, args: RecyclingArguments) -> Any:
     """Where to resume from: an address on the Hub becomes a checked folder of its cache, all else stays as it is.
 
     The main process settles the commit and the files, then the first process of each node downloads and the others
@@ -59,7 +60,7 @@ def _names(folder: Path) -> list[str]:
     return names
 
 
-def _trust(args: TrainingArguments) -> bool:
+def _trust(args: RecyclingArguments) -> bool:
     return getattr(args, "trust_pickled_checkpoint", False)
 
 

@@ -56,9 +56,10 @@ class Commit:
         present = self._files(head) if head else []
         if self._is_older:  # the root is not its business
             present = [name for name in present if name.startswith(f"{push.checkpoint}/")]
-        old_card = self._card(head) if CARD in present else ""
+        old_card = self._card(head) if head and CARD in present else ""
         additions = self._additions(old_card)
-        new_card = additions[CARD].decode() if isinstance(additions.get(CARD), bytes) else old_card
+        content = additions.get(CARD)
+        new_card = content.decode() if isinstance(content, bytes) else old_card
         stale = replaced_files(present, additions, push.checkpoint, old_card, new_card)
         operations = [
             CommitOperationAdd(name, content if isinstance(content, bytes) else str(content))

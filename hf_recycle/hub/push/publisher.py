@@ -89,9 +89,9 @@ class Publisher:
         with self._changed:
             if self._deadline is not None:
                 self._deadline.begin(self.policy.last_patience)
-            while self._busy():
+            while self._busy() and self._deadline is not None:
                 self._changed.wait(min(1.0, max(0.0, self._deadline.left + _LATE)))
-                if self._busy() and self._deadline.left < -_LATE:
+                if self._busy() and self._deadline is not None and self._deadline.left < -_LATE:
                     self._leave(str(Overdue()))
                 elif self._busy() and time.monotonic() - said >= _PROGRESS:
                     said = time.monotonic()
@@ -192,7 +192,8 @@ class Publisher:
         # An earlier attempt may have been given up.
         self.unpublished = [i for i in self.unpublished if (i.push.folder, i.push.branch) != (push.folder, push.branch)]
         if outcome is not None:
-            self._deadline.renew()
+            if self._deadline is not None:
+                self._deadline.renew()
             try:
                 note_landed(push, self.repository.repo_id or self.repository.name)
             except OSError as error:

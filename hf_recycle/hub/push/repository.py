@@ -120,7 +120,9 @@ class Repository:
             raise
 
     def _ensure_branch(self, repo_id: str, revision: str | None, ask: Asking) -> None:
-        if revision in (None, constants.DEFAULT_REVISION, *self._branches) or revision.startswith("refs/"):
+        if revision is None or revision in (constants.DEFAULT_REVISION, *self._branches):
+            return
+        if revision.startswith("refs/"):
             return
         ask(self.api.create_branch, repo_id, branch=revision, token=self.token, exist_ok=True)
         self._branches.add(revision)

@@ -21,13 +21,14 @@ from hf_recycle.hub.push.repository import Repository
 from hf_recycle.hub.push.staging import leftovers, stage
 from hf_recycle.hub.retry import RetryPolicy
 from hf_recycle.records import files
+from hf_recycle.trainer.base import NeuronTrainer
 
 logger = logging.get_logger(__name__)
 
 _CARD_ARGUMENTS = frozenset(inspect.signature(Trainer.create_model_card).parameters) - {"self"}
 
 
-class HubMixin(Trainer):
+class HubMixin(NeuronTrainer):
     """Publishes checkpoints in the background, from private copies, in order.
 
     What the Hub refuses for good (a wrong token, a right that is missing, a bad name) is raised before training starts.
@@ -75,7 +76,7 @@ class HubMixin(Trainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, trial=None, ignore_keys_for_eval=None):
         if self.publisher is not None:
-            self._take_up_leftovers(resume=bool(resume_from_checkpoint))
+            self._take_up_leftovers(self.publisher, resume=bool(resume_from_checkpoint))
         try:
             result = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         except BaseException:
@@ -86,7 +87,7 @@ class HubMixin(Trainer):
             self.push_to_hub()
         return result
 
-    def _take_up_leftovers(self, resume: bool) -> None:
+    def _take_up_leftovers(self, publisher: Publisher, resume: bool) -> None:
         """What an earlier run in this folder could not publish: a run that goes on publishes it first."""
         try:
             found = leftovers(Path(self.args.output_dir))
@@ -94,20 +95,20 @@ class HubMixin(Trainer):
             logger.warning("What an earlier run left unpublished can't be read: %s", error)
             return
         for push in found:
-            ours = (push.repo_id, push.revision) == (self.publisher.repository.name, self.args.hub_revision)
+            ours = (push.repo_id, push.revision) == (publisher.repository.name, self.args.hub_revision)
             if resume and ours:
-                self.publisher.submit(push)
+                publisher.submit(push)
             else:
                 logger.warning("An earlier run left a checkpoint unpublished; publish it with: %s", push.command)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        strategy, folder = self.args.hub_strategy, Path(checkpoint_folder)
+        strategy, folder = HubStrategy(self.args.hub_strategy), Path(checkpoint_folder)
         if self.publisher is None or strategy == HubStrategy.END:
             return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         inside = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: folder.name}
         try:
-            push = self._push_of(folder)
+            push = self._push_of(self.publisher.repository, folder)
             push = push.to(
                 checkpoint=inside.get(strategy),
                 always=self.args.hub_always_push or strategy == HubStrategy.ALL_CHECKPOINTS or push.tag is not None,
@@ -122,7 +123,7 @@ class HubMixin(Trainer):
 
     # ---- On request ----
 
-    def push_to_hub(
+    def push_to_hub(  # type: ignore[override]  # nothing where nothing could be published, a future if asked for
         self,
         commit_message: str | None = "End of training",
         blocking: bool = True,
@@ -151,13 +152,13 @@ class HubMixin(Trainer):
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if self.hub_model_id is None:
             self.init_hf_repo(token=token, private=private)
-        self.card_words = self.card_words | {name: kwargs[name] for name in _CARD_ARGUMENTS & kwargs.keys()}
+        self.card_words = {**self.card_words, **{name: kwargs[name] for name in _CARD_ARGUMENTS & kwargs.keys()}}
         self.save_model(_internal_call=True)
         if self.publisher is None:
             return None
         folder = Path(self.args.output_dir)
         self.create_model_card(**kwargs)
-        push = self._push_of(folder, commit_message).to(
+        push = self._push_of(self.publisher.repository, folder, commit_message).to(
             revision=revision or self.args.hub_revision, token=token, always=True
         )
         if self.args.hub_strategy != HubStrategy.END:
@@ -192,18 +193,18 @@ class HubMixin(Trainer):
                 super().create_model_card(**words)
                 return
             self.write_recycling_files(folder)
-        self.card_words = self.card_words | words
+        self.card_words = {**self.card_words, **words}
         self.write_card(folder)
 
-    def _push_of(self, folder: Path, wanted: str | None = None) -> Push:
+    def _push_of(self, repository: Repository, folder: Path, wanted: str | None = None) -> Push:
         message, description = commit_message(folder, wanted)
         step = step_of(folder)
         return Push(
             folder=folder,
-            repo_id=self.publisher.repository.name,
+            repo_id=repository.name,
             message=message,
             description=description,
             revision=self.args.hub_revision,
             tag=f"step-{step}" if self.args.hub_tag_steps and step is not None else None,
-            private=self.publisher.repository.private,
+            private=repository.private,
         )

@@ -12,27 +12,30 @@ from hf_recycle.methods.base import Method, Run, StepInfo
 from hf_recycle.methods.coordinator import NeuronCallback
 from hf_recycle.methods.overtraining.subsets import subset_size
 from hf_recycle.methods.overtraining.training import overtrain
+from hf_recycle.methods.schedule import resolved
 from hf_recycle.methods.settings import OvertrainingSettings
 from hf_recycle.neurons.fresh_optimizer import fresh_optimizer
 from hf_recycle.neurons.optimizer_state import check_optimizer
 from hf_recycle.records.recorder import HistoryRecorder, metric_values
 
 
-class Overtraining(Method):
+class Overtraining(Method[OvertrainingSettings]):
     """Overtrains feed-forward weights every so many steps."""
 
     settings_class = OvertrainingSettings
-    settings: OvertrainingSettings
 
     def start(self, run: Run, settings: OvertrainingSettings) -> None:
         super().start(run, settings)
+        self._every = resolved(settings.steps)
         if any(block.out_slice.storage.separate_masters for block in run.table.blocks):
             raise ValueError("overtrain_steps can't be used with DeepSpeed: use DDP or FSDP2.")
-        check_optimizer(run.optimizer, "overtrain_steps", settings.steps)
+        check_optimizer(run.optimizer, "overtrain_steps", self._every)
         self._check_subset()
         # One is made at every overtraining; what can't be made is said now.
         fresh_optimizer(run.optimizer, (p for block in run.table.blocks for p in block.parameters()))
-        self._data = (run.extra_batches or extra_batches_of(run.train_dataloader))(settings.seed, "overtrain_steps")
+        self._data = (run.extra_batches or extra_batches_of(run.train_dataloader))(
+            resolved(settings.seed), "overtrain_steps"
+        )
         self._last_loss = _last_loss(run.recorder)
 
     def _check_subset(self) -> None:
@@ -44,13 +47,15 @@ class Overtraining(Method):
             )
 
     def acting_steps(self, max_steps: int) -> range:
-        return range(self.settings.steps, max_steps + 1, self.settings.steps)
+        every = resolved(self.settings.steps)
+        return range(every, max_steps + 1, every)
 
     def after_step(self, info: StepInfo) -> None:
-        if not info.stepped or info.optimizer_steps % self.settings.steps:
+        if not info.stepped or info.optimizer_steps % self._every:
             return
         args, table = self.run.args, self.table
-        size, tokens = args.per_device_train_batch_size, []
+        size = args.per_device_train_batch_size
+        own_tokens: list[int] = []
         with self.run.attached():
             record = overtrain(
                 table,
@@ -58,7 +63,7 @@ class Overtraining(Method):
                 info.optimizer_steps,
                 model=self.run.model,
                 optimizer=self.run.optimizer,
-                batches=self._batches(size, args.process_index, args.world_size, tokens),
+                batches=self._batches(size, args.process_index, args.world_size, own_tokens),
                 loss_of=self.run.loss_of or model_loss,
                 max_grad_norm=args.max_grad_norm,
                 device=args.device,
@@ -67,7 +72,7 @@ class Overtraining(Method):
             )
         if record is None:
             return
-        first, last, tokens = _over_processes([*record.losses[[0, -1]].tolist(), sum(tokens)], args.device)
+        first, last, tokens = _over_processes([*record.losses[[0, -1]].tolist(), sum(own_tokens)], args.device)
         samples = self.settings.batches * size * args.world_size
         table.overtrain_samples += samples
         table.overtrain_tokens += int(tokens)
@@ -96,7 +101,7 @@ class Overtraining(Method):
 
     def scalars(self) -> dict[str, float]:
         """Extra tokens so far, over all processes, and the loss of the last extra batch."""
-        if self.table is None:
+        if not self.has_started:
             return {}
         loss = {} if self._last_loss is None else {"overtrain_loss": self._last_loss}
         return {"overtrain_tokens": self.table.overtrain_tokens, **loss}
@@ -129,8 +134,8 @@ class OvertrainingCallback(NeuronCallback):
 
 def _last_loss(recorder: HistoryRecorder) -> float | None:
     """The loss of the last extra batch of the run so far, None if there was none."""
-    _, losses = metric_values(recorder.to_table(), "overtraining").get("last_loss", ((), ()))
-    return float(losses[-1]) if len(losses) else None
+    found = metric_values(recorder.to_table(), "overtraining").get("last_loss")
+    return None if found is None or not len(found[1]) else float(found[1][-1])
 
 
 def model_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:

@@ -4,6 +4,7 @@ Source: *Neuron Recycling*, section "Understanding neuron magnitudes" ("overtrai
 """
 
 import math
+from collections.abc import Callable
 from fractions import Fraction
 
 import torch
@@ -21,7 +22,7 @@ def subset_size(fraction: float, neurons: int) -> int:
 
 
 def choose(
-    magnitudes: Tensor, available: Tensor, subset: str, fraction: float, generator: torch.Generator | None
+    magnitudes: Tensor, available: Tensor, subset: str, fraction: float, make_generator: Callable[[], torch.Generator]
 ) -> Tensor:
     """The neurons of one layer to overtrain.
 
@@ -30,7 +31,7 @@ def choose(
         available: bool `(d_ff,)`, false for neurons that are pruned or fading in.
         subset: one of `SUBSETS`.
         fraction: share of the `d_ff` neurons; "all" takes every available one.
-        generator: for "random".
+        make_generator: for "random".
 
     Returns:
         Ascending int64 indices; fewer than the share if fewer are available.
@@ -38,7 +39,7 @@ def choose(
     criterion = SUBSETS[subset]
     if criterion is None:
         return available.nonzero().flatten()
-    scores = CRITERIA[criterion](Signals(magnitudes, lambda: generator))
+    scores = CRITERIA[criterion](Signals(magnitudes, make_generator))
     return select(scores, available, subset_size(fraction, len(magnitudes)))
 
 

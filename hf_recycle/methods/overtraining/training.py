@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from hf_recycle.engines.replica_checksum import compare_replicas
 from hf_recycle.methods.isolated_training import isolated_training
 from hf_recycle.methods.overtraining.subsets import choose, warm_up
+from hf_recycle.methods.schedule import resolved
 from hf_recycle.methods.settings import OvertrainingSettings
 from hf_recycle.neurons.fresh_optimizer import fresh_optimizer
 from hf_recycle.neurons.table import NeuronTable
@@ -80,7 +82,7 @@ def overtrain(
     scaler = getattr(optimizer, "scaler", None)
     scale = scaler.get_scale() if scaler is not None and scaler.is_enabled() else 1.0
     losses, skipped = [], 0
-    seed = generator_for(settings.seed, step, process, "overtrain dropout").initial_seed()
+    seed = generator_for(resolved(settings.seed), step, process, "overtrain dropout").initial_seed()
     with isolated_training(model, trained, device, seed):
         for number, batch in enumerate(batches, start=1):
             loss = loss_of(model, batch)
@@ -113,7 +115,7 @@ def _choose(
             ~(state.pruned | state.fading_in()) & (block_index not in frozen),
             settings.subset,
             settings.fraction,
-            generator_for(settings.seed, step, block_index, "overtrain subset"),
+            partial(generator_for, resolved(settings.seed), step, block_index, "overtrain subset"),
         )
         for block_index, (block, state) in enumerate(zip(table.blocks, table.states, strict=True))
     ]

@@ -1,5 +1,8 @@
 """When to recycle."""
 
+from collections.abc import Sequence
+
+from torch.utils.hooks import RemovableHandle
 from transformers.utils import logging
 
 from hf_recycle.methods.base import Method, Run, StepInfo
@@ -15,7 +18,7 @@ from hf_recycle.methods.recycling.fade_in import (
 )
 from hf_recycle.methods.recycling.phase import needs_of_settings, run_phase
 from hf_recycle.methods.recycling.selection import is_immune
-from hf_recycle.methods.schedule import PhaseSchedule
+from hf_recycle.methods.schedule import PhaseSchedule, resolved
 from hf_recycle.methods.settings import RecyclingSettings
 from hf_recycle.neurons.blocks import FeedForward
 from hf_recycle.neurons.optimizer_state import check_can_reset, check_optimizer, check_state, check_was_reset
@@ -25,13 +28,12 @@ from hf_recycle.utils.seeds import generator_for
 logger = logging.get_logger(__name__)
 
 
-class Recycling(Method):
+class Recycling(Method[RecyclingSettings]):
     """Runs the selection phases, and carries neurons from their old to their new weights."""
 
     settings_class = RecyclingSettings
-    settings: RecyclingSettings
     needs_loss = True
-    _hooks = ()
+    _hooks: Sequence[RemovableHandle] = ()
 
     def check_blocks(self, blocks: list[FeedForward]) -> None:
         wrong = [layer for layer in self.given.layers or [] if layer >= len(blocks)]
@@ -43,12 +45,14 @@ class Recycling(Method):
     def start(self, run: Run, settings: RecyclingSettings) -> None:
         super().start(run, settings)
         self.schedule = make_schedule(settings, run.max_steps)
-        self.smooth_steps = settings.smooth_steps or 0
-        check_optimizer(run.optimizer, "recycle_steps", settings.steps)
+        self.smooth_steps = resolved(settings.smooth_steps or 0)
+        check_optimizer(run.optimizer, "recycle_steps", self.schedule.every)
         check_can_reset(run.optimizer, settings.optimizer_state, run.table.blocks)
         check_can_fold(settings.fold, [self.table.blocks[index] for index in self._layers], "recycle_fold")
         wanted = needs_of_settings(settings)
-        self.probe = Probe(run, settings.seed, settings.probe_batches, wanted, "recycling") if wanted else None
+        self.probe = (
+            Probe(run, resolved(settings.seed), settings.probe_batches, wanted, "recycling") if wanted else None
+        )
         self._gradients_scaled = self._state_checked = False
         self._check_weights()
         self._check_initial_distribution()
@@ -91,7 +95,12 @@ class Recycling(Method):
         for index in self._layers:
             view = self.table.views[index]
             inner = [piece.role for piece in view.block.slices if piece.role != "out"]
-            drawn = {"initial": None, "matched_normal": view.bias_roles, "zero_out": inner, "gradmax": inner}
+            drawn: dict[str, list[str] | None] = {
+                "initial": None,
+                "matched_normal": view.bias_roles,
+                "zero_out": inner,
+                "gradmax": inner,
+            }
             roles = drawn.get(self.settings.reinit, [])
             view.sample_initial(1, generator_for(0, 0, index, "check"), roles)
 
@@ -149,7 +158,7 @@ class Recycling(Method):
             optimizer=self.run.optimizer,
             loss_is_finite=info.loss_is_finite(),
             frozen=self.run.frozen(),
-            gather=self.probe and self.probe.gather,
+            gather=None if self.probe is None else self.probe.gather,
         )
         for record in records:
             self.run.recorder.phase(**vars(record))
@@ -169,7 +178,7 @@ class Recycling(Method):
     def scalars(self) -> dict[str, float]:
         """Recycling events and entries of the optimizer's state that were reset so far, share of neurons ever recycled,
         neurons that fade in and immune neurons."""
-        if self.table is None:
+        if not self.has_started:
             return {}
         counts = list(self.table.counts.values())
         return {
@@ -217,7 +226,7 @@ def make_schedule(settings: RecyclingSettings, max_steps: int) -> PhaseSchedule:
     Raises:
         ValueError: if recycling starts after it ends.
     """
-    start, end = settings.start or 0, max_steps if settings.end is None else settings.end
+    start, end = resolved(settings.start or 0), max_steps if settings.end is None else resolved(settings.end)
     if start > end:
         raise ValueError(f"recycle_start={start} is after recycle_end={end}: recycling would never happen.")
-    return PhaseSchedule(settings.steps, start, end, max_steps, settings.fraction, settings.fraction_schedule)
+    return PhaseSchedule(resolved(settings.steps), start, end, max_steps, settings.fraction, settings.fraction_schedule)

@@ -60,11 +60,11 @@ def resume_fade_ins(table: NeuronTable, smooth_steps: int) -> None:
 def scale_gradients(table: NeuronTable, smooth_steps: int) -> None:
     """Turns the gradients of x into those of x_new: times α. To be called once, before gradients are clipped. Gradients
     of separate masters are scaled by `hook_gradients`."""
-    for block, state in _fading_in(table):
-        alpha = interpolation(state.fade_in.age, smooth_steps)
+    for block, _, fade_in in _fading_in(table):
+        alpha = interpolation(fade_in.age, smooth_steps)
         for piece in block.slices:
             if not piece.storage.separate_masters:
-                piece.storage.scale_gradient(piece, state.fade_in.index, alpha)
+                piece.storage.scale_gradient(piece, fade_in.index, alpha)
 
 
 def hook_gradients(table: NeuronTable, smooth_steps: int) -> list[torch.utils.hooks.RemovableHandle]:
@@ -101,10 +101,10 @@ class _ScaledGradient:
 @torch.no_grad()
 def restore_new_weights(table: NeuronTable) -> None:
     """Puts x_new into the parameters. To be called right before the optimizer steps."""
-    for block, state in _fading_in(table):
+    for block, _, fade_in in _fading_in(table):
         for piece in block.slices:
             if not piece.storage.separate_masters:
-                piece.storage.write(piece, state.fade_in.index, state.fade_in.new[piece.role])
+                piece.storage.write(piece, fade_in.index, fade_in.new[piece.role])
 
 
 @torch.no_grad()
@@ -115,8 +115,7 @@ def blend_weights(table: NeuronTable, smooth_steps: int, *, advance: bool) -> No
     Args:
         advance: False for a skipped step, which α does not count.
     """
-    for block, state in _fading_in(table):
-        fade_in = state.fade_in
+    for block, state, fade_in in _fading_in(table):
         for piece in block.slices:
             new = fade_in.new[piece.role]
             fade_in.new[piece.role] = piece.storage.read(piece, fade_in.index, into=new)
@@ -136,8 +135,8 @@ def _write_blended(block: FeedForward, fade_in: FadeIn, smooth_steps: int) -> Te
     return alpha
 
 
-def _fading_in(table: NeuronTable) -> Iterator[tuple[FeedForward, BlockState]]:
+def _fading_in(table: NeuronTable) -> Iterator[tuple[FeedForward, BlockState, FadeIn]]:
     """The blocks with neurons that fade in. Those of a block that is frozen now wait where they are."""
     for block, state in zip(table.blocks, table.states, strict=True):
         if state.fade_in is not None and not block.is_frozen:
-            yield block, state
+            yield block, state, state.fade_in

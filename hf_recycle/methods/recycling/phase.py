@@ -14,7 +14,7 @@ from hf_recycle.methods.recycling.births import REINITIALIZATIONS, Options
 from hf_recycle.methods.recycling.fade_in import begin
 from hf_recycle.methods.recycling.selection import CRITERIA, Signals, is_immune, select_globally, select_in_each
 from hf_recycle.methods.registry import FOLDS, needs_of
-from hf_recycle.methods.schedule import PhaseSchedule
+from hf_recycle.methods.schedule import PhaseSchedule, resolved
 from hf_recycle.methods.settings import RecyclingSettings
 from hf_recycle.neurons.blocks import magnitudes_of
 from hf_recycle.neurons.magnitudes import on_cpu
@@ -110,6 +110,7 @@ def run_phase(
     names = needs_of_settings(settings)
     statistics: list[Statistics] = [{} for _ in block_indices]
     if names and not reason:
+        assert gather is not None, f"{', '.join(names)} can't be known without a probe"
         statistics = gather(block_indices, names, optimizer_steps)
         if not all(value.isfinite().all() for each in statistics for value in each.values()):
             reason = f"{SKIPPED}some statistics of the extra batches are not finite"
@@ -129,7 +130,7 @@ def run_phase(
         CRITERIA[settings.selection](
             Signals(
                 values,
-                partial(generator_for, settings.seed, optimizer_steps, block_index, "select"),
+                partial(generator_for, resolved(settings.seed), optimizer_steps, block_index, "select"),
                 table.blocks[block_index].out_columns,
                 known,
                 mask,
@@ -142,7 +143,7 @@ def run_phase(
     ]
     refused = [""] * len(block_indices)
     if settings.threshold is not None:
-        refused, quotas = _apply_threshold(settings, scores, eligible, states, quotas)
+        refused, quotas = _apply_threshold(settings, settings.threshold, scores, eligible, states, quotas)
     if settings.scope == "global":
         chosen = select_globally(scores, eligible, quotas[0])
         found = sum(len(index) for index in chosen)
@@ -158,7 +159,9 @@ def run_phase(
     table.phases = phase
     checksum = ReplicaChecksum()
     checksum.note(chosen)
-    generators = [generator_for(settings.seed, optimizer_steps, block_index, "reinit") for block_index in block_indices]
+    generators = [
+        generator_for(resolved(settings.seed), optimizer_steps, block_index, "reinit") for block_index in block_indices
+    ]
     # One block at a time: every process draws the new weights of all recycled neurons, whatever its share of the model.
     # The last one first, because it was read last and may still be in a cache.
     for block_index, index, generator, known in reversed(
@@ -201,6 +204,7 @@ def _eligible(states: list[BlockState], phase: int, step: int, settings: Recycli
 
 def _apply_threshold(
     settings: RecyclingSettings,
+    threshold: float,
     scores: list[Tensor],
     eligible: list[Tensor],
     states: list[BlockState],
@@ -210,9 +214,9 @@ def _apply_threshold(
     block, why none of it may be recycled, or empty."""
     refused = []
     for values, mask, state in zip(scores, eligible, states, strict=True):
-        below = values <= settings.threshold
+        below = values <= threshold
         takes_all = bool((below | state.pruned).all())
-        refused.append(f"the threshold {settings.threshold:g} would take every neuron of a layer" if takes_all else "")
+        refused.append(f"the threshold {threshold:g} would take every neuron of a layer" if takes_all else "")
         mask &= below & (not takes_all)
     left = [int(mask.count_nonzero()) for mask in eligible]
     if settings.scope == "global":

@@ -45,6 +45,7 @@ class Signals:
     @cached_property
     def out_columns(self) -> Tensor:
         """The out-projection, a row for each neuron: float64 `(d_ff, d_model)` on the CPU."""
+        assert self.read_out_columns is not None, "the criterion looks at the out-projection"
         return self.read_out_columns().detach().cpu().double()
 
 

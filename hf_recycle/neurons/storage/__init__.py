@@ -3,6 +3,7 @@
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from hf_recycle.internals.of_deepspeed import has_cut_master, is_partitioned
 from hf_recycle.neurons.storage.base import Fragments, Storage
 from hf_recycle.neurons.storage.dtensor import DTensorStorage
 from hf_recycle.neurons.storage.plain import PlainStorage
@@ -18,8 +19,8 @@ def storage_of(parameter: Tensor) -> Storage:
     """The storage of a parameter, as it is now: engines take parameters over when training begins."""
     if isinstance(parameter, DTensor):
         return _DTENSOR
-    if hasattr(parameter, "ds_id"):
+    if is_partitioned(parameter):
         return _PARTITIONED_ZERO
-    if hasattr(parameter, "_hp_mapping"):
+    if has_cut_master(parameter):
         return _REPLICATED_ZERO
     return _PLAIN

@@ -1,6 +1,7 @@
 """Parameters that are DTensors: FSDP2 (`fully_shard`), tensor parallelism, or both."""
 
 from collections.abc import Hashable
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -16,11 +17,11 @@ class DTensorStorage(Storage):
     """The tiles are what `to_local()` holds; it is edited in place, because DTensor refuses indexed assignment."""
 
     def tiles(self, piece: ParameterSlice) -> list[Tile]:
-        return _local_tiles(piece, piece.parameter)
+        return _local_tiles(piece, _parameter(piece))
 
     def gradient_tiles(self, piece: ParameterSlice) -> list[Tile]:
         gradient = piece.parameter.grad
-        return [] if gradient is None else _local_tiles(piece, gradient)
+        return [] if gradient is None else _local_tiles(piece, cast(DTensor, gradient))
 
     def optimizer_state(self, optimizer, piece: ParameterSlice) -> dict[str, list[Tile] | Tensor]:
         state = optimizer.state.get(piece.parameter, {})
@@ -32,15 +33,19 @@ class DTensorStorage(Storage):
 
     def sum_over_processes(self, piece: ParameterSlice, values: Tensor) -> Tensor:
         # Over the mesh dimensions that cut the parameter; along the others there are copies.
-        parameter = piece.parameter
+        parameter = _parameter(piece)
         for dimension, placement in enumerate(parameter.placements):
             if not isinstance(placement, Replicate):
                 dist.all_reduce(values, group=parameter.device_mesh.get_group(dimension))
         return values
 
     def processes(self, piece: ParameterSlice) -> Hashable:
-        parameter = piece.parameter
+        parameter = _parameter(piece)
         return parameter.device_mesh, tuple(isinstance(placement, Replicate) for placement in parameter.placements)
+
+
+def _parameter(piece: ParameterSlice) -> DTensor:
+    return cast(DTensor, piece.parameter)
 
 
 def _local_tiles(piece: ParameterSlice, tensor: DTensor) -> list[Tile]:
@@ -72,6 +77,7 @@ def _flat(tensor: DTensor, dims: range) -> Tensor:
 def _owned(tensor: DTensor, dim: int, size: int) -> Tensor:
     """Which indices of one dimension this process holds, int64 `(n,)` on the CPU."""
     mesh, coordinate = tensor.device_mesh, tensor.device_mesh.get_coordinate()
+    assert coordinate is not None, "this process does not take part in the parameter's mesh"
     numbers = torch.arange(size)
     for mesh_dim in _order_of_cuts(tensor, dim):
         chunks = numbers.chunk(mesh.size(mesh_dim))
@@ -89,7 +95,7 @@ def _order_of_cuts(tensor: DTensor, dim: int) -> list[int]:
     """
     order: list[int] = []
     for mesh_dim, placement in reversed(list(enumerate(tensor.placements))):
-        if isinstance(placement, Replicate) or placement.dim != dim:
+        if getattr(placement, "dim", None) != dim:  # a Replicate has none
             continue
         parts, position = getattr(placement, "split_factor", 1), 0
         while parts > 1 and position < len(order):

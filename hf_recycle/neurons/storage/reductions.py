@@ -1,6 +1,6 @@
 """Norms and sums of the lines of a tile, read once and in the order in which they lie in memory."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache, reduce
 
 import numpy as np
@@ -26,7 +26,7 @@ def norms(tiles: Sequence[Tile], dtype: torch.dtype) -> list[Tensor]:
     groups: dict[_Kernel, list[int]] = {}
     for number, tile in enumerate(tiles):
         groups.setdefault(_norm_kernel(tile, dtype), []).append(number)
-    found = {}
+    found: dict[int, Tensor] = {}
     for kernel, numbers in groups.items():
         found |= zip(numbers, kernel([tiles[number] for number in numbers], dtype), strict=True)
     return [found[number] for number in range(len(tiles))]
@@ -52,7 +52,7 @@ def _norms_of_lines(tile: Tile, dtype: torch.dtype) -> Tensor:
     if values.dtype == dtype:
         return torch.linalg.vector_norm(values, dim=1)
     if tile.is_transposed:
-        return sum(chunk.to(dtype).square().sum(1) for chunk in bands(tile)).sqrt()
+        return _added(chunk.to(dtype).square().sum(1) for chunk in bands(tile)).sqrt()
     # vector_norm upcasts the whole of its argument first.
     return torch.cat([torch.linalg.vector_norm(chunk, dim=1, dtype=dtype) for chunk in bands(tile)])
 
@@ -78,8 +78,12 @@ def sums(tile: Tile) -> Tensor:
         return _summed_down([tile], wide, squares=False)[0]
     if values.dtype == wide:
         return values.sum(1)
-    parts = [chunk.to(wide).sum(1) for chunk in bands(tile)]
-    return sum(parts) if tile.is_transposed else torch.cat(parts)
+    parts = (chunk.to(wide).sum(1) for chunk in bands(tile))
+    return _added(parts) if tile.is_transposed else torch.cat(tuple(parts))
+
+
+def _added(parts: Iterable[Tensor]) -> Tensor:
+    return reduce(torch.add, parts)
 
 
 def bands(tile: Tile) -> tuple[Tensor, ...]:

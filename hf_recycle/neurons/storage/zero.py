@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hf_recycle.neurons.slices import ParameterSlice
+from hf_recycle.internals import of_deepspeed
+from hf_recycle.neurons.slices import ParameterSlice, full_shape
 from hf_recycle.neurons.storage.base import Fragments, Storage
 from hf_recycle.neurons.storage.plain import whole
 from hf_recycle.neurons.storage.tiles import Tile, tiles_of_range
@@ -37,14 +38,11 @@ class ReplicatedZeroStorage(ZeroStorage):
 
     def optimizer_state(self, optimizer, piece: ParameterSlice) -> dict[str, list[Tile] | Tensor]:
         # By key on every process, though some hold nothing of this parameter: means are taken together.
-        mapping = piece.parameter._hp_mapping
-        held = {} if mapping is None else mapping.optim_fragment
         keys = {key for state in optimizer.state.values() for key, value in state.items() if _is_flat(value)}
-        return {key: _mapped(piece, key) for key in sorted(keys | set(held))}
+        return {key: _mapped(piece, key) for key in sorted(keys | of_deepspeed.state_keys(piece.parameter))}
 
     def group_of(self, piece: ParameterSlice, optimizer) -> int:
-        groups = _with(optimizer, "bit16_groups").bit16_groups
-        return next((i for i, group in enumerate(groups) if any(p is piece.parameter for p in group)), -1)
+        return of_deepspeed.replicated_group(optimizer, piece.parameter)
 
     def publish(self, piece: ParameterSlice, index: Tensor) -> None:
         self.write_forward(piece, index, self.read(piece, index))
@@ -75,53 +73,41 @@ class PartitionedZeroStorage(ZeroStorage):
     """Stage 3: cut masters, copies cut alike."""
 
     def tiles(self, piece: ParameterSlice) -> list[Tile]:
-        return _partitioned(piece, _master(piece.parameter))
+        return _partitioned(piece, of_deepspeed.master(piece.parameter))
 
     def optimizer_state(self, optimizer, piece: ParameterSlice) -> dict[str, list[Tile] | Tensor]:
         parameter = piece.parameter
-        group, _, _ = _position(parameter)
-        flat = parameter._z3_optimizer.fp32_partitioned_groups_flat[group]
-        state = optimizer.state.get(flat, {})
         return {
-            key: _partitioned(piece, _master(parameter, key)) if _is_flat(value) else value
-            for key, value in state.items()
+            key: _partitioned(piece, of_deepspeed.master(parameter, key)) if _is_flat(value) else value
+            for key, value in of_deepspeed.master_state(optimizer, parameter).items()
         }
 
     def group_of(self, piece: ParameterSlice, optimizer) -> int:
-        zero = getattr(piece.parameter, "_z3_optimizer", None)  # a parameter that was frozen from the start has none
-        return -1 if zero is None else zero.sub_group_to_group_id[_position(piece.parameter)[0]]
+        return of_deepspeed.partitioned_group(piece.parameter)
 
     def publish(self, piece: ParameterSlice, index: Tensor) -> None:
         self.write_forward(piece, index, self.read(piece, index))
 
     def write_forward(self, piece: ParameterSlice, index: Tensor, fragments: Fragments) -> None:
-        for tile, values in zip(_partitioned(piece, piece.parameter.ds_tensor), fragments, strict=True):
+        for tile, values in zip(_copies(piece), fragments, strict=True):
             tile.write(tile.rows(index)[1], values)
-        _refresh(piece.parameter)
+        of_deepspeed.refresh(piece.parameter)
 
     def read_forward(self, piece: ParameterSlice, index: Tensor) -> Fragments:
-        return [tile.read(tile.rows(index)[1]) for tile in _partitioned(piece, piece.parameter.ds_tensor)]
+        return [tile.read(tile.rows(index)[1]) for tile in _copies(piece)]
 
     def clear(self, piece: ParameterSlice, index: Tensor) -> None:
         super().clear(piece, index)
-        self.fill(_partitioned(piece, piece.parameter.ds_tensor), index, 0.0)
-        _refresh(piece.parameter)
+        self.fill(_copies(piece), index, 0.0)
+        of_deepspeed.refresh(piece.parameter)
 
     def scale(self, piece: ParameterSlice, factors: Tensor) -> None:
         super().scale(piece, factors)
-        copies = _partitioned(piece, piece.parameter.ds_tensor)
-        for master, copied in zip(self.tiles(piece), copies, strict=True):
+        for master, copied in zip(self.tiles(piece), _copies(piece), strict=True):
             # The copies of others may hold something else, as those of neurons that fade in do.
             changed = (factors != 1)[copied.neurons].to(copied.values.device).unsqueeze(1)
             copied.values.copy_(torch.where(changed, master.values, copied.values))
-        _refresh(piece.parameter)
-
-
-def _with(optimizer, attribute: str):
-    """The wrapper around an optimizer that has an attribute."""
-    while not hasattr(optimizer, attribute):
-        optimizer = optimizer.optimizer
-    return optimizer
+        of_deepspeed.refresh(piece.parameter)
 
 
 def _is_flat(value: object) -> bool:
@@ -130,40 +116,18 @@ def _is_flat(value: object) -> bool:
 
 def _mapped(piece: ParameterSlice, key: str | None) -> list[Tile]:
     """Tiles of this process' fragment of the master (or of one optimizer state) of a parameter, stages 1 and 2."""
-    parameter = piece.parameter
-    mapping = parameter._hp_mapping
-    if mapping is None:
-        return []
-    if key is not None and key not in mapping.optim_fragment:
-        return []
-    fragment = mapping.get_hp_fragment(key).detach()
-    return list(tiles_of_range(piece, fragment, mapping.lp_fragment_address.start, piece.matrix_shape[1]))
+    held = of_deepspeed.fragment(piece.parameter, key)
+    return [] if held is None else list(tiles_of_range(piece, *held, piece.matrix_shape[1]))
 
 
-def _position(parameter) -> tuple[int, int, int]:
-    zero = parameter._z3_optimizer
-    return zero.grad_position[zero.get_param_id(parameter)]
-
-
-def _master(parameter, key: str | None = None) -> Tensor:
-    """This process' partition of the master, or of one optimizer state, stage 3."""
-    zero = parameter._z3_optimizer
-    group, offset, length = _position(parameter)
-    flat = zero.fp32_partitioned_groups_flat[group]
-    return (flat if key is None else zero.optimizer.state[flat][key]).detach().narrow(0, offset, length)
+def _copies(piece: ParameterSlice) -> list[Tile]:
+    """Tiles of what this process computes with, stage 3."""
+    return _partitioned(piece, of_deepspeed.partition(piece.parameter))
 
 
 def _partitioned(piece: ParameterSlice, partition: Tensor) -> list[Tile]:
     """Tiles of a stage 3 partition, without the padding behind the last one."""
-    parameter = piece.parameter
     partition = partition.detach()
     start = dist.get_rank() * partition.numel()
-    held = max(0, min(partition.numel(), parameter.ds_numel - start))
+    held = max(0, min(partition.numel(), full_shape(piece.parameter).numel() - start))
     return list(tiles_of_range(piece, partition[:held], start, piece.matrix_shape[1]))
-
-
-def _refresh(parameter) -> None:
-    """Small parameters that stage 3 keeps gathered are gathered anew, as the engine does after a step."""
-    if parameter.ds_persist and parameter.data.numel() == parameter.ds_numel:
-        parameter.partition([parameter])
-        parameter.all_gather([parameter])

@@ -91,10 +91,11 @@ def _check_fade_in(
     found = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
     if not found:
         return 0
-    index, age = found.pop("index", None), found.pop("age", None)
-    for key, values in (("index", index), ("age", age)):
+    for key in ("index", "age"):
+        values = found.get(key)
         if values is None or values.dtype != torch.int64 or values.dim() != 1 or not len(values):
             fail(path, f"the {key} of the fade-ins of block {name} is missing or has the wrong type")
+    index, age = found.pop("index"), found.pop("age")
     if not (((index >= 0) & (index < block["num_neurons"])).all() and len(index.unique()) == len(index)):
         fail(path, f"the fade-ins of block {name} name neurons twice, or that it does not have")
     # A neuron leaves its fade-in at the end, and an optimizer takes at most one step in one of the Trainer's.
