@@ -46,7 +46,7 @@ def write_card(
         folder: holds the recycling files.
         repo_id: the repository that the folder is published in, for the commands in the card.
         told: facts that replace those of the folder (see `words.told_facts`).
-        figures: draw them, which takes about a second; else `card_for` draws them when the folder is published.
+        figures: draw them, which takes most of the time; else `card_for` draws them when the folder is published.
 
     Raises:
         RecyclingFileError: a recycling file is missing or damaged.

@@ -129,10 +129,9 @@ def prepare_data(
 ) -> tuple[PreTrainedTokenizerBase, Dataset | IterableDataset, Dataset | IterableDataset | None]:
     """The tokenizer (loaded, or trained on the texts), and the training and validation sequences."""
     for name in ("whole_word_mask", "mlm_probability_schedule"):
-        if getattr(data, name) and model.task != "mlm":
-            raise UserError(
-                f"{name}={getattr(data, name)} says what is masked, and task={model.task!r} masks nothing; leave it out"
-            )
+        if getattr(data, name) and (model.task != "mlm" or data.are_facts):
+            why = "the facts say so themselves" if data.are_facts else f"task={model.task!r} masks nothing"
+            raise UserError(f"{name}={getattr(data, name)} says what is masked, and {why}; leave it out")
     if data.are_facts:
         facts = Facts.of(data)
         return facts_tokenizer(facts.keys, facts.values), facts, facts.last_task()

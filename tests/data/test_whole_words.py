@@ -188,3 +188,8 @@ def test_word_starts_of_word_ids():
     assert word_starts([0, 0, 1, None, None, 2, 0]).tolist() == [1, 0, 1, 1, 0, 1, 1]
     assert word_starts([]).tolist() == []
     assert torch.tensor(word_starts([3])).tolist() == [1]
+
+
+def test_facts_say_themselves_what_is_masked():
+    with pytest.raises(UserError, match="says what is masked, and the facts say so themselves"):
+        prepare_data(ModelArguments(), DataArguments(dataset_name="facts", whole_word_mask=True))
