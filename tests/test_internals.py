@@ -20,6 +20,7 @@ import pytest
 import torch
 import transformers
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from datasets import iterable_dataset
 from datasets.distributed import split_dataset_by_node
 from torch import nn
@@ -251,10 +252,12 @@ def test_transformers_lists_classes_and_names_of_tensors(tmp_path):
 
 
 def test_accelerate_keeps_the_forward_that_it_wraps():
+    AcceleratorState._reset_state(reset_partial_state=True)  # of a trainer of another test
     layer = nn.Linear(2, 2)
     prepared = Accelerator(cpu=True, mixed_precision="bf16").prepare_model(layer)
     assert "forward" in vars(prepared)
     assert of_accelerate.has_forward_of_accelerate(prepared)
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_datasets_have_fingerprints_and_streams_their_parts():

@@ -123,16 +123,38 @@ class ReproducibleDataMixin(NeuronTrainer):
 
     # ---- Epochs ----
 
-    def _run_epoch(  # type: ignore[override]  # the Trainer calls it by names
-        self, model, epoch: int, train_dataloader, **kwargs
-    ) -> None:
-        goes_on = kwargs["resume_from_checkpoint"] is not None and epoch == kwargs["epochs_trained"]
-        skips = goes_on and not self.args.ignore_data_skip
-        skipped = kwargs["steps_trained_in_current_epoch"] // self.args.gradient_accumulation_steps if skips else 0
+    def _run_epoch(
+        self,
+        model,
+        epoch,
+        train_dataloader,
+        steps_in_epoch,
+        num_update_steps_per_epoch,
+        trial,
+        ignore_keys_for_eval,
+        start_time,
+        resume_from_checkpoint,
+        epochs_trained,
+        steps_trained_in_current_epoch,
+    ):
+        skips = resume_from_checkpoint is not None and epoch == epochs_trained and not self.args.ignore_data_skip
+        skipped = steps_trained_in_current_epoch // self.args.gradient_accumulation_steps if skips else 0
         self._clock.set_epoch(epoch, first_step=self.state.global_step - skipped)
         if self._deterministic:
             set_sampler_epoch(train_dataloader, epoch)
-        super()._run_epoch(model=model, epoch=epoch, train_dataloader=train_dataloader, **kwargs)
+        super()._run_epoch(
+            model,
+            epoch,
+            train_dataloader,
+            steps_in_epoch,
+            num_update_steps_per_epoch,
+            trial,
+            ignore_keys_for_eval,
+            start_time,
+            resume_from_checkpoint,
+            epochs_trained,
+            steps_trained_in_current_epoch,
+        )
 
     def set_initial_training_values(self, args, dataloader):
         self._stream_ends_unannounced = not has_length(dataloader)
