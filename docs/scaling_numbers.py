@@ -101,7 +101,7 @@ def memory() -> str:
             row(f"smooth, f = {f}: DDP", "8 · f · F", lambda m, p, f=f: 8 * f * m.ff_weights),
             row(f"smooth, f = {f}: FSDP2, ZeRO", "8 · f · F / P", lambda m, p, f=f: 8 * f * m.ff_weights / p),
             row(
-                f"smooth, f = {f}: while a checkpoint is written or read in mid-transition",
+                f"smooth, f = {f}: while a checkpoint is written or read in mid-fade-in",
                 "8 · f · F",
                 lambda m, p, f=f: 8 * f * m.ff_weights,
             ),

@@ -70,7 +70,6 @@ TRAINER_METHODS = {
 TRAINER_ATTRIBUTES = {
     "_globalstep_last_logged",
     "_initial_global_step",
-    "_loss_shifts_labels",
     "_total_loss_scalar",
     "_tr_loss",
 }

@@ -26,7 +26,7 @@ class OwnArguments(_OfMethods):
         default=True,
         metadata={
             "help": "Compute the head of a causal language model in chunks of tokens: the same loss, and memory for "
-            "the logits of one chunk."
+            "the logits of one chunk. Off with masked_head=False too."
         },
     )
     recompute_activations: bool = field(

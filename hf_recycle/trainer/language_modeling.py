@@ -56,7 +56,6 @@ class LanguageModelingMixin(ReproducibleDataMixin):
         self._tally: EvaluationTally | None = None
         self._said_inflated = False
         self._stock_accepts_loss_kwargs = self._settled_accepts_loss_kwargs = self.model_accepts_loss_kwargs
-        self._stock_shifts_labels = self._loss_shifts_labels
         self.settle_loss()
         self.set_up_data()
 
@@ -88,8 +87,6 @@ class LanguageModelingMixin(ReproducibleDataMixin):
             or self.get_sp_size() * self.get_cp_size() > 1  # sequences are cut, labels too
         )
         self._task = None if users else task_of(model)
-        # The stock Trainer counts the first token of each sequence too where it doesn't know the loss, as of GPT-2.
-        self._loss_shifts_labels = self._task.first_predicted > 0 if self._task else self._stock_shifts_labels
         if self.model_accepts_loss_kwargs is not self._settled_accepts_loss_kwargs:
             return  # the user has set it
         if self._task is not None:
@@ -168,7 +165,9 @@ class LanguageModelingMixin(ReproducibleDataMixin):
     def _own_head_is_on(self) -> bool:
         """Whether the arguments ask for a head that computes less, or less at once, than the model's own."""
         task = self._task or task_of(self._unwrapped_model())
-        return self.args.chunked_head if task is not None and task.name == "clm" else self.args.masked_head
+        # Scripts that turn masked_head off want the model's own head, of a causal model too.
+        causal = task is not None and task.name == "clm"
+        return self.args.masked_head and (self.args.chunked_head or not causal)
 
     @property
     def _wants_own_head(self) -> bool:

@@ -55,7 +55,7 @@ def outcome(folder: Path, method: str) -> tuple[dict, dict]:
     return result, load_file(folder / method / "checkpoint-10" / "model.safetensors")
 
 
-def assert_same_outcome(expected, found):
+def assert_same_outcome(expected, found, rounding=1e-5):
     (expected, expected_weights), (found, found_weights) = expected, found
     # Integers are identical, floats equal to rounding.
     assert [row["recycled"] for row in found["history"]] == [row["recycled"] for row in expected["history"]]
@@ -69,7 +69,7 @@ def assert_same_outcome(expected, found):
         else:
             assert torch.equal(found["state"][key], values), key
     for key, values in expected["magnitudes"].items():
-        torch.testing.assert_close(found["magnitudes"][key], values, rtol=1e-5, atol=1e-8, msg=key)
+        torch.testing.assert_close(found["magnitudes"][key], values, rtol=rounding, atol=1e-8, msg=key)
     common = expected_weights.keys() & found_weights.keys()
     assert all(key.endswith(TIED) for key in expected_weights.keys() ^ found_weights.keys())
     assert len(common) >= 14  # of the smallest model
@@ -87,7 +87,8 @@ def test_same_as_one_process(engine, method, runs):
     assert ("DTensor" in found[0]["shards"]) == (engine == "fsdp2")
     if "recycle_steps" in METHODS[method]:
         assert sum(len(row["recycled"]) for row in found[0]["history"]) > 10
-    assert_same_outcome(outcome(runs("single"), method), found)
+    # Least squares multiplies roundings by the condition of its matrix, up to 100 with its damping; 1.2e-5 was seen.
+    assert_same_outcome(outcome(runs("single"), method), found, 1e-4 if method == "surgeon" else 1e-5)
 
 
 @pytest.mark.slow

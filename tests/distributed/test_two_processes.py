@@ -9,7 +9,7 @@ from two_processes_run import EXAMPLES, MIDDLE, datasets_by_kind, loss_arguments
 
 pytestmark = pytest.mark.slow
 
-LOSSES = ["a forward that adds a term", "a compute_loss", "a compute_loss that calls ours", "a causal model"]
+LOSSES = ["a forward that adds a term", "a compute_loss", "a compute_loss that calls ours"]
 RESUMED = ["a list", "grouped by length", "a dispatched stream", "a stream that every process reads"]
 
 

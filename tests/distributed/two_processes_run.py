@@ -37,8 +37,8 @@ def loss_arguments(folder: Path, batch: int, accumulation: int):
 
 def cases() -> dict:
     """By name: the model, what the trainer's class has of its own, the examples."""
-    from support.tiny_runs import masked_sentences, sentences, tiny_bert
-    from transformers import BertForMaskedLM, GPT2Config, GPT2LMHeadModel, set_seed
+    from support.tiny_runs import masked_sentences, tiny_bert
+    from transformers import BertForMaskedLM
 
     class WithTerm(BertForMaskedLM):
         def forward(self, input_ids=None, labels=None, **kwargs):
@@ -61,16 +61,11 @@ def cases() -> dict:
         model.__class__ = WithTerm
         return model
 
-    def causal():
-        set_seed(7)
-        return GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=16, n_embd=16, n_layer=1, n_head=2))
-
     masked = masked_sentences(24)
     return {
         "a forward that adds a term": (with_term, object, masked),
         "a compute_loss": (tiny_bert, OwnLoss, masked),
         "a compute_loss that calls ours": (tiny_bert, Penalised, masked),
-        "a causal model": (causal, object, [row | {"labels": row["input_ids"]} for row in sentences(24)]),
     }
 
 

@@ -211,7 +211,7 @@ def test_a_causal_model_is_trained_and_evaluated_as_by_the_stock_trainer(argumen
     for cls in (Trainer, RecyclingTrainer):
         torch.manual_seed(0)
         model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2, n_positions=16))
-        args = arguments(max_steps=2, gradient_accumulation_steps=2, magnitude_steps=2, deterministic_masking=False)
+        args = arguments(max_steps=2, gradient_accumulation_steps=2, masked_head=False)
         trainer = cls(model, args, train_dataset=data, eval_dataset=data)
         trainer.train()
         found.append([row["loss"] for row in trainer.state.log_history if "loss" in row])

@@ -12,8 +12,8 @@ from support.tiny_runs import (
 )
 from transformers import (
     DataCollatorForLanguageModeling,
-    FNetConfig,
-    FNetForMaskedLM,
+    FunnelConfig,
+    FunnelForMaskedLM,
     Trainer,
     default_data_collator,
 )
@@ -170,7 +170,9 @@ def test_losses_of_the_users_own_get_the_full_head(extra, arguments):
 def test_unknown_head_falls_back_and_says_so_once(arguments, caplog):
     def model():
         torch.manual_seed(0)
-        return FNetForMaskedLM(FNetConfig(vocab_size=64, hidden_size=16, num_hidden_layers=2, intermediate_size=32))
+        return FunnelForMaskedLM(
+            FunnelConfig(vocab_size=64, d_model=16, n_head=2, d_head=8, d_inner=32, block_sizes=[1])
+        )
 
     runs = []
     for masked_head in (True, False):
