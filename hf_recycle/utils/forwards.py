@@ -44,7 +44,7 @@ def replaced_forwards(forwards: Mapping[nn.Module, Forward]) -> Iterator[None]:
     }
     try:
         for module, forward in free.items():
-            module.forward = forward  # type: ignore[method-assign, assignment]
+            module.forward = forward
         yield
     finally:
         for module, forward in free.items():
