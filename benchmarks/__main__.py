@@ -1,49 +1,55 @@
 """`python -m benchmarks`: how fast training with this package is, and what each method costs."""
 
+import argparse
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hf_recycle.cli.options import Options, no_progress_bars, run_command
+from hf_recycle.cli.common import complain, no_progress_bars
 from hf_recycle.errors import UserError
 from hf_recycle.records.files import write_bytes
+from hf_recycle.utils.command_line import Parser
 from hf_recycle.utils.suggest import nearest
 
-HELP = """\
-usage: python -m benchmarks [ROW ...] [--quick] [--argument VALUE ...]
-
+DESCRIPTION = """\
 Measure training with this package against the stock Trainer of transformers, and what each method adds to a step. What
 is compared takes turns on the same machine, so that only ratios count. Close other programs first.
 
   python -m benchmarks                        all rows of the table (about twenty minutes on two cores)
   python -m benchmarks step memory            some of them
   python -m benchmarks --quick                small models, a minute: to see that it works, not how fast it is
-
-  --list          the rows
-  --quick         small models and few rounds; nothing is judged
-  --rounds INT    pairs of steps that are compared (default: 30; with quick 5); methods take 3 times or half as many,
-                  phases 4 times
-  --json FILE     all numbers
-  --output FILE   the page that is printed, as Markdown
 """
 
 
 def main(words: Sequence[str]) -> int:
     """Run the command; returns the exit status."""
-    return run_command(words, HELP, _bench, needs_words=False)
+    try:
+        _bench(_parser().parse_args(words), words)
+    except SystemExit as stop:  # --help
+        return int(stop.code or 0)
+    except UserError as error:
+        return complain(error)
+    return 0
 
 
-def _bench(words: Sequence[str]) -> None:
-    parser = Options()
-    parser.add_argument("rows", nargs="*")
-    parser.add_argument("--list", action="store_true")
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--rounds", type=int)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--output", type=Path)
-    options = parser.read(words)
+def _parser() -> Parser:
+    parser = Parser(prog="python -m benchmarks", description=DESCRIPTION)
+    parser.add_argument("rows", nargs="*", metavar="ROW", help="What to measure (default: everything).")
+    parser.add_argument("--list", action="store_true", help="Print the rows and exit.")
+    parser.add_argument("--quick", action="store_true", help="Small models and few rounds; nothing is judged.")
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        help="Pairs of steps that are compared (default: 30; with quick 5); methods take 3 times or half as many, "
+        "phases 4 times.",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="Write all numbers.")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="Write the page that is printed, as Markdown.")
+    return parser
 
+
+def _bench(options: argparse.Namespace, words: Sequence[str]) -> None:
     from benchmarks.facts import machine_facts
     from benchmarks.row import FAILED, Effort
     from benchmarks.runner import all_rows, run_rows
