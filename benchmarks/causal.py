@@ -35,8 +35,8 @@ def _run(effort: Effort) -> dict[str, Measured | NotMeasured]:
         f"{rates['chunks']:,.0f} tokens/s; losses equal to {worst:.0e}; {shape}"
     )
     speed = Measured(estimate(ratios), note, {"seconds": seconds, "relative difference of losses": worst})
-    peaks = {name: taken[-1].peak for name, taken in turns.items()}
-    if None in peaks.values():
+    peaks = {name: peak for name, taken in turns.items() if (peak := taken[-1].peak) is not None}
+    if len(peaks) < len(turns):
         return {_SPEED.name: speed, _MEMORY.name: NotMeasured("this system does not tell the peak memory of a process")}
     mib = {name: peak / 2**20 for name, peak in peaks.items()}
     memory = Measured(

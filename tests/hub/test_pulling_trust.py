@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from pulled_runs import contents, new_trainer
+from pulled_runs import contents, new_trainer, pull_checkpoint
 from transformers import BertConfig, BertForMaskedLM, Trainer, TrainerState
 from transformers.trainer_pt_utils import safe_globals
 
@@ -30,7 +30,7 @@ from hf_recycle.errors import UserError
 from hf_recycle.hub.address import HubAddress
 from hf_recycle.hub.checks import sizes
 from hf_recycle.hub.pull.names import check_names
-from hf_recycle.hub.pull.pull import is_pulled, plan, pull_checkpoint
+from hf_recycle.hub.pull.pull import is_pulled, plan
 from hf_recycle.hub.pull.resume import forget_foreign_best, local_checkpoint
 from hf_recycle.hub.pull.trust import check_checkpoint
 

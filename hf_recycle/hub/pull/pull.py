@@ -99,11 +99,6 @@ def plan(address: HubAddress, token: str | None = None, trust_pickled: bool = Fa
     return Pull(pinned, tuple(f"{folder}/{name}" for name in names), trust_pickled)
 
 
-def pull_checkpoint(text: str, token: str | None = None, trust_pickled: bool = False) -> Path:
-    """The local folder of the checkpoint at `hf://user/repo[@revision][/folder]`; see `plan` and `Pull.fetch`."""
-    return plan(HubAddress.parse(text), token, trust_pickled).fetch(token)
-
-
 def is_pulled(folder: str | os.PathLike[str]) -> bool:
     """Whether a folder lies in the Hub's cache, so that others wrote what is in it; by whichever links it is named."""
     cache = Path(constants.HF_HUB_CACHE)
