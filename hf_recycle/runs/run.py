@@ -2,7 +2,6 @@
 
 import os
 import shlex
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -31,6 +30,7 @@ from hf_recycle.runs.launcher import LAUNCH_WORDS
 from hf_recycle.runs.parse import RunArguments
 from hf_recycle.trainer.trainer import RecyclingTrainer
 from hf_recycle.utils.command_words import without
+from hf_recycle.utils.whole_files import write_bytes
 
 
 @dataclass
@@ -252,12 +252,15 @@ def check_evaluation(args: Any, validation: Any) -> None:
 
 def _report(folder: Path, floor: float | None, auto_class: str) -> None:
     # Drawing needs matplotlib, which the other processes need not load.
-    from hf_recycle.plots.run import draw_figures
+    from hf_recycle.plots.run import figure_pictures
     from hf_recycle.records.history import RecyclingHistory
     from hf_recycle.runs.summary import summary_text
 
     history = RecyclingHistory.of_own_run(folder)
-    figures = draw_figures(history, folder / "figures", unigram_entropy=floor)
+    pictures = figure_pictures(history, unigram_entropy=floor)
+    (folder / "figures").mkdir(exist_ok=True)
+    for name, picture in pictures.items():  # as PNG they came with the card
+        write_bytes((folder / "figures" / name).with_suffix(".svg"), picture)
     print(summary_text(history, unigram_entropy=floor, model_folder=str(folder), auto_class=auto_class))
-    if figures:
-        print(f"figures: {folder / 'figures'}", file=sys.stdout)
+    if pictures:
+        print(f"figures: {folder / 'figures'}")

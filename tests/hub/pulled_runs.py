@@ -1,7 +1,9 @@
 """A tiny run with checkpoints, trained once, for tests that put its checkpoints into repositories."""
 
+import io
 from pathlib import Path
 
+import torch
 from support.tiny_runs import sentences, tiny_bert
 from support.words import word_tokenizer
 from transformers import DataCollatorForLanguageModeling
@@ -50,3 +52,10 @@ def contents(folder: Path, prefix: str) -> dict[str, bytes]:
 def pull_checkpoint(text: str, token: str | None = None, trust_pickled: bool = False) -> Path:
     """The local folder of the checkpoint at `hf://user/repo[@revision][/folder]`."""
     return plan(HubAddress.parse(text), token, trust_pickled).fetch(token)
+
+
+def saved(value) -> bytes:
+    """What torch.save writes."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
