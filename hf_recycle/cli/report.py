@@ -61,7 +61,7 @@ def report(run: str, revision: str | None = None) -> str:
 
 
 def _small_files(text: str, revision: str | None) -> Path:
-    """The folder of the cache with the `config.json` of a repository; a folder without it if that can't be had."""
+    """The folder of the cache with the `config.json` of a repository; a folder without it if that fails."""
     from hf_recycle.hub.address import locate
     from hf_recycle.hub.fetch import fetch_file
 

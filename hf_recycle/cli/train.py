@@ -27,7 +27,7 @@ its default.
 
 
 def add_arguments(parser: Parser, *, everything: bool = False) -> None:
-    """Adds the arguments of a run; the help lists those of the Trainer too if `everything` is to be shown."""
+    """Adds the arguments of a run; with `everything` the help lists those of the Trainer too."""
     parser.usage = "hf-recycle train [RECIPE ...] [--argument VALUE ...]"
     parser.description = _DESCRIPTION
     recipes = parser.add_argument("recipes", nargs="*", metavar="RECIPE", help="A file, or the name of a packaged one.")
@@ -73,7 +73,7 @@ def run(options: argparse.Namespace) -> int:
 
     Raises:
         UserError: what the user can mend.
-        KeyboardInterrupt: after it was said how to go on.
+        KeyboardInterrupt: after a message that says how to go on.
     """
     if options.list:
         print(describe_recipes())

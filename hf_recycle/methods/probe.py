@@ -38,7 +38,7 @@ class Probe:
         run: the training.
         seed: of the extra batches.
         batches: extra batches each time, `per_device_train_batch_size` samples on each process.
-        wanted: what is to be gathered, and for which argument: `{statistic: argument}`.
+        wanted: what to gather, and for which argument: `{statistic: argument}`.
         purpose: what for; those of one purpose share their extra batches.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What optimizers keep beside a neuron's weights, and how it is reset when the neuron is reborn.
+"""What optimizers keep for a neuron's weights, and how it is reset when the neuron is recycled.
 
 One table says which entries of an optimizer's state are a first moment (a running mean of gradients: zero for a fresh
 neuron) and which a second moment (a running mean of squared gradients). To support an optimizer, add its entries.

@@ -150,7 +150,7 @@ class NeuronTable:
     @classmethod
     def of(cls, model: nn.Module, pattern: str | None = None, ff_blocks: str | None = None) -> "NeuronTable":
         """The table of an unwrapped model, made at the first call, and anew for another pattern or part of it. What
-        looks like a block and is none of a known layout is said then.
+        looks like a block but has an unknown layout causes a warning then.
 
         Raises:
             ValueError: if the model has no feed-forward block.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -61,6 +62,32 @@ MAX_NOTE = 500
 _MAX_CHUNKS = 32
 
 
+@dataclass(frozen=True)
+class BlockRecord:
+    """What a selection phase or a pruning did in one block.
+
+    Attributes:
+        step: of the Trainer.
+        block: name of the block.
+        requested: neurons that the settings ask for, also of a skipped phase (in global scope: those of this block
+            that were chosen; of a pruning: beyond those that were pruned before).
+        eligible: neurons that could be chosen.
+        chosen: indices of the neurons that were recycled or pruned, ascending.
+        note: why fewer were chosen than requested, or empty; shortened to 500 characters in the history.
+        edits: what else was changed, or empty; noted too.
+        phase: number of the phase, from 1 (of a skipped phase: the number it would have had); None: a pruning.
+    """
+
+    step: int
+    block: str
+    requested: int
+    eligible: int
+    chosen: Sequence[int]
+    note: str = ""
+    edits: str = ""
+    phase: int | None = None
+
+
 class HistoryRecorder:
     """Collects the rows of `recycling_history.parquet` in memory.
 
@@ -72,62 +99,24 @@ class HistoryRecorder:
         self._table = HISTORY_SCHEMA.empty_table()
         self._pending: list[dict[str, Any]] = []
 
-    def phase(
-        self,
-        step: int,
-        phase: int,
-        block: str,
-        requested: int,
-        eligible: int,
-        recycled: Sequence[int],
-        note: str = "",
-        edits: str = "",
-    ) -> None:
-        """Record one selection phase of one block.
+    def phase(self, record: BlockRecord) -> None:
+        """Record what a selection phase did in one block."""
+        self._chosen("recycled", record, kind="phase", phase=record.phase)
 
-        Args:
-            step: optimizer steps done.
-            phase: number of the phase, from 1.
-            block: name of the block.
-            requested: neurons the phase wanted to recycle.
-            eligible: neurons it could choose from.
-            recycled: indices of the neurons it recycled.
-            note: why it differs from what was asked (shortened to 500 characters).
-            edits: what else it changed; noted too.
-        """
+    def pruning(self, record: BlockRecord) -> None:
+        """Record what a pruning did in one block."""
+        self._chosen("pruned", record, kind="pruning")
+
+    def _chosen(self, column: str, record: BlockRecord, **more: Any) -> None:
         self._pending.append(
             {
-                "kind": "phase",
-                "step": int(step),
-                "phase": int(phase),
-                "block": block,
-                "requested": int(requested),
-                "eligible": int(eligible),
-                "recycled": [int(index) for index in recycled],
-                "note": "; ".join(filter(None, (note, edits)))[:MAX_NOTE],
-            }
-        )
-
-    def pruning(
-        self,
-        step: int,
-        block: str,
-        requested: int,
-        eligible: int,
-        pruned: Sequence[int],
-        note: str = "",
-        edits: str = "",
-    ) -> None:
-        """Record one pruning of one block; as `phase`, with the indices of the neurons it pruned."""
-        self._pending.append(
-            {
-                "kind": "pruning",
-                "step": int(step),
-                "block": block,
-                "requested": int(requested),
-                "eligible": int(eligible),
-                "pruned": [int(index) for index in pruned],
-                "note": "; ".join(filter(None, (note, edits)))[:MAX_NOTE],
+                **more,
+                "step": int(record.step),
+                "block": record.block,
+                "requested": int(record.requested),
+                "eligible": int(record.eligible),
+                column: [int(index) for index in record.chosen],
+                "note": "; ".join(filter(None, (record.note, record.edits)))[:MAX_NOTE],
             }
         )
 

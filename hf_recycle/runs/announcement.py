@@ -1,4 +1,4 @@
-"""What is said and kept of a run when its training begins."""
+"""The banner and the file `config.yaml` when training begins."""
 
 import shutil
 import textwrap

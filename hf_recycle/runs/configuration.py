@@ -19,7 +19,7 @@ from hf_recycle.utils.whole_files import write_bytes
 from hf_recycle.utils.yaml_loader import RecipeDumper
 
 CONFIG_FILE = "config.yaml"
-"""Lies in a run's folder, and is not published: it holds paths of this machine. The card tells the arguments."""
+"""Lies in a run's folder, and is not published: it holds paths of this machine. The card has the arguments."""
 
 _SECRET = re.compile(r".*(token|password|secret|api_key)")
 _HEADER = """\

@@ -1,4 +1,4 @@
-"""What a run would do, told without training: model, data, schedule, memory."""
+"""`train --dry_run`: model, data, schedule and memory of a run, without training."""
 
 import math
 from collections.abc import Iterator

@@ -241,7 +241,7 @@ def check_facts(arguments: RunArguments) -> None:
 
 
 def check_evaluation(args: Any, validation: Any) -> None:
-    """Raises a UserError if there is to be an evaluation and nothing to evaluate on."""
+    """Raises a UserError if an evaluation is asked for without data to evaluate on."""
     if validation is None and args.eval_strategy != "no":
         raise UserError(
             f"eval_strategy={args.eval_strategy.value!r} needs something to evaluate on, and a "

@@ -203,7 +203,7 @@ class RecyclingTrainer(RunStartMixin, HubMixin, CheckpointMixin, LanguageModelin
         `last-checkpoint` or `checkpoint-N` as folder, by default the newest one.
 
         Raises:
-            UserError: if the checkpoint can't be had from the Hub, or is not to be trusted.
+            UserError: if the checkpoint can't be downloaded from the Hub, or is not to be trusted.
         """
         try:
             checkpoint = local_checkpoint(resume_from_checkpoint, self.args)

@@ -51,7 +51,7 @@ def test_dead_neurons_are_found_and_reborn_without_a_change_of_the_loss(train, a
     settings = {"recycle_steps": 3, "recycle_fraction": 0.5, "recycle_reinit": "zero_out", "max_steps": 6}
     trainer = train(model=half_dead(), **DORMANT, **settings, **FIXED)
     [(before, after, weights, records)] = at_phases
-    assert [record.recycled for record in records] == [list(range(16))] * 2
+    assert [record.chosen for record in records] == [list(range(16))] * 2
     assert [record.requested for record in records] == [16, 16]
     assert after == before
     for number, layer in enumerate(trainer.model.bert.encoder.layer):
@@ -111,7 +111,7 @@ def test_split_keeps_the_loss_beyond_what_was_taken_away(train, at_phases, build
     idle = {"recycle_selection": "low_magnitude", "learning_rate": 0.0} if build is tiny_modernbert else DORMANT
     train(model=model, **settings, **idle, **FIXED)
     before, after, _, records = at_phases[0]
-    assert all(record.recycled for record in records)
+    assert all(record.chosen for record in records)
     assert after == pytest.approx(before, rel=1e-6)
 
 
@@ -124,7 +124,7 @@ def test_births_fade_in(train, at_phases, reinit):
     assert after == before
     assert trainer.neuron_table().fading_in == 0
     for block, record in zip(trainer.neuron_table().blocks, records, strict=True):
-        assert (block.read(torch.tensor(record.recycled))["out"].abs().amax(1) > 0).all()
+        assert (block.read(torch.tensor(record.chosen))["out"].abs().amax(1) > 0).all()
 
 
 @pytest.mark.slow

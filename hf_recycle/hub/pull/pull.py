@@ -49,7 +49,7 @@ class Pull:
         """Downloads what is not in the cache yet and checks all of it; returns the checkpoint's folder there.
 
         Raises:
-            UserError: a file can't be had, or is damaged or hostile.
+            UserError: a file can't be downloaded, or is damaged or hostile.
         """
         with explained(self.address):
             snapshot = insist(
