@@ -20,10 +20,10 @@ Pretrain a model with neuron recycling. A recipe is a YAML file of arguments, na
 the package, by a short name. Several are merged left to right; arguments win over recipes, and null takes one back to
 its default.
 
-  hf-recycle train demo                               a small run, minutes on a laptop
-  hf-recycle train scale/laptop plain --seed 1        one recipe for the scale, one for the method
-  hf-recycle train demo --resume_from_checkpoint true  start, or go on where the last checkpoint was made
-  hf-recycle train runs/demo/config.yaml --output_dir runs/again    the same run once more"""
+  hf-recycle train demo                                           a small run, minutes on a laptop
+  hf-recycle train scale/laptop plain --seed 1                    one recipe for the scale, one for the method
+  hf-recycle train demo --resume_from_checkpoint true             start, or go on where the last checkpoint was made
+  hf-recycle train runs/demo/config.yaml --output_dir runs/again  the same run once more"""
 
 
 def add_arguments(parser: Parser, *, everything: bool = False) -> None:
