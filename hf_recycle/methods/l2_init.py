@@ -175,7 +175,7 @@ class L2InitCallback(NeuronCallback):
     weights when training began, also those of a pretrained model; lr is the learning rate of the step just taken, of
     each parameter's own group. `parts` restricts it to the feed-forward blocks, attention or embeddings. Frozen
     parameters stay as they are, and steps that the optimizer skips do not count. It costs the memory of the weights
-    once more, shards under FSDP2, and of the float32 masters under DeepSpeed. Half-precision weights without masters are
+    once more, shards under FSDP2, of the float32 masters under DeepSpeed. Half-precision weights without masters are
     refused.
 
     W₀ lies in `initial_weights.safetensors` in the output directory, and a run that is resumed needs it: a checkpoint

@@ -143,7 +143,7 @@ def _activations(arguments: RunArguments, model: PreTrainedModel) -> int | None:
     args, data = arguments.training, arguments.data
     shape = (args.per_device_train_batch_size, data.max_seq_length)
     if arguments.model.task == "mlm":
-        share = max((data.mlm_probability_schedule or {0: data.mlm_probability}).values())
+        share = max((data.mlm_probability_schedule or {"0": data.mlm_probability}).values())
         masked = args.masked_head and find_masked_head(model) is not None
         return activation_bytes(model, shape, head_share=share if masked else 1)
     whole = not (args.masked_head and args.chunked_head) or args.torch_compile or args.fp16

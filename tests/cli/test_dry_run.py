@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from torch import nn
-from torch.autograd.graph import saved_tensors_hooks
 from support.causal import llama
 from support.tiny_runs import masked_sentences, tiny_bert
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 from transformers import BertConfig, BertForMaskedLM, Trainer, TrainingArguments
 
 from hf_recycle import RecyclingArguments, RecyclingTrainer
