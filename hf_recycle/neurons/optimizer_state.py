@@ -286,10 +286,6 @@ class StepWatch:
         group = piece.storage.group_of(piece, self._wrapped)
         return self._rates.get(id(self._optimizer.param_groups[group]), 0.0) if group >= 0 else 0.0
 
-    def rates(self) -> list[float | Tensor]:
-        """The learning rates of the last step, by number of the parameter group."""
-        return [self._rates.get(id(group), 0.0) for group in self._optimizer.param_groups]
-
     def highest_rate(self, piece: NeuronSlice) -> float | Tensor:
         """The learning rate that the parameter's schedule starts from or warms up to."""
         group = piece.storage.group_of(piece, self._wrapped)

@@ -44,6 +44,9 @@ class ReplicatedZeroStorage(ZeroStorage):
     def group_of(self, piece: ParameterSlice, optimizer) -> int:
         return of_deepspeed.replicated_group(optimizer, piece.parameter)
 
+    def stepped(self, piece: ParameterSlice, optimizer) -> Tensor:
+        return of_deepspeed.replicated_masters(optimizer, piece.parameter)
+
     def publish(self, piece: ParameterSlice, index: Tensor) -> None:
         self.write_forward(piece, index, self.read(piece, index))
 
@@ -84,6 +87,9 @@ class PartitionedZeroStorage(ZeroStorage):
 
     def group_of(self, piece: ParameterSlice, optimizer) -> int:
         return of_deepspeed.partitioned_group(piece.parameter)
+
+    def stepped(self, piece: ParameterSlice, optimizer) -> Tensor:
+        return of_deepspeed.partitioned_masters(piece.parameter)
 
     def publish(self, piece: ParameterSlice, index: Tensor) -> None:
         self.write_forward(piece, index, self.read(piece, index))
