@@ -38,7 +38,7 @@ class Run:
             **{"gather": self.gather, **kwargs},
         )
 
-    def gather(self, blocks, names, step):
+    def gather(self, blocks, names, step, count):
         sizes = [(self.table.blocks[i].num_neurons, self.table.blocks[i].out_slice.width) for i in blocks]
         found = [made_up.statistics(*size, seed=100 * step + i) for i, size in zip(blocks, sizes, strict=True)]
         return [{name: each[name] for name in names} for each in found]
