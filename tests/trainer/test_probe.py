@@ -8,7 +8,8 @@ from transformers import default_data_collator
 
 from hf_recycle.methods.magnitudes import Magnitudes
 from hf_recycle.methods.probe import Probe
-from hf_recycle.methods.registry import GRADIENTS, STATISTICS
+from hf_recycle.methods.recycling.selection import Signals
+from hf_recycle.methods.registry import CRITERIA, GRADIENTS, STATISTICS, by_weights
 
 WATCHED = {"recycle_steps": 1, "recycle_selection": "fisher", "recycle_probe_batches": 2, "recycle_reinit": "gradmax"}
 
@@ -94,7 +95,7 @@ def _lines(piece):
 @pytest.mark.parametrize(
     "setting", [{}, {"activation_checkpointing": True}, {"bf16": True}], ids=["plain", "ckpt", "bf16"]
 )
-def test_statistics_against_a_naive_loop(probed, build, setting):
+def test_statistics_and_scores_against_a_naive_loop(probed, build, setting):
     """With the head on masked positions in training, where the last block is computed there only."""
     trainer, probe = probed(build(), **setting)
     found = probe.gather([0, 1], sorted(STATISTICS.keys() - {"token_inputs"}), step=7)
@@ -106,6 +107,14 @@ def test_statistics_against_a_naive_loop(probed, build, setting):
             torch.testing.assert_close(
                 mine[name].double(), values, **tolerance, msg=lambda text, name=name: f"{name}: {text}"
             )
+    for block, *sides in zip(trainer.neuron_table().blocks, found, expected, strict=True):
+        for name in set(CRITERIA) - set(by_weights(CRITERIA)):
+            scores = [
+                CRITERIA[name](Signals(block.magnitudes().detach(), lambda: None, block.out_columns, side))
+                for side in sides
+            ]
+            assert scores[1].std() > 0
+            torch.testing.assert_close(*scores, rtol=10 * tolerance["rtol"], atol=0, msg=lambda t, n=name: f"{n}: {t}")
 
 
 def test_padding_is_left_out(probed):
