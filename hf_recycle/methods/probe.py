@@ -53,7 +53,9 @@ class Probe:
             for block in blocks:
                 _check_block(block, name, argument)
         if "cross_moment" in wanted:
-            _square(max(block.num_neurons for block in blocks), blocks[0].out_slice.device, blocks[0])
+            largest = max(blocks, key=lambda block: block.num_neurons)
+            # Of the moments in float64 there are three at a time: damped, factored or inverted, and room to do that.
+            _square(largest.num_neurons, largest.out_slice.device, largest, times=1 + 2 * 3)
         # An order and masks of its own, also where overtraining has the same seed.
         own = generator_for(seed, 0, 0, f"probe for {purpose}").initial_seed()
         self._data = (run.extra_batches or extra_batches_of(run.train_dataloader))(own, next(iter(wanted.values())))
@@ -312,12 +314,12 @@ def _sum_over_processes(sums: Sequence[_Sums]) -> None:
             dist.all_reduce(value)
 
 
-def _square(size: int, device: torch.device, block: FeedForward) -> Tensor:
+def _square(size: int, device: torch.device, block: FeedForward, times: int = 1) -> Tensor:
     try:
-        return torch.zeros(size, size, device=device)
+        return torch.zeros(times * size, size, device=device)
     except (RuntimeError, torch.OutOfMemoryError) as error:
         raise ValueError(
-            f"there is no room on {device} for the {4 * size**2:,} bytes of the moments of {block.name}: choose a "
+            f"there is no room on {device} for the {4 * times * size**2:,} bytes of the moments of {block.name}: choose a "
             "criterion and a fold that need none, such as flap with mean."
         ) from error
 

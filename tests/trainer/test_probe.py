@@ -185,12 +185,12 @@ def test_too_large_moments_are_refused_with_their_bytes(train, monkeypatch):
     zeros = torch.zeros
 
     def limited(*size, **kwargs):
-        if len(size) == 2 and size[0] * size[1] == 32 * 32:
-            raise RuntimeError("not enough memory: you tried to allocate 4096 bytes.")
+        if len(size) == 2 and size[0] * size[1] == 7 * 32 * 32:
+            raise RuntimeError("not enough memory: you tried to allocate 28672 bytes.")
         return zeros(*size, **kwargs)
 
     monkeypatch.setattr("hf_recycle.methods.probe.torch.zeros", limited)
     with pytest.raises(
-        ValueError, match=r"no room on cpu for the 4,096 bytes of the moments of bert\.encoder\.layer\.0"
+        ValueError, match=r"no room on cpu for the 28,672 bytes of the moments of bert\.encoder\.layer\.0"
     ):
         train(recycle_steps=2, recycle_selection="obs")
