@@ -52,4 +52,5 @@ SWITCHES: dict[str, Callable[[RecyclingTrainer], Switch]] = {
     "smooth": _smooth,
     "midpoint": partial(_method, kind=Midpoint),
     "magnitudes": partial(_method, kind=Magnitudes),
+    **dict.fromkeys(("probe", "probe-gradients", "obs"), partial(_method, kind=Recycling)),
 }

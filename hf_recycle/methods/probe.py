@@ -6,7 +6,7 @@ same.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -20,14 +20,15 @@ from hf_recycle.methods.isolated_training import isolated_training
 from hf_recycle.methods.overtraining.callback import extra_batches_of, model_loss
 from hf_recycle.methods.overtraining.training import reduce_gradients
 from hf_recycle.methods.registry import GRADIENTS
+from hf_recycle.methods.token_draw import TokenDraw, losses_of_tokens
 from hf_recycle.neurons.blocks import FeedForward
 from hf_recycle.utils.seeds import generator_for
 
 Statistics = Mapping[str, Tensor]
-"""What is known of one block, by a name of `registry.STATISTICS`: float64 on the CPU; "cross_moment" and "descent"
-float32 on the block's device."""
+"""What is known of one block, by a name of `registry.STATISTICS`: float64 on the CPU; "cross_moment", "descent" and
+"token_inputs" float32 on the block's device."""
 
-Gather = Callable[[Sequence[int], Collection[str], int], list[Statistics]]
+Gather = Callable[[Sequence[int], Collection[str], int, int], list[Statistics]]
 """What `Probe.gather` does."""
 
 
@@ -52,23 +53,32 @@ class Probe:
             for block in blocks:
                 _check_block(block, name, argument)
         if "cross_moment" in wanted:
-            _square(max(block.num_neurons for block in blocks), blocks[0].out_slice.device, blocks[0])
+            largest = max(blocks, key=lambda block: block.num_neurons)
+            # Of the moments in float64 there are three at a time: damped, factored or inverted, and room to do that.
+            _square(largest.num_neurons, largest.out_slice.device, largest, times=1 + 2 * 3)
         # An order and masks of its own, also where overtraining has the same seed.
         own = generator_for(seed, 0, 0, f"probe for {purpose}").initial_seed()
         self._data = (run.extra_batches or extra_batches_of(run.train_dataloader))(own, next(iter(wanted.values())))
+        self._wanted = wanted
+        if "token_inputs" in wanted:
+            self._draw_tokens(range(len(blocks)), 1, 0)  # what can't be had is said now
 
-    def gather(self, blocks: Sequence[int], names: Collection[str], step: int) -> list[Statistics]:
+    def gather(self, blocks: Sequence[int], names: Collection[str], step: int, count: int = 1) -> list[Statistics]:
         """Statistics `names` of the blocks of index `blocks`, after optimizer step `step`; on every process the same.
+        `count`: how many tokens are drawn for "token_inputs".
 
         To be called on every process. "cross_moment" is not computed before it is looked up, with the weights as they
         are then, and kept for one block at a time; its diagonal, "second_moment", comes with the rest, so that what is
         finite can be told.
         """
         names = {*names, "second_moment"} if "cross_moment" in names else set(names)
-        at_once = sorted(names - {"cross_moment"})
-        found: list[Statistics] = [{} for _ in blocks]
+        at_once = sorted(names - {"cross_moment", "token_inputs"})
+        found: list[dict[str, Tensor]] = [{} for _ in blocks]
         if at_once:
             found = [_finished(sums, names) for sums in self._run_batches(blocks, at_once, step)]
+        if "token_inputs" in names:
+            for values, inputs in zip(found, self._draw_tokens(blocks, count, step), strict=True):
+                values["token_inputs"] = inputs
         if "cross_moment" not in names:
             return found
         last = _Last(lambda index: self._run_batches([index], ["cross_moment"], step)[0].cross_moment())
@@ -82,39 +92,62 @@ class Probe:
         trained = [parameter for block in blocks for parameter in block.parameters()] if wants_gradients else []
         scaler = getattr(run.optimizer, "scaler", None) if wants_gradients else None
         scale = scaler.get_scale() if scaler is not None and scaler.is_enabled() else 1.0
-        loss_of, seed = run.loss_of or model_loss, generator_for(self._seed, step, 0, "probe dropout").initial_seed()
+        loss_of = run.loss_of or model_loss
         # The loss is the mean over processes.
         hooks = [hook for each in sums for hook in each.register(scale * args.world_size)]
-        try:
-            with (
-                run.attached() if wants_gradients else nullcontext(),
-                torch.set_grad_enabled(wants_gradients),
-                isolated_training(run.model, trained, args.device, seed),
-            ):
-                run.model.eval()
-                for batch in self._batches_of(step):
-                    for each in sums:
-                        each.mask = _mask_of(run.model, batch)
-                    loss = loss_of(run.model, batch)
-                    if wants_gradients:
-                        (loss * scale).backward()
-                if "in_gradient" in names:
-                    reduce_gradients(trained, scale)
-                    for each in sums:
-                        each.note_in_gradient(self._batches)
-        finally:
-            for hook in hooks:
-                hook.remove()
-            _reshard(run.model)
+        with self._looking(step, hooks, trained), run.attached() if wants_gradients else nullcontext():
+            for _, batch in self._batches_of(step):
+                for each in sums:
+                    each.mask = _mask_of(run.model, batch)
+                loss = loss_of(run.model, batch)
+                if wants_gradients:
+                    (loss * scale).backward()
+            if "in_gradient" in names:
+                reduce_gradients(trained, scale)
+                for each in sums:
+                    each.note_in_gradient(self._batches)
         _sum_over_processes(sums)
         return sums
 
-    def _batches_of(self, step: int) -> Iterator[Any]:
-        """The extra batches of one process at an optimizer step: the stream goes on as fast as training does."""
+    def _draw_tokens(self, indices: Sequence[int], count: int, step: int) -> list[Tensor]:
+        run, argument = self._run, self._wanted["token_inputs"]
+        blocks = [run.table.blocks[index] for index in indices]
+        draw = TokenDraw(blocks, count, self._seed, step, argument)
+        hooks = [
+            block.in_slices[0].module.register_forward_pre_hook(_Hook(partial(draw.see, number)))
+            for number, block in enumerate(blocks)
+        ]
+        with self._looking(step, hooks):
+            for first, batch in self._batches_of(step):
+                losses = None if run.token_losses_of is None else run.token_losses_of(run.model, batch)
+                draw.take(losses_of_tokens(run.model, batch, argument) if losses is None else losses, first)
+        return draw.drawn()
+
+    @contextmanager
+    def _looking(self, step: int, hooks: Sequence[Any], trained: Sequence[nn.Parameter] = ()) -> Iterator[None]:
+        """Within the context the model is in eval mode, with gradients for parameters `trained` alone; afterwards it is
+        as it was, without the hooks."""
+        model, seed = self._run.model, generator_for(self._seed, step, 0, "probe dropout").initial_seed()
+        try:
+            with (
+                torch.set_grad_enabled(bool(trained)),
+                isolated_training(model, trained, self._run.args.device, seed),
+            ):
+                model.eval()
+                yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            _reshard(model)
+
+    def _batches_of(self, step: int) -> Iterator[tuple[int, Any]]:
+        """The extra batches of one process at an optimizer step, each with the number of its first sample: the stream
+        goes on as fast as training does."""
         size, processes = self._run.args.per_device_train_batch_size, self._run.args.world_size
         first = step * size * processes + self._run.args.process_index * size
         for number in range(self._batches):
-            yield self._data.batch(first + number * processes * size, size)
+            position = first + number * processes * size
+            yield position, self._data.batch(position, size)
 
 
 class _Sums:
@@ -281,12 +314,12 @@ def _sum_over_processes(sums: Sequence[_Sums]) -> None:
             dist.all_reduce(value)
 
 
-def _square(size: int, device: torch.device, block: FeedForward) -> Tensor:
+def _square(size: int, device: torch.device, block: FeedForward, times: int = 1) -> Tensor:
     try:
-        return torch.zeros(size, size, device=device)
+        return torch.zeros(times * size, size, device=device)
     except (RuntimeError, torch.OutOfMemoryError) as error:
         raise ValueError(
-            f"there is no room on {device} for the {4 * size**2:,} bytes of the moments of {block.name}: choose a "
+            f"there is no room on {device} for the {4 * times * size**2:,} bytes of the moments of {block.name}: choose a "
             "criterion and a fold that need none, such as flap with mean."
         ) from error
 

@@ -102,7 +102,7 @@ def prune(
     known: dict[int, Statistics] = {}
     if names and trained:
         assert gather is not None, f"{', '.join(names)} can't be known without a probe"
-        known = dict(zip(trained, gather(trained, names, step), strict=True))
+        known = dict(zip(trained, gather(trained, names, step, 0), strict=True))
     # Of what the model computes with, also for neurons that fade in, which pruning may take.
     magnitudes = table.magnitudes()
     for block_index, (block, state) in enumerate(zip(table.blocks, table.states, strict=True)):

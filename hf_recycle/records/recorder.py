@@ -21,6 +21,9 @@ HISTOGRAM_BINS = 64
 SKIPPED = "skipped: "
 """How the note of a phase begins in which nothing was done, because a loss or a magnitude was not finite."""
 
+LEFT_ALONE = "left alone: "
+"""How the note of a phase begins that found too few neurons at or below the threshold to do anything."""
+
 KINDS = ("phase", "pruning", "overtraining", "magnitude", "log")
 """The kinds of rows of a history."""
 

@@ -14,7 +14,7 @@ from hf_recycle import __version__
 from hf_recycle.hub.scrub import Secrets
 from hf_recycle.runs.launcher import LAUNCH_WORDS
 from hf_recycle.runs.parse import ARGUMENT_CLASSES, RunArguments
-from hf_recycle.runs.recipes import recipe_root
+from hf_recycle.utils.recipe_files import recipe_root
 from hf_recycle.utils.whole_files import write_bytes
 from hf_recycle.utils.yaml_loader import RecipeDumper
 

@@ -66,8 +66,12 @@ def merge(recipes: Sequence[str], flags: Mapping[str, Any]) -> RunArguments:
         ValueError: a value that the argument classes refuse.
     """
     given, sources = _recipe_values(recipes, skip=flags)
+    preset = (given | flags).get("preset")
+    if preset is not None:
+        given, sources = _recipe_values([f"preset/{preset}", *recipes], skip=flags)
     given |= flags
     sources |= dict.fromkeys(flags, COMMAND_LINE)
+    given.pop("preset", None)  # its values are there, each with its source
     given = {name: value for name, value in given.items() if value is not None}
     if "output_dir" not in given:
         given["output_dir"], sources["output_dir"] = f"runs/{run_name(recipes)}", BY_RECIPES

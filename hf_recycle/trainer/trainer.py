@@ -75,7 +75,10 @@ class RecyclingTrainer(RunStartMixin, HubMixin, CheckpointMixin, LanguageModelin
                 f"run `accelerate launch --num_processes {args.n_gpu} <your script>`, or set CUDA_VISIBLE_DEVICES=0."
             )
         self.neuron_methods = NeuronMethods(
-            loss_of=self.loss_of, attached=self.head_attached, extra_batches=self.extra_batches
+            loss_of=self.loss_of,
+            token_losses_of=self.token_losses_of,
+            attached=self.head_attached,
+            extra_batches=self.extra_batches,
         )
         self.tied_aliases = {}
         self.meter = RunMeter()

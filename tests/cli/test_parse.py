@@ -50,6 +50,19 @@ def test_recipe_values_reach_all_three_classes_with_their_types(recipe):
     assert run.training.lr_scheduler_kwargs == {"min_lr": 1e-5}
 
 
+def test_a_preset_comes_before_everything_that_is_given(recipe):
+    """A default that is given wins too, and null takes an argument of the preset back to its default."""
+    path = recipe("preset: recommended\nrecycle_threshold: 0.1\n")
+    run = parse_run([path, "--recycle_fraction", "0.01", "--recycle_end", "null"])
+    assert (run.training.recycle_selection, run.training.recycle_min_share) == ("dormant", 0.2)
+    assert (run.training.recycle_threshold, run.training.recycle_fraction) == (0.1, 0.01)
+    assert run.training.recycle_end is None
+    assert run.sources["recycle_selection"].endswith("preset/recommended.yaml")
+    assert "preset" not in run.given, "the configuration that is written would change with it"
+    assert parse_run([path, "--preset", "article"]).training.recycle_selection == "low_magnitude"
+    refused(["--preset", "recomended"], "invalid choice: 'recomended'; did you mean recommended?")
+
+
 def test_flags_win_in_both_forms(recipe):
     path = recipe("seed: 1\nlearning_rate: 1e-3\nrecycle_layers: [0]\nmasked_head: true\n")
     run = parse_run(

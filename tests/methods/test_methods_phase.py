@@ -38,7 +38,7 @@ class Run:
             **{"gather": self.gather, **kwargs},
         )
 
-    def gather(self, blocks, names, step):
+    def gather(self, blocks, names, step, count):
         sizes = [(self.table.blocks[i].num_neurons, self.table.blocks[i].out_slice.width) for i in blocks]
         found = [made_up.statistics(*size, seed=100 * step + i) for i, size in zip(blocks, sizes, strict=True)]
         return [{name: each[name] for name in names} for each in found]
@@ -235,6 +235,55 @@ def test_pruned_neurons_are_not_eligible(plain_net):
         state.pruned[off:] = True
     records = run.phase()
     assert [(record.eligible, record.chosen) for record in records] == [(3, [0, 1, 2]), (5, [0, 1, 2, 3, 4])]
+
+
+def test_split_without_enough_neurons_to_share_with_is_refused_in_that_layer(plain_net):
+    run = Run(plain_net(), fraction=0.5, reinit="split", selection="random")
+    run.table.states[1].pruned[4:] = True
+    run.table.states[1].counts[:] = 0
+    before = snapshot(run.model)
+    whole, short = run.phase()
+    assert (len(whole.recycled), whole.note) == (10, "")
+    assert (short.recycled, short.note) == ([], "split has 0 neurons to share with 4 newborns")
+    assert all(torch.equal(run.model.state_dict()[name], value) for name, value in before.items() if "blocks.1" in name)
+
+
+def test_maturity_counts_the_steps_that_the_optimizer_took(plain_net):
+    """Phases are 10 steps of the Trainer apart; of the ten before the third, the optimizer skipped six."""
+    run = Run(plain_net(d_ff=20, layers=1), fraction=0.25, maturity=15)
+    first, second = run.phase()[0], run.phase()[0]
+    assert not set(first.recycled) & set(second.recycled)
+    run.table.skipped_steps = 6
+    assert run.phase()[0].eligible == 20 - 10, "14 and 4 steps old"
+    run.table.load_state_dict(run.table.state_dict())
+    assert run.phase()[0].eligible == 20 - 5 - 5, "24, 14 and 10 steps old"
+
+
+# ---- A share that has to be found first ----
+
+
+def test_nothing_is_recycled_before_the_share_is_found(plain_net):
+    """Over all layers: 8 of 40 neurons; and from then on whatever there is."""
+    run = Run(plain_net(), fraction=0.5, threshold=0.0, min_share=0.2, reinit="zero_out")
+    settle = {role: 0.0 for role in ("in", "in.bias", "out")}
+
+    def die(layer, index):
+        block = run.table.blocks[layer]
+        values = block.read(torch.tensor(index))
+        block.write(torch.tensor(index), {role: torch.full_like(values[role], settle[role]) for role in values})
+
+    die(0, [3, 5, 6, 7])
+    die(1, [1, 2, 4])
+    before = snapshot(run.model)
+    records = run.phase()
+    note = "left alone: 17.5% of the neurons are at or below recycle_threshold=0, fewer than recycle_min_share=0.2"
+    assert [(record.recycled, record.requested, record.note) for record in records] == [([], 0, note)] * 2
+    assert unchanged(run.model, before)
+    die(1, [8])
+    assert [record.recycled for record in run.phase()] == [[3, 5, 6, 7], [1, 2, 4, 8]]
+    run.settings.threshold = 1e-30
+    die(0, [9])
+    assert 9 in run.phase()[0].recycled
 
 
 def test_a_phase_without_quota_is_a_phase(plain_net):
