@@ -6,7 +6,7 @@ The new one is written as one process would: one process, DDP and FSDP2 go on fr
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -141,8 +141,6 @@ def resize_checkpoint(
         shutil.rmtree(staging, ignore_errors=True)
     losses = None
     if text is not None:
-        from dataclasses import replace
-
         losses = text.loss(), replace(text, model=resized.model).loss()
     widths = {old.name: (old.num_neurons, new.num_neurons) for old, new in zip(blocks, resized.blocks, strict=True)}
     counts = model.num_parameters(), resized.model.num_parameters()
@@ -155,8 +153,8 @@ def _check_folder(folder: Path) -> dict[str, Any]:
         raise UserError(f"{str(folder)!r} is no folder; name a checkpoint-N folder of a run")
     if not (folder / TRAINER_STATE_NAME).is_file():
         raise UserError(
-            f"{folder} is no checkpoint that training goes on from: it has no {TRAINER_STATE_NAME}; name a checkpoint-N "
-            "folder, or make a model smaller with hf-recycle shrink"
+            f"{folder} is no checkpoint that training goes on from: it has no {TRAINER_STATE_NAME}; name a "
+            "checkpoint-N folder, or make a model smaller with hf-recycle shrink"
         )
     if zero_partitions(folder) is not None:
         raise UserError(
@@ -253,10 +251,9 @@ def _names_by_group(groups: list[dict[str, Any]], model: PreTrainedModel, folder
         parts = [[n for n in trained if n in decayed], [n for n in trained if n not in decayed]]
         if any("use_muon" in group for group in groups):
             hidden = {id(parameter) for parameter in hidden_matrices(model)}
-            split = [
-                [n for n in part if (id(trained[n]) in hidden) == muon] for part in parts for muon in (True, False)
-            ]
-            parts = [part for part in split if part]
+            halves = [(part, is_hidden) for part in parts for is_hidden in (True, False)]
+            parts = [[n for n in part if (id(trained[n]) in hidden) == is_hidden] for part, is_hidden in halves]
+            parts = [part for part in parts if part]
         names = parts
     fits = [len(known) == len(group["params"]) for known, group in zip(names, groups, strict=False)]
     if len(names) != len(groups) or not all(fits) or not {name for part in names for name in part} <= parameters.keys():

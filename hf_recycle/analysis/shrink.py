@@ -102,8 +102,8 @@ def shrink(model: PreTrainedModel, settings: ShrinkSettings, text: LanguageModel
 def take_out(
     neurons: ModelNeurons, removed: Sequence[Tensor], fold: str, values: dict[Field, Value]
 ) -> tuple[PreTrainedModel, list[FeedForward], float]:
-    """A model without neurons `removed` of each block, its blocks, and by how much its outputs differ, on random inputs,
-    from those of the original with them masked and folded.
+    """A model without neurons `removed` of each block, its blocks, and by how much its outputs differ, on random
+    inputs, from those of the original with them masked and folded.
 
     Args:
         values: of the configuration's fields that set the widths; what is wider than it needs is filled up with zeros.

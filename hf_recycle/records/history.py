@@ -99,7 +99,10 @@ class RecyclingHistory:
 
     @cached_property
     def ages(self) -> dict[str, np.ndarray]:
-        """Optimizer steps since each neuron was last recycled, or added by a resize, -1 for never: {block: int64 (d_ff,)}."""
+        """Optimizer steps since each neuron was last recycled, or added by a resize, -1 for never.
+
+        {block: int64 (d_ff,)}.
+        """
         last = {block: self._tensors[f"{block}/last_step"].numpy() for block in self.blocks}
         return {block: np.where(steps > 0, self.stats["step"] - steps, -1) for block, steps in last.items()}
 
@@ -131,7 +134,7 @@ class RecyclingHistory:
     def resizes(self) -> pd.DataFrame:
         """One row per change of width and block. Rows of other tables name neurons by their places at that step.
 
-        Columns: step, block, neurons (before), former (list of int: which one each neuron was, -1 if it was added), note.
+        Columns: step, block, neurons (before), former (list of int: which one each neuron was, -1 if added), note.
         """
         rows = rows_of_kind(self.table, "resize")
         frame = _frame(rows, ["step", "block", "eligible", "recycled", "note"])
