@@ -276,7 +276,7 @@ class NeuronTable:
             if values.shape != (block.num_neurons,) or values.dtype != dtype:
                 raise ValueError(f"{block.name}/{column} has shape {tuple(values.shape)} and dtype {values.dtype}.")
             columns[column] = values.clone()
-        state = BlockState(**columns)
+        state = BlockState(**columns)  # type: ignore[arg-type]  # the columns are tensors
         prefix = f"{block.name}/fade_in"
         if f"{prefix}/index" in tensors:
             state.fade_in = _load_fade_in(block, prefix, tensors)

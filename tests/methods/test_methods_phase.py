@@ -243,8 +243,8 @@ def test_split_without_enough_neurons_to_share_with_is_refused_in_that_layer(pla
     run.table.states[1].counts[:] = 0
     before = snapshot(run.model)
     whole, short = run.phase()
-    assert (len(whole.recycled), whole.note) == (10, "")
-    assert (short.recycled, short.note) == ([], "split has 0 neurons to share with 4 newborns")
+    assert (len(whole.chosen), whole.note) == (10, "")
+    assert (short.chosen, short.note) == ([], "split has 0 neurons to share with 4 newborns")
     assert all(torch.equal(run.model.state_dict()[name], value) for name, value in before.items() if "blocks.1" in name)
 
 
@@ -265,7 +265,7 @@ def test_maturity_counts_the_steps_that_the_optimizer_took(plain_net):
 def test_nothing_is_recycled_before_the_share_is_found(plain_net):
     """Over all layers: 8 of 40 neurons; and from then on whatever there is."""
     run = Run(plain_net(), fraction=0.5, threshold=0.0, min_share=0.2, reinit="zero_out")
-    settle = {role: 0.0 for role in ("in", "in.bias", "out")}
+    settle = dict.fromkeys(("in", "in.bias", "out"), 0.0)
 
     def die(layer, index):
         block = run.table.blocks[layer]
@@ -277,10 +277,10 @@ def test_nothing_is_recycled_before_the_share_is_found(plain_net):
     before = snapshot(run.model)
     records = run.phase()
     note = "left alone: 17.5% of the neurons are at or below recycle_threshold=0, fewer than recycle_min_share=0.2"
-    assert [(record.recycled, record.requested, record.note) for record in records] == [([], 0, note)] * 2
+    assert [(record.chosen, record.requested, record.note) for record in records] == [([], 0, note)] * 2
     assert unchanged(run.model, before)
     die(1, [8])
-    assert [record.recycled for record in run.phase()] == [[3, 5, 6, 7], [1, 2, 4, 8]]
+    assert [record.chosen for record in run.phase()] == [[3, 5, 6, 7], [1, 2, 4, 8]]
     run.settings.threshold = 1e-30
     die(0, [9])
     assert 9 in run.phase()[0].recycled
