@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from hf_recycle.methods.activity import Activity
 from hf_recycle.methods.base import Run
 from hf_recycle.methods.isolated_training import isolated_training
 from hf_recycle.methods.overtraining.callback import extra_batches_of, model_loss
@@ -57,18 +58,32 @@ class Probe:
         own = generator_for(seed, 0, 0, f"probe for {purpose}").initial_seed()
         self._data = (run.extra_batches or extra_batches_of(run.train_dataloader))(own, next(iter(wanted.values())))
 
+    def noting(self, step: int) -> Gather:
+        """`gather`, which also notes in the history what share of each block is dead or dormant, after step `step` of
+        the Trainer."""
+
+        def gather(blocks: Sequence[int], names: Collection[str], optimizer_steps: int) -> list[Statistics]:
+            found = self.gather(blocks, names, optimizer_steps)
+            table = self._run.table
+            for index, statistics in zip(blocks, found, strict=True):
+                if statistics["mean_abs"].isfinite().all():
+                    activity = Activity.of(statistics["mean_abs"], table.states[index].pruned)
+                    self._run.recorder.activity(step, table.blocks[index].name, vars(activity))
+            return found
+
+        return gather
+
     def gather(self, blocks: Sequence[int], names: Collection[str], step: int) -> list[Statistics]:
         """Statistics `names` of the blocks of index `blocks`, after optimizer step `step`; on every process the same.
 
-        To be called on every process. "cross_moment" is not computed before it is looked up, with the weights as they
+        To be called on every process. "mean_abs", by which dead neurons are told, always comes too: next to the pass
+        itself its sum costs nothing. "cross_moment" is not computed before it is looked up, with the weights as they
         are then, and kept for one block at a time; its diagonal, "second_moment", comes with the rest, so that what is
         finite can be told.
         """
-        names = {*names, "second_moment"} if "cross_moment" in names else set(names)
+        names = {*names, "mean_abs"} | ({"second_moment"} if "cross_moment" in names else set())
         at_once = sorted(names - {"cross_moment"})
-        found: list[Statistics] = [{} for _ in blocks]
-        if at_once:
-            found = [_finished(sums, names) for sums in self._run_batches(blocks, at_once, step)]
+        found: list[Statistics] = [_finished(sums, names) for sums in self._run_batches(blocks, at_once, step)]
         if "cross_moment" not in names:
             return found
         last = _Last(lambda index: self._run_batches([index], ["cross_moment"], step)[0].cross_moment())
