@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_recycle.analysis.pruning import least_important, neuron_scores, pruned
+from hf_recycle.analysis.data_scores import ModelNeurons, least
+from hf_recycle.analysis.evaluation import LanguageModel
 from hf_recycle.analysis.random_inputs import outputs, random_inputs
 from hf_recycle.analysis.width import width_fields, with_neurons
 from hf_recycle.errors import UserError
@@ -52,6 +53,7 @@ class ShrinkSettings:
     Attributes:
         fraction: share of every layer's neurons, floor(fraction · d_ff); None: the pruned ones alone.
         criterion: selection criterion; the neurons of lowest score go.
+        fold: what becomes of what they did, one of `registry.FOLDS`.
         multiple_of: the new width is a multiple of it, unless that is more than the old width.
         seed: of the criteria that draw.
         pattern, ff_blocks: see `find_feed_forwards`.
@@ -59,6 +61,7 @@ class ShrinkSettings:
 
     fraction: float | None = None
     criterion: str = "low_magnitude"
+    fold: str = "none"
     multiple_of: int = 8
     seed: int = 0
     pattern: str | None = None
@@ -69,32 +72,36 @@ class ShrinkSettings:
 _TOLERANCES = {torch.float16: 2e-2, torch.bfloat16: 8e-2}
 
 
-def shrink(model: PreTrainedModel, settings: ShrinkSettings) -> Shrunk:
+def shrink(model: PreTrainedModel, settings: ShrinkSettings, text: LanguageModel | None = None) -> Shrunk:
     """Builds the smaller model and checks that it computes what the original computes without those neurons.
 
+    Args:
+        text: the model with batches, for a criterion or a fold that looks at data.
+
     Raises:
-        UserError: no feed-forward block is known, nothing is pruned, a layer would be left with no neuron, or the
-            outputs differ.
+        UserError: no feed-forward block is known, nothing is pruned, a layer would be left with no neuron, there is no
+            text to look at, or the outputs differ.
     """
     try:
         blocks = find_feed_forwards(model, settings.pattern, settings.ff_blocks)
     except ValueError as error:
         raise UserError(str(error)) from error
-    removed = removed_neurons(blocks, settings)
+    neurons = ModelNeurons(model, blocks, seed=settings.seed) if text is None else text.neurons(blocks, settings.seed)
+    removed = removed_neurons(neurons, settings)
     kept = [_others(block, index) for block, index in zip(blocks, removed, strict=True)]
     shares = [_width(len(index), block, settings.multiple_of) for index, block in zip(kept, blocks, strict=True)]
     fields = width_fields(model, blocks)
     values = {field: field.value_for(max(shares[n] for n in field.blocks)) for field in fields}
     inputs = random_inputs(model, batch=2, length=16)
-    new, new_blocks = with_neurons(model, blocks, kept, values)
-    try:
-        with pruned(blocks, removed):
+    with neurons.without(removed, settings.fold):
+        new, new_blocks = with_neurons(model, blocks, kept, values)
+        try:
             difference = _difference(outputs(model, inputs), outputs(new, inputs))
-    except RuntimeError as error:
-        raise UserError(
-            f"the smaller {type(model).__name__} does not compute ({str(error).splitlines()[0]}): pass another "
-            f"multiple_of than {settings.multiple_of}"
-        ) from error
+        except RuntimeError as error:
+            raise UserError(
+                f"the smaller {type(model).__name__} does not compute ({str(error).splitlines()[0]}): pass another "
+                f"multiple_of than {settings.multiple_of}"
+            ) from error
     if not difference <= _TOLERANCES.get(model.dtype, 1e-3):
         raise UserError(
             f"the smaller model's outputs differ from those of the masked one by {difference:.2g}: its feed-forward "
@@ -110,8 +117,9 @@ def _width(kept: int, block: FeedForward, multiple_of: int) -> float:
     return min(-(-kept // multiple_of) * multiple_of, block.num_neurons) / block.num_neurons
 
 
-def removed_neurons(blocks: Sequence[FeedForward], settings: ShrinkSettings) -> list[Tensor]:
+def removed_neurons(neurons: ModelNeurons, settings: ShrinkSettings) -> list[Tensor]:
     """For each block, the indices of the neurons that go, int64, ascending."""
+    blocks = neurons.blocks
     if settings.fraction is None:
         removed = [pruned_neurons(block) for block in blocks]
         if not any(len(index) for index in removed):
@@ -122,17 +130,15 @@ def removed_neurons(blocks: Sequence[FeedForward], settings: ShrinkSettings) -> 
         if all(len(index) == block.num_neurons for index, block in zip(removed, blocks, strict=True)):
             raise UserError("every neuron of this model is pruned, and no model can have layers without neurons")
         return removed
-    removed = []
-    for number, block in enumerate(blocks):
-        # A hair more: 0.3 · 10 is 3, though not in binary.
-        k = int(settings.fraction * block.num_neurons + 1e-9)
-        if k >= block.num_neurons:
+    # A hair more: 0.3 · 10 is 3, though not in binary.
+    counts = [int(settings.fraction * block.num_neurons + 1e-9) for block in blocks]
+    for block, count in zip(blocks, counts, strict=True):
+        if count >= block.num_neurons:
             raise UserError(
                 f"fraction={settings.fraction} leaves block {block.name} with none of its {block.num_neurons} neurons; "
                 "pass a smaller one"
             )
-        removed.append(least_important(neuron_scores(block, number, settings.criterion, settings.seed), k))
-    return removed
+    return [least(*pair) for pair in zip(neurons.scores(settings.criterion, counts), counts, strict=True)]
 
 
 def pruned_neurons(block: FeedForward) -> Tensor:
