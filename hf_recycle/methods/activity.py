@@ -9,6 +9,9 @@ from hf_recycle.methods.recycling.selection import over_mean
 DORMANT = 0.025
 """A neuron is dormant if its mean |h| is at most this share of its layer's mean. (Sokar et al. 2023, ReDo.)"""
 
+WORTH_RECYCLING = 0.2
+"""The share of a model's neurons that must be dead or dormant for recycling to be worth it: a healthy model pays."""
+
 
 @dataclass(frozen=True)
 class Activity:

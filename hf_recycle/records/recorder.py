@@ -38,8 +38,8 @@ samples and tokens over all processes, of neurons trained; the learning rate aft
 and the last batch."""
 
 ACTIVITY_METRICS = ("neurons", "dead", "dormant")
-"""What is recorded of the activity of a block: numbers of neurons that are not pruned, and of dead and dormant ones among
-them, see `hf_recycle.methods.activity`."""
+"""What is recorded of the activity of a block: how many neurons are not pruned, and how many of these are dead or
+dormant, see `hf_recycle.methods.activity`."""
 
 # One schema for all kinds of rows: a column that a kind does not use is null. Lists of structs rather than
 # maps, which fewer readers of parquet understand.

@@ -35,8 +35,8 @@ from hf_recycle.neurons.table import NeuronTable
 from hf_recycle.speed.onednn import is_available, onednn_forwards
 from hf_recycle.speed.recomputation import recomputing_forwards
 from hf_recycle.trainer.language_modeling import LanguageModelingMixin
-from hf_recycle.trainer.trackers import GROUP, log_histograms
 from hf_recycle.trainer.muon import MuonWithAdamW, muon_arguments
+from hf_recycle.trainer.trackers import GROUP, log_histograms
 from hf_recycle.utils.forwards import Forward, replaced_forwards
 
 logger = logging.get_logger(__name__)
