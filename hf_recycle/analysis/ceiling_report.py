@@ -22,7 +22,7 @@ from hf_recycle.records.naming import short_names
 LEGEND = f"""\
 dead: never fires on the text. dormant: mean activation at most {DORMANT:g} of its layer's mean; the dead are among
 them. dup.: in-row and out-column nearly parallel to those of an earlier neuron. added: nats of loss, without any
-training afterwards, ± one standard deviation. Neurons are chosen by {CRITERION}; the others make up for them by {FOLD}."""
+training afterwards, ± one standard deviation. Neurons go by {CRITERION}, and the others make up for them by {FOLD}."""
 
 
 def ceiling_text(ceilings: Sequence[Ceiling]) -> str:

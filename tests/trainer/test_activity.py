@@ -1,6 +1,7 @@
 """Dead and dormant neurons in training: counted as a naive loop counts them, logged, kept in the history, shown."""
 
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -92,6 +93,10 @@ def test_what_is_logged_is_what_a_naive_loop_says(train, monkeypatch, build, dea
     logged = {
         row["step"]: tuple(row.get(name) for name in GROUPED) for row in trainer.state.log_history if "loss" in row
     }
+    card = Path(trainer.args.output_dir, "checkpoint-6", "README.md").read_text()
+    assert "| dead | dormant |" in card
+    for dead_now, dormant_now in naive.found[-1]:
+        assert f" | {dead_now} of {d_ff} | {dormant_now} of {d_ff} | " in card
     shares = [tuple(sum(column) / (2 * d_ff) for column in zip(*both, strict=True)) for both in naive.found]
     assert [logged[step] for step in (1, 2, 3, 4, 5)] == [(None, None), *shares[:1] * 2, *shares[1:] * 2]
 
