@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from hf_recycle.methods.activity import Activity
 from hf_recycle.methods.base import LossOf, Run
 from hf_recycle.methods.isolated_training import isolated_training
 from hf_recycle.methods.overtraining.callback import extra_batches_of, model_loss
@@ -56,11 +57,29 @@ class Probe:
         if "token_inputs" in wanted:
             self._draw_tokens(range(len(run.table.blocks)), 1, 0)  # what can't be had is said now
 
+    def noting(self, step: int) -> Gather:
+        """`gather`, which also notes in the history what share of each block is dead or dormant, after step `step` of
+        the Trainer."""
+
+        def gather(
+            blocks: Sequence[int], names: Collection[str], optimizer_steps: int, count: int = 1
+        ) -> list[Statistics]:
+            found = self.gather(blocks, names, optimizer_steps, count)
+            table = self._run.table
+            for index, statistics in zip(blocks, found, strict=True):
+                if statistics["mean_abs"].isfinite().all():
+                    activity = Activity.of(statistics["mean_abs"], table.states[index].pruned)
+                    self._run.recorder.activity(step, table.blocks[index].name, vars(activity))
+            return found
+
+        return gather
+
     def gather(self, blocks: Sequence[int], names: Collection[str], step: int, count: int = 1) -> list[Statistics]:
         """Statistics `names` of the blocks of index `blocks`, after optimizer step `step`; on every process the same.
         `count`: how many tokens are drawn for "token_inputs".
 
-        To be called on every process. "cross_moment" is not computed before it is looked up, with the weights as they
+        To be called on every process. "mean_abs", by which dead neurons are told, always comes too: next to the pass
+        itself its sum costs nothing. "cross_moment" is not computed before it is looked up, with the weights as they
         are then, and kept for one block at a time; its diagonal, "second_moment", comes with the rest, so that what is
         finite can be told.
         """
@@ -69,7 +88,7 @@ class Probe:
         found = gather_statistics(
             run.model,
             [run.table.blocks[index] for index in blocks],
-            set(names) - {"token_inputs"},
+            {*names, "mean_abs"} - {"token_inputs"},
             lambda: (batch for _, batch in self._batches_of(step)),
             loss_of=run.loss_of or model_loss,
             device=run.args.device,

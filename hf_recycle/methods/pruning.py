@@ -173,7 +173,7 @@ class Pruning(Method[PruningSettings]):
 
     def _prune(self, step: int, progress: int) -> None:
         """Prunes, after the Trainer's step `step`, to the share of optimizer step `progress`."""
-        gather = None if self.probe is None else self.probe.gather
+        gather = None if self.probe is None else self.probe.noting(step)
         records = prune(self.table, self.settings, self.schedule, progress, frozen=self.run.frozen(), gather=gather)
         for record in records:
             if record.requested or record.note:

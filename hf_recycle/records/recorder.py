@@ -24,7 +24,7 @@ SKIPPED = "skipped: "
 LEFT_ALONE = "left alone: "
 """How the note of a phase begins that found too few neurons at or below the threshold to do anything."""
 
-KINDS = ("phase", "pruning", "overtraining", "magnitude", "log", "resize")
+KINDS = ("phase", "pruning", "overtraining", "magnitude", "activity", "log", "resize")
 """The kinds of rows of a history."""
 
 OVERTRAINING_METRICS = (
@@ -40,6 +40,10 @@ OVERTRAINING_METRICS = (
 """What is recorded of an overtraining: numbers of extra batches, of those skipped because a gradient was not finite, of
 samples and tokens over all processes, of neurons trained; the learning rate after the warm-up; the losses of the first
 and the last batch."""
+
+ACTIVITY_METRICS = ("neurons", "dead", "dormant")
+"""What is recorded of the activity of a block: how many neurons are not pruned, and how many of these are dead or
+dormant, see `hf_recycle.methods.activity`."""
 
 # One schema for all kinds of rows: a column that a kind does not use is null. Lists of structs rather than
 # maps, which fewer readers of parquet understand.
@@ -99,6 +103,7 @@ class HistoryRecorder:
     """
 
     def __init__(self) -> None:
+        self._activity: dict[str, Mapping[str, float]] = {}
         self._table = HISTORY_SCHEMA.empty_table()
         self._pending: list[dict[str, Any]] = []
 
@@ -179,6 +184,18 @@ class HistoryRecorder:
         named = [{"name": name, "value": float(metrics[name])} for name in OVERTRAINING_METRICS]
         self._pending.append({"kind": "overtraining", "step": int(step), "note": "", "metrics": named})
 
+    def activity(self, step: int, block: str, metrics: Mapping[str, float]) -> None:
+        """Record how many neurons of a block a probe found idle: `ACTIVITY_METRICS` by name."""
+        named = [{"name": name, "value": float(metrics[name])} for name in ACTIVITY_METRICS]
+        self._pending.append({"kind": "activity", "step": int(step), "block": block, "note": "", "metrics": named})
+        self._activity[block] = metrics
+
+    def idle_shares(self) -> dict[str, float]:
+        """Dead and dormant neurons of all blocks that were probed, over their neurons, each when it was probed last;
+        empty before the first probe."""
+        sums = {name: sum(each[name] for each in self._activity.values()) for name in ACTIVITY_METRICS}
+        return {f"{name}_share": sums[name] / sums["neurons"] for name in ("dead", "dormant") if sums["neurons"]}
+
     def log(self, step: int, logs: Mapping[str, Any]) -> None:
         """Record the numbers of one `Trainer.log` call; what is not a plain number is left out."""
         metrics = [
@@ -207,6 +224,7 @@ class HistoryRecorder:
             raise ValueError("the table does not have the columns of a recycling history")
         recorder = cls()
         recorder._table = table.replace_schema_metadata(None)
+        recorder._activity = {row["block"]: row for row in activity_rows(table)}
         return recorder
 
 
@@ -235,6 +253,14 @@ def metric_values(table: pa.Table, kind: str = "log") -> dict[str, tuple[np.ndar
     return {
         name: (steps[codes == code], values[codes == code]) for code, name in enumerate(names.dictionary.to_pylist())
     }
+
+
+def activity_rows(table: pa.Table) -> list[dict[str, Any]]:
+    """What probes found: a row for each block and probe with `step`, `block` and `ACTIVITY_METRICS`."""
+    rows = rows_of_kind(table, "activity")
+    columns = {"step": rows["step"].to_pylist(), "block": rows["block"].to_pylist()}
+    columns |= {name: values.astype(int).tolist() for name, (_, values) in metric_values(table, "activity").items()}
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def overtraining_totals(table: pa.Table) -> dict[str, int]:

@@ -252,7 +252,7 @@ def test_maturity_counts_the_steps_that_the_optimizer_took(plain_net):
     """Phases are 10 steps of the Trainer apart; of the ten before the third, the optimizer skipped six."""
     run = Run(plain_net(d_ff=20, layers=1), fraction=0.25, maturity=15)
     first, second = run.phase()[0], run.phase()[0]
-    assert not set(first.recycled) & set(second.recycled)
+    assert not set(first.chosen) & set(second.chosen)
     run.table.skipped_steps = 6
     assert run.phase()[0].eligible == 20 - 10, "14 and 4 steps old"
     run.table.load_state_dict(run.table.state_dict())
@@ -283,7 +283,7 @@ def test_nothing_is_recycled_before_the_share_is_found(plain_net):
     assert [record.chosen for record in run.phase()] == [[3, 5, 6, 7], [1, 2, 4, 8]]
     run.settings.threshold = 1e-30
     die(0, [9])
-    assert 9 in run.phase()[0].recycled
+    assert 9 in run.phase()[0].chosen
 
 
 def test_a_phase_without_quota_is_a_phase(plain_net):

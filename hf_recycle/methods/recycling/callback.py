@@ -160,7 +160,7 @@ class Recycling(Method[RecyclingSettings]):
             optimizer=self.run.optimizer,
             loss_is_finite=info.loss_is_finite(),
             frozen=self.run.frozen(),
-            gather=None if self.probe is None else self.probe.gather,
+            gather=None if self.probe is None else self.probe.noting(info.step),
         )
         for record in records:
             self.run.recorder.phase(record)
