@@ -1,7 +1,8 @@
 """Figures of a page that can be looked at closely: their style, and a script of ten kilobytes inside the page.
 
-Panzoom does the zooming (MIT, github.com/timmywil/panzoom, version 4.6.2 of npm's @panzoom/panzoom, unchanged). A library for
-plots would add one to five megabytes to every page; ours are SVG, whose values show when a pointer rests on them.
+Panzoom does the zooming (MIT, github.com/timmywil/panzoom, version 4.6.2 of npm's @panzoom/panzoom, unchanged). A
+library for plots would add one to five megabytes to every page; ours are SVG, whose values show when a pointer rests
+on them.
 """
 
 import base64

@@ -1,4 +1,4 @@
-"""Every code block of README and docs runs, or says why not and is still a command of ours; generated pages are renewed."""
+"""Every code block of README and docs runs, or says why not and is still a command of ours; generated pages are new."""
 
 import os
 import re
