@@ -112,7 +112,7 @@ class Probe:
     def _draw_tokens(self, indices: Sequence[int], count: int, step: int) -> list[Tensor]:
         run, argument = self._run, self._wanted["token_inputs"]
         blocks = [run.table.blocks[index] for index in indices]
-        draw = TokenDraw(blocks, count, self._seed, step, argument)
+        draw = TokenDraw(blocks, max(count, 1), self._seed, step, argument)
         hooks = [
             block.in_slices[0].module.register_forward_pre_hook(_Hook(partial(draw.see, number)))
             for number, block in enumerate(blocks)
