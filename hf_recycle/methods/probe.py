@@ -73,12 +73,12 @@ class Probe:
         """
         names = {*names, "second_moment"} if "cross_moment" in names else set(names)
         at_once = sorted(names - {"cross_moment", "token_inputs"})
-        found: list[dict[str, Tensor]] = [{} for _ in blocks]
+        found: list[Statistics] = [{} for _ in blocks]
         if at_once:
             found = [_finished(sums, names) for sums in self._run_batches(blocks, at_once, step)]
         if "token_inputs" in names:
-            for values, inputs in zip(found, self._draw_tokens(blocks, count, step), strict=True):
-                values["token_inputs"] = inputs
+            drawn = self._draw_tokens(blocks, count, step)
+            found = [{**values, "token_inputs": inputs} for values, inputs in zip(found, drawn, strict=True)]
         if "cross_moment" not in names:
             return found
         last = _Last(lambda index: self._run_batches([index], ["cross_moment"], step)[0].cross_moment())
@@ -319,8 +319,8 @@ def _square(size: int, device: torch.device, block: FeedForward, times: int = 1)
         return torch.zeros(times * size, size, device=device)
     except (RuntimeError, torch.OutOfMemoryError) as error:
         raise ValueError(
-            f"there is no room on {device} for the {4 * times * size**2:,} bytes of the moments of {block.name}: choose a "
-            "criterion and a fold that need none, such as flap with mean."
+            f"there is no room on {device} for the {4 * times * size**2:,} bytes of the moments of {block.name}: "
+            "choose a criterion and a fold that need none, such as flap with mean."
         ) from error
 
 

@@ -51,8 +51,8 @@ class BlockState:
         return self.counts.shape[0]
 
     def note(self, index: Tensor, phase: int, step: int, skipped_steps: int) -> None:
-        """Neurons `index` `(n,)` were recycled in phase number `phase`, after step `step` of the Trainer, `skipped_steps`
-        of which the optimizer did not take."""
+        """Neurons `index` `(n,)` were recycled in phase number `phase`, after step `step` of the Trainer; the optimizer
+        had skipped `skipped_steps` of them."""
         self.counts.index_add_(0, index, torch.ones_like(index, dtype=self.counts.dtype))
         self.last_phase.index_fill_(0, index, phase)
         self.last_step.index_fill_(0, index, step)
@@ -276,7 +276,8 @@ class NeuronTable:
             if values.shape != (block.num_neurons,) or values.dtype != dtype:
                 raise ValueError(f"{block.name}/{column} has shape {tuple(values.shape)} and dtype {values.dtype}.")
             columns[column] = values.clone()
-        state = BlockState(**columns)
+        counts, last_phase, last_step, skipped_steps, pruned = columns.values()
+        state = BlockState(counts, last_phase, last_step, skipped_steps, pruned)
         prefix = f"{block.name}/fade_in"
         if f"{prefix}/index" in tensors:
             state.fade_in = _load_fade_in(block, prefix, tensors)

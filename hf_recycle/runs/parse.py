@@ -65,7 +65,7 @@ def merge(recipes: Sequence[str], flags: Mapping[str, Any]) -> RunArguments:
         ValueError: a value that the argument classes refuse.
     """
     given, sources = _recipe_values(recipes, skip=flags)
-    preset = (given | flags).get("preset")
+    preset = flags.get("preset", given.get("preset"))
     if preset is not None:
         given, sources = _recipe_values([f"preset/{preset}", *recipes], skip=flags)
     given |= flags
