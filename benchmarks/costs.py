@@ -13,12 +13,12 @@ from benchmarks.shapes import MEDIUM, TINY, Shape
 from benchmarks.steps import FADING_IN
 from benchmarks.switch import is_on
 
-_AT_EVERY_STEP = {
+_AT_EVERY_STEP: dict[str, dict[str, Any]] = {
     "smooth": FADING_IN,
     "midpoint": {"midpoint_weight": 1e-3},
 }
 # Here at every step that they are on, so that pairs of steps can tell what they cost.
-_AT_EVERY_HUNDREDTH = {
+_AT_EVERY_HUNDREDTH: dict[str, dict[str, Any]] = {
     "recycling": {"recycle_steps": 1, "recycle_start": 1, "recycle_fraction": 0.1},
     "magnitudes": {"magnitude_steps": 1},
 }

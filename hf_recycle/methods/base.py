@@ -15,6 +15,9 @@ from hf_recycle.neurons.optimizer_state import StepWatch
 from hf_recycle.neurons.table import NeuronTable
 from hf_recycle.records.recorder import HistoryRecorder
 
+Histograms = dict[str, tuple[int, Tensor]]
+"""By name: the step that the values `(n,)` are of, and the values."""
+
 LossOf = Callable[[nn.Module, Mapping[str, Any]], Tensor]
 TokenLossesOf = Callable[[nn.Module, Mapping[str, Any]], Tensor | None]
 
@@ -158,4 +161,8 @@ class Method(Generic[SettingsT]):
 
     def scalars(self) -> dict[str, float]:
         """What to log now."""
+        return {}
+
+    def take_histograms(self) -> Histograms:
+        """What to log as histograms now; what was taken is not given again."""
         return {}

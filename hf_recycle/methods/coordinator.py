@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from hf_recycle.batches.extra_batches import ExtraBatches
 from hf_recycle.engines.replica_checksum import true_everywhere
-from hf_recycle.methods.base import LossOf, Method, Run, StepInfo, TokenLossesOf
+from hf_recycle.methods.base import Histograms, LossOf, Method, Run, StepInfo, TokenLossesOf
 from hf_recycle.methods.saved_weights import check_weights_are_saved
 from hf_recycle.methods.settings import Settings
 from hf_recycle.neurons.optimizer_state import StepWatch
@@ -195,7 +195,12 @@ class NeuronMethods(TrainerCallback):
 
     def scalars(self) -> dict[str, float]:
         """What to log now."""
-        return {name: value for method in self.methods for name, value in method.scalars().items()}
+        found = {name: value for method in self.methods for name, value in method.scalars().items()}
+        return found | self.recorder.idle_shares()
+
+    def take_histograms(self) -> Histograms:
+        """What to log as histograms now."""
+        return {name: found for method in self.methods for name, found in method.take_histograms().items()}
 
 
 class NeuronCallback(NeuronMethods):

@@ -160,7 +160,7 @@ class NeuronTable:
     @classmethod
     def of(cls, model: nn.Module, pattern: str | None = None, ff_blocks: str | None = None) -> "NeuronTable":
         """The table of an unwrapped model, made at the first call, and anew for another pattern or part of it. What
-        looks like a block and is none of a known layout is said then.
+        looks like a block but has an unknown layout causes a warning then.
 
         Raises:
             ValueError: if the model has no feed-forward block.
@@ -276,8 +276,7 @@ class NeuronTable:
             if values.shape != (block.num_neurons,) or values.dtype != dtype:
                 raise ValueError(f"{block.name}/{column} has shape {tuple(values.shape)} and dtype {values.dtype}.")
             columns[column] = values.clone()
-        counts, last_phase, last_step, skipped_steps, pruned = columns.values()
-        state = BlockState(counts, last_phase, last_step, skipped_steps, pruned)
+        state = BlockState(**columns)  # type: ignore[arg-type]  # the columns are tensors
         prefix = f"{block.name}/fade_in"
         if f"{prefix}/index" in tensors:
             state.fade_in = _load_fade_in(block, prefix, tensors)

@@ -263,7 +263,7 @@ class LanguageModelingMixin(ReproducibleDataMixin):
         return self._head
 
     def _find_chunked_head(self, model: nn.Module) -> tuple[ChunkedHead | None, str]:
-        """The head of a causal model in chunks, or None and why there is none."""
+        """The head of a causal model in chunks, or None and the reason."""
         if self._compiled:
             return None, "torch_compile compiles the whole of it"
         if self.accelerator.mixed_precision == "fp16":

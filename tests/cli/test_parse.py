@@ -142,7 +142,7 @@ def test_abbreviations_are_refused():
 
 def test_wrong_types_name_the_argument_and_the_recipe(recipe):
     refused(["--seed", "many"], "argument --seed: invalid int value: 'many'")
-    refused([recipe("seed: many\n")], r"recipe .*some\.yaml: argument --seed: invalid int value: 'many'")
+    refused([recipe("seed: many\n")], r"recipe .*some\.yaml: seed: invalid int value: 'many'")
     refused([recipe("seed: 1\n"), "--seed", "many"], "^argument --seed")
     refused([recipe("seed: [1, 2]\n")], r"seed=\[1, 2\] must be one value, not a list")
     refused([recipe("seed: {a: 1}\n")], "seed takes one value, not the mapping .* recipes are flat")
@@ -157,7 +157,12 @@ def test_recipes_go_before_the_arguments():
     refused(["-s", "1"], "unknown argument -s; hf-recycle train --help lists the known ones")
 
 
-def test_values_that_the_classes_refuse():
+def test_values_that_the_classes_refuse(recipe):
+    out_of_range = recipe("recycle_fraction: 2\n")
+    with pytest.raises(ValueError, match=r"^recipe .*some\.yaml: recycle_fraction=2\.0 is not allowed"):
+        parse_run([out_of_range])
+    with pytest.raises(ValueError, match=r"^recycle_fraction=3\.0 is not allowed"):
+        parse_run([out_of_range, "--recycle_fraction", "3"])
     with pytest.raises(ValueError, match="recycle_fraction"):
         parse_run(["--recycle_fraction", "2"])
     refused(["--tokenizer_vocab_size", "3"], "tokenizer_vocab_size=3 is too small")

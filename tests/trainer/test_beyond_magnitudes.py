@@ -57,7 +57,7 @@ def test_dead_neurons_are_found_and_reborn_without_a_change_of_the_loss(train, a
     settings = {"recycle_steps": 3, "recycle_fraction": 0.5, "recycle_reinit": reinit, "max_steps": 4}
     train(model=half_dead(), **DORMANT, **settings, **FIXED)
     [(before, after, neurons, records)] = at_phases
-    assert [record.recycled for record in records] == [list(range(16))] * 2
+    assert [record.chosen for record in records] == [list(range(16))] * 2
     assert [record.requested for record in records] == [16, 16]
     assert after == before
     for block in neurons:
@@ -73,10 +73,10 @@ def test_newborns_get_gradients_and_move(train, at_phases, build, reinit):
     trainer = train(model=build(), max_steps=6, weight_decay=0, **settings, **FIXED)
     [(_, _, neurons, records)] = at_phases
     for block, born, record in zip(trainer.neuron_table().blocks, neurons, records, strict=True):
-        assert len(record.recycled) == block.num_neurons // 4
+        assert len(record.chosen) == block.num_neurons // 4
         now = neurons_of(block)
         for role, values in born.items():
-            changed = (now[role] != values)[record.recycled].reshape(len(record.recycled), -1)
+            changed = (now[role] != values)[record.chosen].reshape(len(record.chosen), -1)
             assert changed.any(1).all(), role
 
 
@@ -131,7 +131,7 @@ def test_births_keep_the_loss_beyond_what_was_taken_away(train, at_phases, reini
     idle = {"recycle_selection": "low_magnitude", "learning_rate": 0.0} if gated else DORMANT
     train(model=model, **settings, **idle, **FIXED)
     before, after, _, records = at_phases[0]
-    assert all(record.recycled for record in records)
+    assert all(record.chosen for record in records)
     assert after == pytest.approx(before, rel=1e-6)
 
 
@@ -144,7 +144,7 @@ def test_births_fade_in(train, at_phases, reinit):
     assert after == before
     assert trainer.neuron_table().fading_in == 0
     for block, record in zip(trainer.neuron_table().blocks, records, strict=True):
-        assert (block.read(torch.tensor(record.recycled))["out"].abs().amax(1) > 0).all()
+        assert (block.read(torch.tensor(record.chosen))["out"].abs().amax(1) > 0).all()
 
 
 @pytest.mark.slow

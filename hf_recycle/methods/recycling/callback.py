@@ -1,4 +1,4 @@
-"""When to recycle."""
+"""The method `Recycling`: when selection phases happen, and what fades in between; and its public callback."""
 
 from collections.abc import Sequence
 
@@ -160,11 +160,11 @@ class Recycling(Method[RecyclingSettings]):
             optimizer=self.run.optimizer,
             loss_is_finite=info.loss_is_finite(),
             frozen=self.run.frozen(),
-            gather=None if self.probe is None else self.probe.gather,
+            gather=None if self.probe is None else self.probe.noting(info.step),
         )
         for record in records:
-            self.run.recorder.phase(**vars(record))
-        recycled = {record.block for record in records if record.recycled}
+            self.run.recorder.phase(record)
+        recycled = {record.block for record in records if record.chosen}
         if recycled and self.settings.optimizer_state != "keep":
             count = self.table.optimizer_entries_reset - reset_before
             check_was_reset(self.run.optimizer, [b for b in self.table.blocks if b.name in recycled], count)

@@ -1,7 +1,6 @@
 """One selection phase: choose neurons, give them new weights, note what was done."""
 
 from collections.abc import Collection
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -20,34 +19,8 @@ from hf_recycle.neurons.blocks import magnitudes_of
 from hf_recycle.neurons.magnitudes import on_cpu
 from hf_recycle.neurons.optimizer_state import reset_state
 from hf_recycle.neurons.table import BlockState, NeuronTable
-from hf_recycle.records.recorder import LEFT_ALONE, SKIPPED
+from hf_recycle.records.recorder import LEFT_ALONE, SKIPPED, BlockRecord
 from hf_recycle.utils.seeds import generator_for
-
-
-@dataclass(frozen=True)
-class PhaseRecord:
-    """What a phase did in one block.
-
-    Attributes:
-        step: of the Trainer.
-        phase: number of the phase, from 1 (of a skipped phase: the number it would have had).
-        block: name of the block.
-        requested: neurons that the settings ask for, also of a skipped phase (in global scope: those of this block
-            that were chosen).
-        eligible: neurons that could be chosen.
-        recycled: indices of the chosen neurons, ascending.
-        note: why fewer were recycled than requested, or empty.
-        edits: what else was changed, or empty.
-    """
-
-    step: int
-    phase: int
-    block: str
-    requested: int
-    eligible: int
-    recycled: list[int]
-    note: str = ""
-    edits: str = ""
 
 
 def needs_of_settings(settings: RecyclingSettings) -> dict[str, str]:
@@ -72,7 +45,7 @@ def run_phase(
     loss_is_finite: bool = True,
     frozen: Collection[int] = (),
     gather: Gather | None = None,
-) -> list[PhaseRecord]:
+) -> list[BlockRecord]:
     """Runs the selection phase right after step `step` of the Trainer.
 
     A non-finite loss, magnitude or statistic skips the whole phase: nothing is written, and the records say why. A
@@ -120,8 +93,8 @@ def run_phase(
         if settings.scope == "global":
             requested, reason = [0] * len(block_indices), f"{reason} ({quotas[0]} requested over all blocks)"
         return left_out + [
-            PhaseRecord(step, phase, table.blocks[block_index].name, request, int(mask.count_nonzero()), [], reason)
-            for block_index, request, mask in zip(block_indices, requested, eligible, strict=True)
+            BlockRecord(step, table.blocks[number].name, request, int(mask.count_nonzero()), [], reason, phase=phase)
+            for number, request, mask in zip(block_indices, requested, eligible, strict=True)
         ]
 
     # The last block last: if activations are multiplied with each other, which is known of one block at a time, that is
@@ -180,16 +153,18 @@ def run_phase(
     edits = [FOLDED[settings.fold] if len(index) else "" for index in chosen]
     columns = block_indices, requested, eligible, chosen, notes, edits
     return left_out + [
-        PhaseRecord(step, phase, table.blocks[number].name, request, int(mask.count_nonzero()), index.tolist(), *said)
-        for number, request, mask, index, *said in zip(*columns, strict=True)
+        BlockRecord(
+            step, table.blocks[number].name, request, int(mask.count_nonzero()), index.tolist(), note, edit, phase
+        )
+        for number, request, mask, index, note, edit in zip(*columns, strict=True)
     ]
 
 
-def _left_out(table: NeuronTable, block_indices: list[int], step: int, nothing: bool) -> list[PhaseRecord]:
+def _left_out(table: NeuronTable, block_indices: list[int], step: int, nothing: bool) -> list[BlockRecord]:
     """Records of blocks that the next phase leaves out; a phase that has `nothing` else is skipped."""
     note = f"{SKIPPED if nothing else ''}the weights of some blocks are frozen"
     phase = table.phases + 1
-    return [PhaseRecord(step, phase, table.blocks[block_index].name, 0, 0, [], note) for block_index in block_indices]
+    return [BlockRecord(step, table.blocks[number].name, 0, 0, [], note, phase=phase) for number in block_indices]
 
 
 def _eligible(states: list[BlockState], phase: int, optimizer_steps: int, settings: RecyclingSettings) -> list[Tensor]:
