@@ -148,8 +148,8 @@ class ModelNeurons:
         finally:
             for (block, index), values in zip(pairs, before, strict=True):
                 block.write(index, values)
-            for bias, values in zip(biases, kept, strict=True):
-                bias.data.copy_(values)
+            for bias, saved in zip(biases, kept, strict=True):
+                bias.data.copy_(saved)
 
 
 def check_removal(criterion: str, how: str, has_data: bool) -> None:

@@ -1,6 +1,6 @@
 """The loss of a language model on a text, always on the same sequences with the same masks."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,10 +112,10 @@ class LanguageModel:
             self.model, blocks, self.others or self.batches, lambda _, batch: self._mean_loss(batch), seed
         )
 
-    def _mean_loss(self, batch: Batch) -> Tensor:
+    def _mean_loss(self, batch: Mapping[str, Any]) -> Tensor:
         return self._losses(batch).sum() / max(predicted_tokens(self.task, batch), 1)
 
-    def _losses(self, batch: Batch) -> Tensor:
+    def _losses(self, batch: Mapping[str, Any]) -> Tensor:
         """Cross entropies of tokens, zero for those that are not predicted, `(n,)`."""
         head = find_masked_head(self.model) if self.task.name == "mlm" else None
         inputs = {name: value for name, value in batch.items() if name != "labels"}
@@ -187,7 +187,7 @@ def language_model(
     return LanguageModel(model.eval(), task, measured, tokens, batches(others, len(rows)))
 
 
-def predicted_tokens(task: Task, batch: Batch) -> int:
+def predicted_tokens(task: Task, batch: Mapping[str, Any]) -> int:
     """How many tokens of a batch its loss is taken over."""
     return int((task.targets(batch["labels"]) != IGNORED).sum())
 

@@ -39,7 +39,7 @@ class PruneSettings:
         """From comma-separated words; None: all criteria, shares in tenths.
 
         Raises:
-            UserError: an unknown criterion, or a share that is none.
+            UserError: an unknown criterion, or a share outside [0, 1].
         """
         names = cls.criteria if criteria is None else tuple(name.strip() for name in criteria.split(","))
         for name in names:

@@ -9,6 +9,7 @@ out changes nothing.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,10 +18,10 @@ from transformers import PreTrainedModel
 from hf_recycle.analysis.data_scores import ModelNeurons, least
 from hf_recycle.analysis.evaluation import LanguageModel
 from hf_recycle.analysis.random_inputs import outputs, random_inputs
-from hf_recycle.analysis.width import width_fields, with_neurons
 from hf_recycle.errors import UserError
 from hf_recycle.neurons.blocks import FeedForward
 from hf_recycle.neurons.find import find_feed_forwards
+from hf_recycle.neurons.width import Field, Value, width_fields, with_neurons
 
 
 @dataclass(frozen=True)
@@ -88,28 +89,46 @@ def shrink(model: PreTrainedModel, settings: ShrinkSettings, text: LanguageModel
         raise UserError(str(error)) from error
     neurons = ModelNeurons(model, blocks, seed=settings.seed) if text is None else text.neurons(blocks, settings.seed)
     removed = removed_neurons(neurons, settings)
-    kept = [_others(block, index) for block, index in zip(blocks, removed, strict=True)]
+    kept = [others(block, index) for block, index in zip(blocks, removed, strict=True)]
     shares = [_width(len(index), block, settings.multiple_of) for index, block in zip(kept, blocks, strict=True)]
     fields = width_fields(model, blocks)
     values = {field: field.value_for(max(shares[n] for n in field.blocks)) for field in fields}
+    new, new_blocks, difference = take_out(neurons, removed, settings.fold, values)
+    names = [block.name for block in blocks]
+    widths = [(old.num_neurons, now.num_neurons) for old, now in zip(blocks, new_blocks, strict=True)]
+    return Shrunk(new, dict(zip(names, widths, strict=True)), dict(zip(names, kept, strict=True)), difference)
+
+
+def take_out(
+    neurons: ModelNeurons, removed: Sequence[Tensor], fold: str, values: dict[Field, Value]
+) -> tuple[PreTrainedModel, list[FeedForward], float]:
+    """A model without neurons `removed` of each block, its blocks, and by how much its outputs differ, on random
+    inputs, from those of the original with them masked and folded.
+
+    Args:
+        values: of the configuration's fields that set the widths; what is wider than it needs is filled up with zeros.
+
+    Raises:
+        UserError: see `ModelNeurons.remove`; or the new model does not compute what the masked one does.
+    """
+    model: Any = neurons.model
+    kept = [others(block, index) for block, index in zip(neurons.blocks, removed, strict=True)]
     inputs = random_inputs(model, batch=2, length=16)
-    with neurons.without(removed, settings.fold):
-        new, new_blocks = with_neurons(model, blocks, kept, values)
+    with neurons.without(removed, fold):
+        new, new_blocks = with_neurons(model, neurons.blocks, kept, values)
         try:
-            difference = _difference(outputs(model, inputs), outputs(new, inputs))
+            difference = difference_of(outputs(model, inputs), outputs(new, inputs))
         except RuntimeError as error:
             raise UserError(
-                f"the smaller {type(model).__name__} does not compute ({str(error).splitlines()[0]}): pass another "
-                f"multiple_of than {settings.multiple_of}"
+                f"a {type(model).__name__} of {new_blocks[0].num_neurons} neurons does not compute "
+                f"({str(error).splitlines()[0]}): pass another width or multiple_of"
             ) from error
     if not difference <= _TOLERANCES.get(model.dtype, 1e-3):
         raise UserError(
             f"the smaller model's outputs differ from those of the masked one by {difference:.2g}: its feed-forward "
             "blocks do more than W_out f(W_in x), and can't be shrunk"
         )
-    names = [block.name for block in blocks]
-    widths = [(old.num_neurons, now.num_neurons) for old, now in zip(blocks, new_blocks, strict=True)]
-    return Shrunk(new, dict(zip(names, widths, strict=True)), dict(zip(names, kept, strict=True)), difference)
+    return new, new_blocks, difference
 
 
 def _width(kept: int, block: FeedForward, multiple_of: int) -> float:
@@ -173,11 +192,13 @@ def check_pruned_are_zero(blocks: Sequence[FeedForward], masks: dict[str, Tensor
             )
 
 
-def _others(block: FeedForward, index: Tensor) -> Tensor:
+def others(block: FeedForward, index: Tensor) -> Tensor:
+    """The neurons of a block that are not in `index`, int64, ascending."""
     rest = torch.ones(block.num_neurons, dtype=torch.bool)
     rest[index] = False
     return rest.nonzero().flatten()
 
 
-def _difference(first: Tensor, second: Tensor) -> float:
+def difference_of(first: Tensor, second: Tensor) -> float:
+    """The largest difference between two outputs, in units of the largest entry of the first."""
     return float((first - second).abs().max() / first.abs().max().clamp(min=1e-12))

@@ -25,6 +25,7 @@ from hf_recycle.methods.settings import METHODS, Settings
 from hf_recycle.records.ceiling_file import read_ceiling
 from hf_recycle.records.history import RecyclingHistory
 from hf_recycle.records.naming import short_names
+from hf_recycle.records.recorder import LEFT_ALONE
 
 _MAX_JSON = 64 * 2**20
 _METRICS = (
@@ -98,6 +99,7 @@ def facts_of(history: RecyclingHistory, folder: Path, repo_id: str | None = None
         "neurons": history.stats["neurons"],
         "phases": history.stats["phases"],
         "recyclings": history.stats["recycling_events"],
+        "left_alone": _left_alone(history),
         "probed": len(history.activity) > 0,
         "blocks": _blocks(history),
         "ceiling": _ceiling(folder),
@@ -213,6 +215,12 @@ def _blocks(history: RecyclingHistory) -> Rows:
         quantiles = block.get("magnitude_quantiles") or {}
         rows.append((*row, *(f"{quantiles[q]:.3g}" if q in quantiles else "–" for q in ("0.01", "0.5", "0.99"))))
     return rows
+
+
+def _left_alone(history: RecyclingHistory) -> str | None:
+    """Why the last selection phase left the model alone, if it did."""
+    note = next(iter(history.events["note"][::-1]), None) or ""
+    return note.removeprefix(LEFT_ALONE) if note.startswith(LEFT_ALONE) else None
 
 
 def block_columns(facts: Mapping[str, Any]) -> tuple[str, ...]:

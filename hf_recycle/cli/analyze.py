@@ -38,7 +38,7 @@ def add_arguments(parser: Parser) -> None:
         help="A folder, a run's output folder, or a repository of the Hub (user/repo, or "
         "hf://user/repo[@revision][/folder]).",
     )
-    parser.add_argument("--output", type=Path, metavar="DIR", help="Draw figures (PNG) into this folder.")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="Draw figures (PNG and SVG) into this folder.")
     add_json_argument(parser)
     add_block_arguments(parser)
     add_revision_argument(parser)

@@ -63,7 +63,7 @@ def report(run: str, revision: str | None = None) -> str:
 
 def _small_files(text: str, revision: str | None) -> Path:
     """The folder of the cache with the `config.json` of a repository, and what was measured on a text, if it was; a
-    folder without them if they can't be had."""
+    folder without them if that fails."""
     from hf_recycle.hub.address import locate
     from hf_recycle.hub.fetch import fetch_file
     from hf_recycle.records.ceiling_file import CEILING_FILE

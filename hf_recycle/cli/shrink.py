@@ -85,10 +85,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> None:
-    if options.output is None:
-        raise UserError("output is missing; pass the folder where the smaller model goes")
-    if options.output.exists() and not (options.output.is_dir() and not any(options.output.iterdir())):
-        raise UserError(f"output={str(options.output)!r} exists already; name a new folder")
+    check_output(options.output, "the smaller model")
     if options.pruned_only == (options.fraction is not None):
         raise UserError("pass either pruned_only or fraction: which neurons go?")
     if options.fraction is not None and not 0 < options.fraction < 1:
@@ -97,6 +94,18 @@ def _check(options: argparse.Namespace) -> None:
         )
     if options.multiple_of < 1:
         raise UserError(f"multiple_of={options.multiple_of} must be at least 1")
+
+
+def check_output(output: Path | None, what: str) -> None:
+    """Refuses a folder that can't be a new one.
+
+    Raises:
+        UserError: as said.
+    """
+    if output is None:
+        raise UserError(f"output is missing; pass the folder where {what} goes")
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise UserError(f"output={str(output)!r} exists already; name a new folder")
 
 
 def _measured(model, shrunk, text) -> dict:

@@ -1,4 +1,4 @@
-"""When to record magnitudes."""
+"""The method `Magnitudes`: records magnitudes every so many steps; and its public callback."""
 
 from hf_recycle.methods.base import Histograms, Method, Run, StepInfo
 from hf_recycle.methods.coordinator import NeuronCallback

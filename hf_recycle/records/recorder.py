@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,10 @@ HISTOGRAM_BINS = 64
 SKIPPED = "skipped: "
 """How the note of a phase begins in which nothing was done, because a loss or a magnitude was not finite."""
 
-KINDS = ("phase", "pruning", "overtraining", "magnitude", "activity", "log")
+LEFT_ALONE = "left alone: "
+"""How the note of a phase begins that found too few neurons at or below the threshold to do anything."""
+
+KINDS = ("phase", "pruning", "overtraining", "magnitude", "activity", "log", "resize")
 """The kinds of rows of a history."""
 
 OVERTRAINING_METRICS = (
@@ -50,8 +54,8 @@ HISTORY_SCHEMA = pa.schema(
         ("block", pa.string()),
         ("phase", pa.int32()),  # from 1
         ("requested", pa.int32()),
-        ("eligible", pa.int32()),
-        ("recycled", pa.list_(pa.int32())),  # indices of neurons
+        ("eligible", pa.int32()),  # of a resize: neurons before it
+        ("recycled", pa.list_(pa.int32())),  # indices of neurons; of a resize see `HistoryRecorder.resize`
         ("pruned", pa.list_(pa.int32())),  # indices of neurons
         ("note", pa.string()),
         ("quantiles", pa.list_(pa.float32())),  # at QUANTILE_LEVELS
@@ -63,6 +67,32 @@ HISTORY_SCHEMA = pa.schema(
 
 MAX_NOTE = 500
 _MAX_CHUNKS = 32
+
+
+@dataclass(frozen=True)
+class BlockRecord:
+    """What a selection phase or a pruning did in one block.
+
+    Attributes:
+        step: of the Trainer.
+        block: name of the block.
+        requested: neurons that the settings ask for, also of a skipped phase (in global scope: those of this block
+            that were chosen; of a pruning: beyond those that were pruned before).
+        eligible: neurons that could be chosen.
+        chosen: indices of the neurons that were recycled or pruned, ascending.
+        note: why fewer were chosen than requested, or empty; shortened to 500 characters in the history.
+        edits: what else was changed, or empty; noted too.
+        phase: number of the phase, from 1 (of a skipped phase: the number it would have had); None: a pruning.
+    """
+
+    step: int
+    block: str
+    requested: int
+    eligible: int
+    chosen: Sequence[int]
+    note: str = ""
+    edits: str = ""
+    phase: int | None = None
 
 
 class HistoryRecorder:
@@ -77,62 +107,46 @@ class HistoryRecorder:
         self._table = HISTORY_SCHEMA.empty_table()
         self._pending: list[dict[str, Any]] = []
 
-    def phase(
-        self,
-        step: int,
-        phase: int,
-        block: str,
-        requested: int,
-        eligible: int,
-        recycled: Sequence[int],
-        note: str = "",
-        edits: str = "",
-    ) -> None:
-        """Record one selection phase of one block.
+    def phase(self, record: BlockRecord) -> None:
+        """Record what a selection phase did in one block."""
+        self._chosen("recycled", record, kind="phase", phase=record.phase)
 
-        Args:
-            step: optimizer steps done.
-            phase: number of the phase, from 1.
-            block: name of the block.
-            requested: neurons the phase wanted to recycle.
-            eligible: neurons it could choose from.
-            recycled: indices of the neurons it recycled.
-            note: why it differs from what was asked (shortened to 500 characters).
-            edits: what else it changed; noted too.
-        """
+    def pruning(self, record: BlockRecord) -> None:
+        """Record what a pruning did in one block."""
+        self._chosen("pruned", record, kind="pruning")
+
+    def _chosen(self, column: str, record: BlockRecord, **more: Any) -> None:
         self._pending.append(
             {
-                "kind": "phase",
-                "step": int(step),
-                "phase": int(phase),
-                "block": block,
-                "requested": int(requested),
-                "eligible": int(eligible),
-                "recycled": [int(index) for index in recycled],
-                "note": "; ".join(filter(None, (note, edits)))[:MAX_NOTE],
+                **more,
+                "step": int(record.step),
+                "block": record.block,
+                "requested": int(record.requested),
+                "eligible": int(record.eligible),
+                column: [int(index) for index in record.chosen],
+                "note": "; ".join(filter(None, (record.note, record.edits)))[:MAX_NOTE],
             }
         )
 
-    def pruning(
-        self,
-        step: int,
-        block: str,
-        requested: int,
-        eligible: int,
-        pruned: Sequence[int],
-        note: str = "",
-        edits: str = "",
-    ) -> None:
-        """Record one pruning of one block; as `phase`, with the indices of the neurons it pruned."""
+    def resize(self, step: int, block: str, neurons: int, former: Sequence[int], note: str) -> None:
+        """Record that a block has another number of neurons from here on: rows before and after count them apart.
+
+        Args:
+            step: optimizer steps done.
+            block: name of the block.
+            neurons: how many it had.
+            former: for each neuron it has now, which one it was, -1 for one that was added.
+            note: how they were chosen or made.
+        """
         self._pending.append(
             {
-                "kind": "pruning",
+                "kind": "resize",
                 "step": int(step),
                 "block": block,
-                "requested": int(requested),
-                "eligible": int(eligible),
-                "pruned": [int(index) for index in pruned],
-                "note": "; ".join(filter(None, (note, edits)))[:MAX_NOTE],
+                "requested": len(former),
+                "eligible": int(neurons),
+                "recycled": [int(index) for index in former],
+                "note": note[:MAX_NOTE],
             }
         )
 

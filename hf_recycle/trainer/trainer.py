@@ -76,7 +76,10 @@ class RecyclingTrainer(RunStartMixin, HubMixin, CheckpointMixin, LanguageModelin
                 f"run `accelerate launch --num_processes {args.n_gpu} <your script>`, or set CUDA_VISIBLE_DEVICES=0."
             )
         self.neuron_methods = NeuronMethods(
-            loss_of=self.loss_of, attached=self.head_attached, extra_batches=self.extra_batches
+            loss_of=self.loss_of,
+            token_losses_of=self.token_losses_of,
+            attached=self.head_attached,
+            extra_batches=self.extra_batches,
         )
         self.tied_aliases = {}
         self.meter = RunMeter()
@@ -204,7 +207,7 @@ class RecyclingTrainer(RunStartMixin, HubMixin, CheckpointMixin, LanguageModelin
         `last-checkpoint` or `checkpoint-N` as folder, by default the newest one.
 
         Raises:
-            UserError: if the checkpoint can't be had from the Hub, or is not to be trusted.
+            UserError: if the checkpoint can't be downloaded from the Hub, or is not to be trusted.
         """
         try:
             checkpoint = local_checkpoint(resume_from_checkpoint, self.args)

@@ -10,7 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_recycle.records.history import HistoryRecorder
-from hf_recycle.records.recorder import ACTIVITY_METRICS, HISTOGRAM_BINS, HISTORY_SCHEMA, QUANTILE_LEVELS, metric_values
+from hf_recycle.records.recorder import (
+    ACTIVITY_METRICS,
+    HISTOGRAM_BINS,
+    HISTORY_SCHEMA,
+    QUANTILE_LEVELS,
+    BlockRecord,
+    metric_values,
+)
 
 STEPS = st.integers(0, 2**40)
 TEXTS = st.text(st.characters(codec="utf-8"), max_size=20)
@@ -32,7 +39,7 @@ def play(recorder, actions):
     for kind, step, *rest in actions:
         if kind == "phase":
             phase, block, recycled, note = rest
-            recorder.phase(step, phase, block, len(recycled), len(recycled), recycled, note)
+            recorder.phase(BlockRecord(step, block, len(recycled), len(recycled), recycled, note, phase=phase))
         elif kind == "magnitude":
             recorder.magnitudes(step, rest[0], torch.tensor(rest[1], dtype=torch.float32))
         elif kind == "activity":
@@ -109,7 +116,7 @@ def test_logs_keep_numbers_only():
 
 def test_a_long_note_is_shortened():
     recorder = HistoryRecorder()
-    recorder.phase(1, 1, "ff", 1, 1, [0], "x" * 10_000)
+    recorder.phase(BlockRecord(1, "ff", 1, 1, [0], "x" * 10_000, phase=1))
     assert recorder.to_table()["note"].to_pylist() == ["x" * 500]
 
 
