@@ -35,7 +35,7 @@ def at_phases(monkeypatch):
     seen, run_phase = [], callback.run_phase
 
     def watched(table, *args, **kwargs):
-        model = table.views[0]._fresh.model
+        model = table.fresh.model
         training, before = model.training, batch_loss(model)
         records = run_phase(table, *args, **kwargs)
         seen.append((before, batch_loss(model), {k: v.clone() for k, v in model.state_dict().items()}, records))
@@ -156,7 +156,7 @@ def prunings(monkeypatch):
     seen, prune = [], pruning.prune
 
     def watched(table, *args, **kwargs):
-        model = table.views[0]._fresh.model
+        model = table.fresh.model
         training, before = model.training, batch_loss(model)
         records = prune(table, *args, **kwargs)
         seen.append((before, batch_loss(model)))
