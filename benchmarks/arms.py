@@ -43,8 +43,8 @@ def compare(
         + str(shape)
     )
     faster = Measured(estimate(ratios), note, {"seconds": seconds, "relative difference of losses": worst})
-    peaks = {name: taken[-1].peak for name, taken in turns.items()}
-    if None in peaks.values():
+    peaks = {name: peak for name, taken in turns.items() if (peak := taken[-1].peak) is not None}
+    if len(peaks) < len(turns):
         return {speed.name: faster, memory.name: NotMeasured("this system does not tell the peak memory of a process")}
     mib = {name: peak / 2**20 for name, peak in peaks.items()}
     note = f"{before} → {after}: {mib[before]:,.0f} → {mib[after]:,.0f} MiB"

@@ -3,12 +3,14 @@
 import argparse
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
+from typing import Any
 
 from hf_recycle.errors import UserError
-from hf_recycle.runs.launcher import LAUNCH_OPTIONS, add_launch_arguments, launch, launch_options
-from hf_recycle.runs.recipes import describe_recipes, recipe_completions
+from hf_recycle.runs.launcher import LAUNCH_OPTIONS, LAUNCH_WORDS, add_launch_arguments, launch, launch_options
+from hf_recycle.runs.recipes import describe_recipes, load_recipes, recipe_completions
 from hf_recycle.runs.run_arguments import add_run_arguments, add_trainer_arguments
 from hf_recycle.utils.command_line import Parser, completed_by
 from hf_recycle.utils.command_words import without
@@ -20,14 +22,14 @@ Pretrain a model with neuron recycling. A recipe is a YAML file of arguments, na
 the package, by a short name. Several are merged left to right; arguments win over recipes, and null takes one back to
 its default.
 
-  hf-recycle train demo                               a small run, minutes on a laptop
-  hf-recycle train scale/laptop plain --seed 1        one recipe for the scale, one for the method
-  hf-recycle train demo --resume_from_checkpoint true  start, or go on where the last checkpoint was made
-  hf-recycle train runs/demo/config.yaml --output_dir runs/again    the same run once more"""
+  hf-recycle train demo                                           a small run, minutes on a laptop
+  hf-recycle train scale/laptop plain --seed 1                    one recipe for the scale, one for the method
+  hf-recycle train demo --resume_from_checkpoint true             start, or go on where the last checkpoint was made
+  hf-recycle train runs/demo/config.yaml --output_dir runs/again  the same run once more"""
 
 
 def add_arguments(parser: Parser, *, everything: bool = False) -> None:
-    """Adds the arguments of a run; the help lists those of the Trainer too if `everything` is to be shown."""
+    """Adds the arguments of a run; with `everything` the help lists those of the Trainer too."""
     parser.usage = "hf-recycle train [RECIPE ...] [--argument VALUE ...]"
     parser.description = _DESCRIPTION
     recipes = parser.add_argument("recipes", nargs="*", metavar="RECIPE", help="A file, or the name of a packaged one.")
@@ -73,7 +75,7 @@ def run(options: argparse.Namespace) -> int:
 
     Raises:
         UserError: what the user can mend.
-        KeyboardInterrupt: after it was said how to go on.
+        KeyboardInterrupt: after a message that says how to go on.
     """
     if options.list:
         print(describe_recipes())
@@ -81,15 +83,46 @@ def run(options: argparse.Namespace) -> int:
     if not options.words:
         raise UserError("name a recipe, such as demo: hf-recycle train --list lists them, --help the arguments")
     launched_by = launch_options(options)
+    telling = options.print_config or options.dry_run
+    if _has_stages(options) and not telling and not os.environ.get(LAUNCH_WORDS):
+        return _train_stages(options, launched_by)
     if launched_by and not options.print_config:
         return launch(launched_by, without(options.words, LAUNCH_OPTIONS))
+    return _train(options)
+
+
+def _has_stages(options: argparse.Namespace) -> bool:
+    if hasattr(options, "ff_stages"):
+        return options.ff_stages is not None
+    return load_recipes(options.recipes).values.get("ff_stages") is not None
+
+
+def _train_stages(options: argparse.Namespace, launched_by: dict[str, Any]) -> int:
+    from hf_recycle.cli.stages import train_in_stages
+
+    def train(checkpoint: str | None) -> int:
+        words = without(options.words, ["resume_from_checkpoint"])
+        if checkpoint is not None:
+            words = [*words, "--resume_from_checkpoint", checkpoint]
+        if launched_by:
+            return launch(launched_by, without(words, LAUNCH_OPTIONS))
+        return _train(options, {"resume_from_checkpoint": checkpoint})
+
+    with _bad_values_are_user_errors():
+        from hf_recycle.runs.parse import merge, run_flags
+
+        arguments = merge(options.recipes, run_flags(options))
+    return train_in_stages(arguments, train)
+
+
+def _train(options: argparse.Namespace, more: Mapping[str, Any] = MappingProxyType({})) -> int:
     run = None
     try:
         with _bad_values_are_user_errors():
             # Imported late: importing torch takes seconds, and what is above does without it.
             from hf_recycle.runs.parse import merge, run_flags
 
-            arguments = merge(options.recipes, run_flags(options))
+            arguments = merge(options.recipes, run_flags(options) | dict(more))
             if options.print_config or options.dry_run:
                 _tell(arguments, options)
                 return 0

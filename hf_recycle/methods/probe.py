@@ -5,8 +5,8 @@ gathered is a pure function of (weights, seed, optimizer step): there is nothing
 same.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -15,19 +15,21 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from hf_recycle.methods.base import Run
+from hf_recycle.methods.activity import Activity
+from hf_recycle.methods.base import LossOf, Run
 from hf_recycle.methods.isolated_training import isolated_training
 from hf_recycle.methods.overtraining.callback import extra_batches_of, model_loss
 from hf_recycle.methods.overtraining.training import reduce_gradients
 from hf_recycle.methods.registry import GRADIENTS
+from hf_recycle.methods.token_draw import TokenDraw, losses_of_tokens
 from hf_recycle.neurons.blocks import FeedForward
 from hf_recycle.utils.seeds import generator_for
 
-Statistics = Mapping[str, Tensor]
-"""What is known of one block, by a name of `registry.STATISTICS`: float64 on the CPU; "cross_moment" and "descent"
-float32 on the block's device."""
+Statistics = dict[str, Tensor]
+"""What is known of one block, by a name of `registry.STATISTICS`: float64 on the CPU; "cross_moment", "descent" and
+"token_inputs" float32 on the block's device."""
 
-Gather = Callable[[Sequence[int], Collection[str], int], list[Statistics]]
+Gather = Callable[[Sequence[int], Collection[str], int, int], list[Statistics]]
 """What `Probe.gather` does."""
 
 
@@ -38,7 +40,7 @@ class Probe:
         run: the training.
         seed: of the extra batches.
         batches: extra batches each time, `per_device_train_batch_size` samples on each process.
-        wanted: what is to be gathered, and for which argument: `{statistic: argument}`.
+        wanted: what to gather, and for which argument: `{statistic: argument}`.
         purpose: what for; those of one purpose share their extra batches.
 
     Raises:
@@ -47,74 +49,175 @@ class Probe:
 
     def __init__(self, run: Run, seed: int, batches: int, wanted: Mapping[str, str], purpose: str):
         self._run, self._seed, self._batches = run, seed, batches
-        blocks = run.table.blocks
-        for name, argument in wanted.items():
-            for block in blocks:
-                _check_block(block, name, argument)
-        if "cross_moment" in wanted:
-            _square(max(block.num_neurons for block in blocks), blocks[0].out_slice.device, blocks[0])
+        check_can_gather(wanted, run.table.blocks)
         # An order and masks of its own, also where overtraining has the same seed.
         own = generator_for(seed, 0, 0, f"probe for {purpose}").initial_seed()
         self._data = (run.extra_batches or extra_batches_of(run.train_dataloader))(own, next(iter(wanted.values())))
+        self._wanted = wanted
+        if "token_inputs" in wanted:
+            self._draw_tokens(range(len(run.table.blocks)), 1, 0)  # what can't be had is said now
 
-    def gather(self, blocks: Sequence[int], names: Collection[str], step: int) -> list[Statistics]:
+    def noting(self, step: int) -> Gather:
+        """`gather`, which also notes in the history what share of each block is dead or dormant, after step `step` of
+        the Trainer."""
+
+        def gather(
+            blocks: Sequence[int], names: Collection[str], optimizer_steps: int, count: int = 1
+        ) -> list[Statistics]:
+            found = self.gather(blocks, names, optimizer_steps, count)
+            table = self._run.table
+            for index, statistics in zip(blocks, found, strict=True):
+                if statistics["mean_abs"].isfinite().all():
+                    activity = Activity.of(statistics["mean_abs"], table.states[index].pruned)
+                    self._run.recorder.activity(step, table.blocks[index].name, vars(activity))
+            return found
+
+        return gather
+
+    def gather(self, blocks: Sequence[int], names: Collection[str], step: int, count: int = 1) -> list[Statistics]:
         """Statistics `names` of the blocks of index `blocks`, after optimizer step `step`; on every process the same.
+        `count`: how many tokens are drawn for "token_inputs".
 
-        To be called on every process. "cross_moment" is not computed before it is looked up, with the weights as they
+        To be called on every process. "mean_abs", by which dead neurons are told, always comes too: next to the pass
+        itself its sum costs nothing. "cross_moment" is not computed before it is looked up, with the weights as they
         are then, and kept for one block at a time; its diagonal, "second_moment", comes with the rest, so that what is
         finite can be told.
         """
-        names = {*names, "second_moment"} if "cross_moment" in names else set(names)
-        at_once = sorted(names - {"cross_moment"})
-        found: list[Statistics] = [{} for _ in blocks]
-        if at_once:
-            found = [_finished(sums, names) for sums in self._run_batches(blocks, at_once, step)]
-        if "cross_moment" not in names:
-            return found
-        last = _Last(lambda index: self._run_batches([index], ["cross_moment"], step)[0].cross_moment())
-        return [_WithCrossMoment(values, partial(last, index)) for values, index in zip(found, blocks, strict=True)]
+        run = self._run
+        scaler = getattr(run.optimizer, "scaler", None) if not GRADIENTS.isdisjoint(names) else None
+        found = gather_statistics(
+            run.model,
+            [run.table.blocks[index] for index in blocks],
+            {*names, "mean_abs"} - {"token_inputs"},
+            lambda: (batch for _, batch in self._batches_of(step)),
+            loss_of=run.loss_of or model_loss,
+            device=run.args.device,
+            seed=self._forward_seed(step),
+            # The loss is the mean over processes.
+            processes=run.args.world_size,
+            scale=scaler.get_scale() if scaler is not None and scaler.is_enabled() else 1.0,
+            attached=run.attached,
+        )
+        if "token_inputs" in names:
+            for values, inputs in zip(found, self._draw_tokens(blocks, count, step), strict=True):
+                values["token_inputs"] = inputs
+        return found
 
-    def _run_batches(self, indices: Sequence[int], names: Collection[str], step: int) -> list["_Sums"]:
-        run, args = self._run, self._run.args
+    def _draw_tokens(self, indices: Sequence[int], count: int, step: int) -> list[Tensor]:
+        run, argument = self._run, self._wanted["token_inputs"]
         blocks = [run.table.blocks[index] for index in indices]
-        sums = [_Sums(block, names) for block in blocks]
-        wants_gradients = not GRADIENTS.isdisjoint(names)
-        trained = [parameter for block in blocks for parameter in block.parameters()] if wants_gradients else []
-        scaler = getattr(run.optimizer, "scaler", None) if wants_gradients else None
-        scale = scaler.get_scale() if scaler is not None and scaler.is_enabled() else 1.0
-        loss_of, seed = run.loss_of or model_loss, generator_for(self._seed, step, 0, "probe dropout").initial_seed()
-        # The loss is the mean over processes.
-        hooks = [hook for each in sums for hook in each.register(scale * args.world_size)]
-        try:
-            with (
-                run.attached() if wants_gradients else nullcontext(),
-                torch.set_grad_enabled(wants_gradients),
-                isolated_training(run.model, trained, args.device, seed),
-            ):
-                run.model.eval()
-                for batch in self._batches_of(step):
-                    for each in sums:
-                        each.mask = _mask_of(run.model, batch)
-                    loss = loss_of(run.model, batch)
-                    if wants_gradients:
-                        (loss * scale).backward()
-                if "in_gradient" in names:
-                    reduce_gradients(trained, scale)
-                    for each in sums:
-                        each.note_in_gradient(self._batches)
-        finally:
-            for hook in hooks:
-                hook.remove()
-            _reshard(run.model)
-        _sum_over_processes(sums)
-        return sums
+        draw = TokenDraw(blocks, count, self._seed, step, argument)
+        hooks = [
+            block.in_slices[0].module.register_forward_pre_hook(_Hook(partial(draw.see, number)))
+            for number, block in enumerate(blocks)
+        ]
+        with _looking(run.model, run.args.device, self._forward_seed(step), hooks):
+            for first, batch in self._batches_of(step):
+                losses = None if run.token_losses_of is None else run.token_losses_of(run.model, batch)
+                draw.take(losses_of_tokens(run.model, batch, argument) if losses is None else losses, first)
+        return draw.drawn()
 
-    def _batches_of(self, step: int) -> Iterator[Any]:
-        """The extra batches of one process at an optimizer step: the stream goes on as fast as training does."""
+    def _forward_seed(self, step: int) -> int:
+        return generator_for(self._seed, step, 0, "probe dropout").initial_seed()
+
+    def _batches_of(self, step: int) -> Iterator[tuple[int, Any]]:
+        """The extra batches of one process at an optimizer step, each with the number of its first sample: the stream
+        goes on as fast as training does."""
         size, processes = self._run.args.per_device_train_batch_size, self._run.args.world_size
         first = step * size * processes + self._run.args.process_index * size
         for number in range(self._batches):
-            yield self._data.batch(first + number * processes * size, size)
+            position = first + number * processes * size
+            yield position, self._data.batch(position, size)
+
+
+def gather_statistics(
+    model: nn.Module,
+    blocks: Sequence[FeedForward],
+    names: Collection[str],
+    batches: Callable[[], Iterable[Any]],
+    *,
+    loss_of: LossOf = model_loss,
+    device: torch.device,
+    seed: int = 0,
+    processes: int = 1,
+    scale: float = 1.0,
+    attached: Callable[[], AbstractContextManager] = nullcontext,
+) -> list[Statistics]:
+    """Statistics `names` of some blocks of a model on some batches, see `Probe.gather`.
+
+    Args:
+        batches: gives them, each time from the first; of one process its own.
+        loss_of: for what takes a backward pass: the loss of a batch, to be averaged over `processes`.
+        seed: of the random numbers that a forward pass may draw.
+        scale: what the loss is multiplied with before the backward pass, and gradients are divided by.
+        attached: within it the backward pass takes place, see `Run.attached`.
+    """
+
+    def run_batches(some: Sequence[FeedForward], wanted: Collection[str]) -> list[_Sums]:
+        with_gradients = not GRADIENTS.isdisjoint(wanted)
+        trained = [parameter for block in some for parameter in block.parameters()] if with_gradients else []
+        factor = scale if with_gradients else 1.0
+        sums = [_Sums(block, wanted) for block in some]
+        hooks = [hook for each in sums for hook in each.register(factor * processes)]
+        with attached() if with_gradients else nullcontext(), _looking(model, device, seed, hooks, trained):
+            count = 0
+            for batch in batches():
+                for each in sums:
+                    each.mask = _mask_of(model, batch)
+                loss = loss_of(model, batch)
+                if with_gradients:
+                    (loss * factor).backward()
+                count += 1
+            if "in_gradient" in wanted:
+                reduce_gradients(trained, factor)
+                for each in sums:
+                    each.note_in_gradient(count)
+        _sum_over_processes(sums)
+        return sums
+
+    names = {*names, "second_moment"} if "cross_moment" in names else set(names)
+    at_once = sorted(names - {"cross_moment"})
+    found: list[Statistics] = [{} for _ in blocks]
+    if at_once:
+        found = [_finished(sums, names) for sums in run_batches(blocks, at_once)]
+    if "cross_moment" not in names:
+        return found
+    last = _Last(lambda index: run_batches([blocks[index]], ["cross_moment"])[0].cross_moment())
+    return [_WithCrossMoment(values, partial(last, number)) for number, values in enumerate(found)]
+
+
+def check_can_gather(names: Mapping[str, str], blocks: Sequence[FeedForward]) -> None:
+    """Refuses statistics that can't be gathered of some blocks.
+
+    Args:
+        names: `{statistic: the argument that asks for it}`.
+
+    Raises:
+        ValueError: for what can't be seen, or has no room.
+    """
+    for name, argument in names.items():
+        for block in blocks:
+            _check_block(block, name, argument)
+    if "cross_moment" in names:
+        largest = max(blocks, key=lambda block: block.num_neurons)
+        # Of the moments in float64 there are three at a time: damped, factored or inverted, and room to do that.
+        _square(largest.num_neurons, largest.out_slice.device, largest, times=1 + 2 * 3)
+
+
+@contextmanager
+def _looking(
+    model: nn.Module, device: torch.device, seed: int, hooks: Sequence[Any], trained: Sequence[nn.Parameter] = ()
+) -> Iterator[None]:
+    """Within the context the model is in eval mode, with gradients for parameters `trained` alone; afterwards it is
+    as it was, without the hooks."""
+    try:
+        with torch.set_grad_enabled(bool(trained)), isolated_training(model, trained, device, seed):
+            model.eval()
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        _reshard(model)
 
 
 class _Sums:
@@ -281,12 +384,12 @@ def _sum_over_processes(sums: Sequence[_Sums]) -> None:
             dist.all_reduce(value)
 
 
-def _square(size: int, device: torch.device, block: FeedForward) -> Tensor:
+def _square(size: int, device: torch.device, block: FeedForward, times: int = 1) -> Tensor:
     try:
-        return torch.zeros(size, size, device=device)
+        return torch.zeros(times * size, size, device=device)
     except (RuntimeError, torch.OutOfMemoryError) as error:
         raise ValueError(
-            f"there is no room on {device} for the {4 * size**2:,} bytes of the moments of {block.name}: choose a "
+            f"there is no room on {device} for the {4 * times * size**2:,} bytes of the moments of {block.name}: choose a "
             "criterion and a fold that need none, such as flap with mean."
         ) from error
 

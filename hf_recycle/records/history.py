@@ -22,7 +22,7 @@ from hf_recycle.hub.fetch import fetch_file
 from hf_recycle.records.file_checks import RecyclingFileError, fail
 from hf_recycle.records.file_set import read_files
 from hf_recycle.records.files import CONFIG_FILE, RECYCLING_FILES
-from hf_recycle.records.recorder import HistoryRecorder, metric_values, rows_of_kind
+from hf_recycle.records.recorder import ACTIVITY_METRICS, HistoryRecorder, activity_rows, metric_values, rows_of_kind
 from hf_recycle.records.summary import summarize
 from hf_recycle.records.untrusted.recycling_files import check_content, check_expansion
 
@@ -99,7 +99,10 @@ class RecyclingHistory:
 
     @cached_property
     def ages(self) -> dict[str, np.ndarray]:
-        """Optimizer steps since each neuron was last recycled, -1 for never: {block: int64 (d_ff,)}."""
+        """Optimizer steps since each neuron was last recycled, or added by a resize, -1 for never.
+
+        {block: int64 (d_ff,)}.
+        """
         last = {block: self._tensors[f"{block}/last_step"].numpy() for block in self.blocks}
         return {block: np.where(steps > 0, self.stats["step"] - steps, -1) for block, steps in last.items()}
 
@@ -128,6 +131,16 @@ class RecyclingHistory:
         return _frame(rows_of_kind(self.table, "pruning"), ["step", "block", "pruned", "eligible", "requested", "note"])
 
     @cached_property
+    def resizes(self) -> pd.DataFrame:
+        """One row per change of width and block. Rows of other tables name neurons by their places at that step.
+
+        Columns: step, block, neurons (before), former (list of int: which one each neuron was, -1 if added), note.
+        """
+        rows = rows_of_kind(self.table, "resize")
+        frame = _frame(rows, ["step", "block", "eligible", "recycled", "note"])
+        return frame.rename(columns={"eligible": "neurons", "recycled": "former"})
+
+    @cached_property
     def overtrainings(self) -> pd.DataFrame:
         """One row per overtraining. Columns: step, and `recorder.OVERTRAINING_METRICS`."""
         return _metrics_frame(self.table, "overtraining")
@@ -141,6 +154,14 @@ class RecyclingHistory:
         """
         columns = ["step", "block", "quantiles", "histogram", "edges", "note"]
         return _frame(rows_of_kind(self.table, "magnitude"), columns)
+
+    @cached_property
+    def activity(self) -> pd.DataFrame:
+        """One row per probe and block: how many neurons were idle on its batches.
+
+        Columns: step, block, and `recorder.ACTIVITY_METRICS`.
+        """
+        return pd.DataFrame(activity_rows(self.table), columns=["step", "block", *ACTIVITY_METRICS])
 
     @cached_property
     def logs(self) -> pd.DataFrame:

@@ -2,7 +2,6 @@
 
 import os
 import shlex
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -19,6 +18,7 @@ from hf_recycle.data.facts import Facts, facts_tokenizer
 from hf_recycle.data.loading import load_data, unigram_entropy
 from hf_recycle.data.model import load_model, pin_revision
 from hf_recycle.data.sources import load_texts
+from hf_recycle.data.stages import Stages
 from hf_recycle.data.tokenizer import load_tokenizer, trained_tokenizer
 from hf_recycle.engines.launch import check_process_count, check_same, shared_arguments
 from hf_recycle.errors import UserError
@@ -29,8 +29,10 @@ from hf_recycle.runs.announcement import Announcement
 from hf_recycle.runs.context import run_context
 from hf_recycle.runs.launcher import LAUNCH_WORDS
 from hf_recycle.runs.parse import RunArguments
+from hf_recycle.runs.stages import StageEnd, as_wide_as, check_stages, first_stage
 from hf_recycle.trainer.trainer import RecyclingTrainer
-from hf_recycle.utils.command_words import without
+from hf_recycle.utils.command_words import our_command, path_from_here, without
+from hf_recycle.utils.whole_files import write_bytes
 
 
 @dataclass
@@ -59,6 +61,7 @@ class Run:
         check_process_count(args.world_size)
         check_same(asdict(arguments.model) | asdict(arguments.data) | shared_arguments(args))
         check_facts(arguments)
+        check_stages(arguments)
         _check_folder(args.output_dir)
         # A second run in the folder is refused before its data is prepared, and what a killed one left is put right.
         with claimed(Path(args.output_dir), args):
@@ -75,7 +78,8 @@ class Run:
         with args.main_process_first(local=False, desc="preparing the data"):
             tokenizer, train, validation = prepare_data(arguments.model, arguments.data)
         check_evaluation(args, validation)
-        model = load_model(arguments.model, tokenizer, arguments.data.max_seq_length)
+        model = load_model(first_stage(arguments.model), tokenizer, arguments.data.max_seq_length)
+        model = as_wide_as(model, checkpoint, args.ff_pattern, args.ff_blocks)
         trainer = RecyclingTrainer(
             model=model,
             args=args,
@@ -88,6 +92,8 @@ class Run:
         if isinstance(train, Dataset) and isinstance(validation, Dataset):
             floor = unigram_entropy(TASKS[arguments.model.task], train, validation, tokenizer)
         trainer.run_context = run_context(arguments, words, floor)
+        if arguments.model.ff_stages is not None:
+            trainer.add_callback(StageEnd(Stages.of(arguments.model.ff_stages)))
         trainer.add_callback(Announcement(trainer, arguments, quiet=quiet))
         for progress in (PrinterCallback, ProgressCallback) if quiet else ():
             trainer.remove_callback(progress)
@@ -97,6 +103,8 @@ class Run:
         """Train, evaluate, save, and on the main process print the summary and draw the figures."""
         trainer = self.trainer
         result = trainer.train(resume_from_checkpoint=self.checkpoint)
+        if trainer.state.global_step < trainer.state.max_steps and self.arguments.model.ff_stages is not None:
+            return  # a stage is over, and the run is not
         trainer.save_metrics("train", result.metrics, combined=False)
         if trainer.eval_dataset is not None:
             trainer.save_metrics("eval", trainer.evaluate(), combined=False)
@@ -121,7 +129,7 @@ class Run:
             "--resume_from_checkpoint true",
         ]
         command = " ".join(filter(None, parts))
-        return f"go on from the last checkpoint with: hf-recycle train {command}"
+        return f"go on from the last checkpoint with: {our_command()} train {command}"
 
 
 def prepare_data(
@@ -241,7 +249,7 @@ def check_facts(arguments: RunArguments) -> None:
 
 
 def check_evaluation(args: Any, validation: Any) -> None:
-    """Raises a UserError if there is to be an evaluation and nothing to evaluate on."""
+    """Raises a UserError if an evaluation is asked for without data to evaluate on."""
     if validation is None and args.eval_strategy != "no":
         raise UserError(
             f"eval_strategy={args.eval_strategy.value!r} needs something to evaluate on, and a "
@@ -252,12 +260,17 @@ def check_evaluation(args: Any, validation: Any) -> None:
 
 def _report(folder: Path, floor: float | None, auto_class: str) -> None:
     # Drawing needs matplotlib, which the other processes need not load.
-    from hf_recycle.plots.run import draw_figures
+    from hf_recycle.plots.run import figure_pictures
     from hf_recycle.records.history import RecyclingHistory
-    from hf_recycle.runs.summary import summary_text
+    from hf_recycle.runs.summary import next_steps, summary_text
 
     history = RecyclingHistory.of_own_run(folder)
-    figures = draw_figures(history, folder / "figures", unigram_entropy=floor)
-    print(summary_text(history, unigram_entropy=floor, model_folder=str(folder), auto_class=auto_class))
-    if figures:
-        print(f"figures: {folder / 'figures'}", file=sys.stdout)
+    pictures = figure_pictures(history, unigram_entropy=floor)
+    (folder / "figures").mkdir(exist_ok=True)
+    for name, picture in pictures.items():  # as PNG they came with the card
+        write_bytes((folder / "figures" / name).with_suffix(".svg"), picture)
+    shown = path_from_here(folder)
+    print(summary_text(history, unigram_entropy=floor, model_folder=shown, auto_class=auto_class))
+    if pictures:
+        print(f"Figures: {shown}/figures")
+    print(next_steps(shown))

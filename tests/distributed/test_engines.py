@@ -59,6 +59,7 @@ def assert_same_outcome(expected, found, rounding=1e-5):
     (expected, expected_weights), (found, found_weights) = expected, found
     # Integers are identical, floats equal to rounding.
     assert [row["recycled"] for row in found["history"]] == [row["recycled"] for row in expected["history"]]
+    assert found["activity"] == expected["activity"]
     assert found["losses"] == pytest.approx(expected["losses"], abs=5e-6)
     assert found["evaluation"] == pytest.approx(expected["evaluation"], rel=1e-6)
     assert found["state"].keys() == expected["state"].keys()

@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO.
+"""Parameters that DeepSpeed ZeRO has sharded: float32 masters and copies that the model computes with.
 
 The optimizer updates float32 masters, flattened and cut over processes; the model computes with copies. Stages 1 and 2
 keep a whole copy of the model on each process, stage 3 a partition of it. In both, a process holds of each parameter
