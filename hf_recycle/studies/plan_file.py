@@ -28,8 +28,9 @@ from pathlib import Path
 from typing import Any
 
 from hf_recycle.errors import UserError
-from hf_recycle.runs.recipes import read_recipe, recipe_root
+from hf_recycle.runs.recipes import read_recipe
 from hf_recycle.studies.plan import Arm, Control, FigurePlan, Study
+from hf_recycle.utils.recipe_files import recipe_root
 from hf_recycle.utils.suggest import nearest
 
 _KEYS = (
