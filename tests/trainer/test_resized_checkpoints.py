@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForMaskedLM, default_data_collator
 
 from hf_recycle import RecyclingHistory
 from hf_recycle.analysis.resize import ResizeSettings, values_for
-from hf_recycle.analysis.resize_checkpoint import resize_checkpoint
+from hf_recycle.analysis.resize_checkpoint import _resize_state, resize_checkpoint
 from hf_recycle.checkpoints.file_list import check_list
 from hf_recycle.errors import UserError
 from hf_recycle.records.files import RecyclingFileError, read_config, read_history
@@ -142,6 +142,15 @@ def test_what_is_known_of_neurons_comes_along(width, tmp_path):
     assert after.stats["neurons"]["total"] == 2 * width
     if width > 32:
         assert after.ages[row.block][32:].tolist() == [0] * 12
+
+
+def test_newborns_know_which_steps_the_optimizer_had_skipped():
+    """So that their age counts the steps that it took."""
+    kinds = ("counts", "last_phase", "last_step")
+    tensors = {f"b/{kind}": torch.tensor(values) for kind, values in zip(kinds, ([0, 1], [0, 2], [0, 6]), strict=True)}
+    _resize_state(tensors, "b", torch.tensor([1, 0, -1]), phase=2, step=9, skipped_steps=3)
+    assert tensors["b/last_step"].tolist() == [6, 0, 9]
+    assert tensors["b/skipped_steps"].tolist() == [0, 0, 3]
 
 
 @pytest.mark.slow
