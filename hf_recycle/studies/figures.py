@@ -131,13 +131,16 @@ def differences(results: StudyResults, plan: FigurePlan) -> Figure | None:
 @FIGURES.register
 def tasks(results: StudyResults, plan: FigurePlan) -> Figure | None:
     """of tasks in a row, the training loss at the end of each: median over seeds, with a thin line for each seed"""
-    ends = {arm: [task_ends(run) for run in results.of(arm)] for arm in _present(results, plan)}
-    if not any(len(run) > 1 for runs in ends.values() for run in runs):
+    runs = {arm: results.of(arm) for arm in _present(results, plan)}
+    ends = {
+        arm: [task_ends(run) for run in found] for arm, found in runs.items() if found[0].settings.get("facts_tasks")
+    }
+    if not ends:
         return None
     figure, panel = one_panel(4.2, plan.title, "task", "training loss at its end (nats)")
     styles = _styles(results, plan)
-    for arm, runs in ends.items():
-        numbers, values = range(1, len(runs[0]) + 1), np.array(runs)
+    for arm, curves in ends.items():
+        numbers, values = range(1, len(curves[0]) + 1), np.array(curves)
         (line,) = panel.plot(numbers, np.median(values, 0), label=arm, **styles[arm])
         hover(line, [f"{arm}, task {task}: {value:.4f}" for task, value in enumerate(np.median(values, 0), start=1)])
         panel.plot(numbers, values.T, **{**styles[arm], **_SEED})

@@ -86,7 +86,7 @@ def test_mistakes_are_told_before_anything_starts(tmp_path, monkeypatch, capsys,
 def test_help(capsys):
     assert main(["study", "--help"]) == 0
     text = capsys.readouterr().out
-    assert "packaged studies (article, article-full)" in " ".join(text.split())
+    assert "packaged studies (article, article-full, " in " ".join(text.split())
     assert "--report_only" in text
     assert main(["--help"]) == 0
     assert "study" in capsys.readouterr().out
@@ -150,7 +150,7 @@ def test_a_study_that_is_done_trains_nothing(done, monkeypatch, capsys):
     page = (output / "study" / "report.html").read_bytes()
     curves = next(output.glob("runs/baseline*/study_prune_curves.json"))
     before = curves.stat().st_mtime_ns
-    monkeypatch.setattr(subprocess, "Popen", None)  # whatever it would start
+    monkeypatch.setattr("hf_recycle.studies.runner.WarmProcess", None)  # whatever it would start
     words = ["study", str(path), "--output", str(output), "--arms", "plain"]
     assert main(words) == 0
     assert "done before" in capsys.readouterr().out
@@ -207,13 +207,13 @@ def test_an_interrupted_study_goes_on_as_if_nothing_had_happened(done, tmp_path,
 
 
 def running(folder):
-    """Processes whose command line names the folder."""
+    """Processes that write into the folder."""
     found = []
-    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+    for link in Path("/proc").glob("[0-9]*/fd/1"):
         try:
-            words = entry.read_bytes().decode(errors="replace")
+            written = os.readlink(link)
         except OSError:
             continue
-        if str(folder) in words and int(entry.parent.name) != os.getpid():
-            found.append(words)
+        if written.startswith(str(folder)):
+            found.append(written)
     return found
