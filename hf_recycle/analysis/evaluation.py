@@ -1,6 +1,6 @@
 """The loss of a language model on a text, always on the same sequences with the same masks."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from hf_recycle.analysis.checkpoint import Checkpoint
+from hf_recycle.analysis.data_scores import ModelNeurons
 from hf_recycle.analysis.source import Source
 from hf_recycle.batches.numbered import Numbered
 from hf_recycle.batches.seeded import EVALUATION_SEED, SeededCollator
@@ -26,6 +27,7 @@ from hf_recycle.internals.of_transformers import has_class_for
 from hf_recycle.mlm.heads import find_masked_head
 from hf_recycle.mlm.loss import IGNORED, target_positions, token_losses
 from hf_recycle.mlm.tasks import TASKS, Task
+from hf_recycle.neurons.blocks import FeedForward
 
 Batch = dict[str, Tensor]
 
@@ -35,7 +37,7 @@ _LENGTH = 128
 @dataclass(frozen=True)
 class EvaluationSettings:
     """What the loss is measured on: the first `max_samples` sequences of `max_seq_length` tokens of a text file (None:
-    128, or as many as the model has positions for).
+    128, or as many as the model has positions for), at most half of the text: criteria and folds look at what follows.
 
     Raises:
         UserError: a value out of its range, or a file that can't be read as text.
@@ -67,7 +69,7 @@ class EvaluationSettings:
                 train_file=self.eval_file,
                 validation_file=self.eval_file,
                 max_seq_length=length,
-                max_eval_samples=self.max_samples,
+                max_eval_samples=2 * self.max_samples,
             )
         except UserError as error:
             raise UserError(str(error).replace("train_file", "eval_file")) from error
@@ -81,20 +83,33 @@ class LanguageModel:
         task: what its loss is taken over.
         batches: `input_ids`, `labels` and what else the forward takes, on the model's device.
         tokens: how many tokens are predicted.
+        others: batches that the loss is not measured on, for criteria and folds to look at; empty: they look at
+            `batches`.
     """
 
     model: PreTrainedModel
     task: Task
     batches: Sequence[Batch]
     tokens: int
+    others: Sequence[Batch] = ()
 
     @torch.inference_mode()
     def loss(self) -> float:
         """Mean cross entropy of the predicted tokens in nats."""
-        head = find_masked_head(self.model) if self.task.name == "mlm" else None
-        return sum(float(self._losses(batch, head).sum(dtype=torch.float64)) for batch in self.batches) / self.tokens
+        return sum(float(self._losses(batch).sum(dtype=torch.float64)) for batch in self.batches) / self.tokens
 
-    def _losses(self, batch: Batch, head) -> Tensor:
+    def neurons(self, blocks: Sequence[FeedForward], seed: int = 0) -> ModelNeurons:
+        """The neurons of some of its blocks, with batches to look at."""
+        return ModelNeurons(
+            self.model, blocks, self.others or self.batches, lambda _, batch: self._mean_loss(batch), seed
+        )
+
+    def _mean_loss(self, batch: Mapping[str, Any]) -> Tensor:
+        return self._losses(batch).sum() / (self.task.targets(batch["labels"]) != IGNORED).sum().clamp(min=1)
+
+    def _losses(self, batch: Mapping[str, Any]) -> Tensor:
+        """Cross entropies of tokens, zero for those that are not predicted, `(n,)`."""
+        head = find_masked_head(self.model) if self.task.name == "mlm" else None
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         targets = self.task.targets(batch["labels"])
         if head is None:
@@ -104,8 +119,13 @@ class LanguageModel:
             return token_losses(self.model(**inputs).logits, targets.flatten()[positions])
 
 
-def load_language_model(source: Source, settings: EvaluationSettings) -> LanguageModel:
-    """A model in float32 and evaluation mode, on a GPU if there is one, with the batches to measure it on.
+def load_language_model(
+    source: Source, settings: EvaluationSettings, model: PreTrainedModel | None = None
+) -> LanguageModel:
+    """A model in evaluation mode, on a GPU if there is one, with the batches to measure it on.
+
+    Args:
+        model: it, if it is loaded already; else it is loaded in float32.
 
     Raises:
         UserError: it has no language modelling head, no tokenizer, or the text is too short.
@@ -115,34 +135,48 @@ def load_language_model(source: Source, settings: EvaluationSettings) -> Languag
     where, revision = (str(source.folder), "main") if source.folder else (source.name, source.revision or "main")
     length = settings.length(config)
     tokenizer = load_tokenizer(where, length, revision)
-    arguments = ModelArguments(model_name_or_path=where, model_revision=revision, task=task.name)
-    model = load_model(arguments, tokenizer, length)
+    if model is None:
+        arguments = ModelArguments(model_name_or_path=where, model_revision=revision, task=task.name)
+        model = load_model(arguments, tokenizer, length)
     sequences = load_data(settings.data(length), tokenizer)[1]
     assert isinstance(sequences, Dataset), "eval_file is given"
     rows = [sequences[index] for index in range(len(sequences))]
-    subject = language_model(model, task, rows, task.collator(tokenizer), settings.batch_size)
+    measured = min(settings.max_samples, -(-len(rows) // 2))
+    subject = language_model(
+        model, task, rows[:measured], task.collator(tokenizer), settings.batch_size, rows[measured:]
+    )
     if not subject.tokens:
         raise UserError(f"eval_file={settings.eval_file!r} gives no token to predict; pass a longer text")
     return subject
 
 
 def language_model(
-    model: PreTrainedModel, task: Task, rows: Sequence[Any], collator: Callable[[Any], Batch], batch_size: int
+    model: PreTrainedModel,
+    task: Task,
+    rows: Sequence[Any],
+    collator: Callable[[Any], Batch],
+    batch_size: int,
+    others: Sequence[Any] = (),
 ) -> LanguageModel:
     """A model in evaluation mode, on a GPU if there is one, with batches of sequences.
 
     Args:
         rows: mappings with `input_ids`.
         collator: makes a batch of some of them, with its labels.
+        others: as `rows`, for criteria and folds to look at.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    numbered = [Numbered(0, number, row) for number, row in enumerate(rows)]
-    collator = SeededCollator(collator, EVALUATION_SEED)  # the masks of every evaluation
-    batches = [collator(numbered[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
-    batches = [{name: value.to(device) for name, value in batch.items()} for batch in batches]
-    tokens = sum(int((task.targets(batch["labels"]) != IGNORED).sum()) for batch in batches)
+    collate = SeededCollator(collator, EVALUATION_SEED)  # the masks of every evaluation
+
+    def batches(rows: Sequence[Any], first: int) -> list[Batch]:
+        numbered = [Numbered(0, first + number, row) for number, row in enumerate(rows)]
+        made = [collate(numbered[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
+        return [{name: value.to(device) for name, value in batch.items()} for batch in made]
+
+    measured = batches(rows, 0)
+    tokens = sum(int((task.targets(batch["labels"]) != IGNORED).sum()) for batch in measured)
     model.to(device)  # type: ignore[arg-type]  # transformers hides the signature
-    return LanguageModel(model.eval(), task, batches, tokens)
+    return LanguageModel(model.eval(), task, measured, tokens, batches(others, len(rows)))
 
 
 def _task(config: PreTrainedConfig, source: Source) -> Task:
@@ -157,6 +191,6 @@ def _task(config: PreTrainedConfig, source: Source) -> Task:
         ):
             return TASKS["mlm"]
     raise UserError(
-        f"{source.name} is a {architecture}: pruning curves need a model with a masked or causal language modelling "
+        f"{source.name} is a {architecture}: a loss on a text needs a model with a masked or causal language modelling "
         "head, such as BertForMaskedLM or GPT2LMHeadModel"
     )

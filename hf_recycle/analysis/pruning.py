@@ -1,23 +1,17 @@
 """One-shot pruning: the loss of a trained model against the share of its feed-forward neurons that are taken away."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from hf_recycle.analysis.data_scores import check_choice, least
 from hf_recycle.analysis.evaluation import EvaluationSettings, LanguageModel, load_language_model
 from hf_recycle.analysis.source import Source
 from hf_recycle.errors import UserError
-from hf_recycle.methods.recycling.selection import CRITERIA, Signals, select
-from hf_recycle.methods.registry import by_weights
+from hf_recycle.methods.recycling.selection import CRITERIA
+from hf_recycle.methods.registry import FOLDS, by_weights
 from hf_recycle.neurons.blocks import FeedForward
 from hf_recycle.neurons.find import find_feed_forwards
-from hf_recycle.utils.seeds import generator_for
-from hf_recycle.utils.suggest import nearest
 
 
 @dataclass(frozen=True)
@@ -29,15 +23,19 @@ class PruneSettings:
         shares: of every layer's neurons, each in [0, 1], ascending.
         seed: of the criteria that draw.
         pattern: see `find_feed_forwards`.
+        fold: what becomes of what they did, one of `registry.FOLDS`.
     """
 
     criteria: tuple[str, ...] = tuple(by_weights(CRITERIA))
     shares: tuple[float, ...] = tuple(step / 10 for step in range(11))
     seed: int = 0
     pattern: str | None = None
+    fold: str = "none"
 
     @classmethod
-    def parse(cls, criteria: str | None, shares: str | None, seed: int, pattern: str | None) -> "PruneSettings":
+    def parse(
+        cls, criteria: str | None, shares: str | None, seed: int, pattern: str | None, fold: str = "none"
+    ) -> "PruneSettings":
         """From comma-separated words; None: all criteria, shares in tenths.
 
         Raises:
@@ -45,20 +43,9 @@ class PruneSettings:
         """
         names = cls.criteria if criteria is None else tuple(name.strip() for name in criteria.split(","))
         for name in names:
-            check_criterion(f"criteria names the criterion {name!r}, which", name)
-        return cls(names, cls.shares if shares is None else _parse_shares(shares), seed, pattern)
-
-
-def check_criterion(subject: str, name: str) -> None:
-    """Refuses a criterion that is unknown, or that looks at more than weights.
-
-    Raises:
-        UserError: a sentence that begins with `subject`.
-    """
-    known = list(by_weights(CRITERIA))
-    if name not in known:
-        why = "looks at activations, which it has no data for" if name in list(CRITERIA) else "is unknown"
-        raise UserError(f"{subject} {why}; {nearest(name, known, show_all=True)}")
+            check_choice("criteria", name, CRITERIA)
+        check_choice("fold", fold, FOLDS)
+        return cls(names, cls.shares if shares is None else _parse_shares(shares), seed, pattern, fold)
 
 
 @dataclass(frozen=True)
@@ -109,36 +96,14 @@ def measure_curve(
     subject: LanguageModel, blocks: Sequence[FeedForward], criterion: str, settings: PruneSettings
 ) -> list[float]:
     """The loss at each share; the model is as it was afterwards, to the bit."""
-    scores = [neuron_scores(block, number, criterion, settings.seed) for number, block in enumerate(blocks)]
+    neurons = subject.neurons(blocks, settings.seed)
+    counts = [[round(share * block.num_neurons) for block in blocks] for share in settings.shares]
+    scores = neurons.scores(criterion, counts[-1])
     losses = []
-    for share in settings.shares:
-        least = [least_important(block_scores, round(share * len(block_scores))) for block_scores in scores]
-        with pruned(blocks, least):
+    for numbers in counts:
+        with neurons.without([least(*pair) for pair in zip(scores, numbers, strict=True)], settings.fold):
             losses.append(subject.loss())
     return losses
-
-
-def neuron_scores(block: FeedForward, number: int, criterion: str, seed: int) -> Tensor:
-    """What a criterion says of the neurons of the block `number`, `(d_ff,)`: the lowest go first."""
-    return CRITERIA[criterion](Signals(block.magnitudes().cpu(), partial(generator_for, seed, 0, number, "select")))
-
-
-def least_important(scores: Tensor, k: int) -> Tensor:
-    """Indices of the `k` lowest scores, int64, ascending."""
-    return select(scores, torch.ones(len(scores), dtype=torch.bool), k)
-
-
-@contextmanager
-def pruned(blocks: Sequence[FeedForward], indices: Sequence[Tensor]) -> Iterator[None]:
-    """Within the context, the neurons `indices` of each block output nothing: all that is theirs is zero."""
-    before = [block.read(index) for block, index in zip(blocks, indices, strict=True)]
-    try:
-        for block, index, values in zip(blocks, indices, before, strict=True):
-            block.write(index, {role: torch.zeros_like(value) for role, value in values.items()})
-        yield
-    finally:
-        for block, index, values in zip(blocks, indices, before, strict=True):
-            block.write(index, values)
 
 
 def _parse_shares(text: str) -> tuple[float, ...]:

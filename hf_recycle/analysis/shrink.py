@@ -9,17 +9,19 @@ out changes nothing.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_recycle.analysis.pruning import least_important, neuron_scores, pruned
+from hf_recycle.analysis.data_scores import ModelNeurons, least
+from hf_recycle.analysis.evaluation import LanguageModel
 from hf_recycle.analysis.random_inputs import outputs, random_inputs
-from hf_recycle.analysis.width import width_fields, with_neurons
 from hf_recycle.errors import UserError
 from hf_recycle.neurons.blocks import FeedForward
 from hf_recycle.neurons.find import find_feed_forwards
+from hf_recycle.neurons.width import Field, Value, width_fields, with_neurons
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class ShrinkSettings:
     Attributes:
         fraction: share of every layer's neurons, floor(fraction · d_ff); None: the pruned ones alone.
         criterion: selection criterion; the neurons of lowest score go.
+        fold: what becomes of what they did, one of `registry.FOLDS`.
         multiple_of: the new width is a multiple of it, unless that is more than the old width.
         seed: of the criteria that draw.
         pattern, ff_blocks: see `find_feed_forwards`.
@@ -59,6 +62,7 @@ class ShrinkSettings:
 
     fraction: float | None = None
     criterion: str = "low_magnitude"
+    fold: str = "none"
     multiple_of: int = 8
     seed: int = 0
     pattern: str | None = None
@@ -69,40 +73,62 @@ class ShrinkSettings:
 _TOLERANCES = {torch.float16: 2e-2, torch.bfloat16: 8e-2}
 
 
-def shrink(model: PreTrainedModel, settings: ShrinkSettings) -> Shrunk:
+def shrink(model: PreTrainedModel, settings: ShrinkSettings, text: LanguageModel | None = None) -> Shrunk:
     """Builds the smaller model and checks that it computes what the original computes without those neurons.
 
+    Args:
+        text: the model with batches, for a criterion or a fold that looks at data.
+
     Raises:
-        UserError: no feed-forward block is known, nothing is pruned, a layer would be left with no neuron, or the
-            outputs differ.
+        UserError: no feed-forward block is known, nothing is pruned, a layer would be left with no neuron, there is no
+            text to look at, or the outputs differ.
     """
     try:
         blocks = find_feed_forwards(model, settings.pattern, settings.ff_blocks)
     except ValueError as error:
         raise UserError(str(error)) from error
-    removed = removed_neurons(blocks, settings)
-    kept = [_others(block, index) for block, index in zip(blocks, removed, strict=True)]
+    neurons = ModelNeurons(model, blocks, seed=settings.seed) if text is None else text.neurons(blocks, settings.seed)
+    removed = removed_neurons(neurons, settings)
+    kept = [others(block, index) for block, index in zip(blocks, removed, strict=True)]
     shares = [_width(len(index), block, settings.multiple_of) for index, block in zip(kept, blocks, strict=True)]
     fields = width_fields(model, blocks)
     values = {field: field.value_for(max(shares[n] for n in field.blocks)) for field in fields}
+    new, new_blocks, difference = take_out(neurons, removed, settings.fold, values)
+    names = [block.name for block in blocks]
+    widths = [(old.num_neurons, now.num_neurons) for old, now in zip(blocks, new_blocks, strict=True)]
+    return Shrunk(new, dict(zip(names, widths, strict=True)), dict(zip(names, kept, strict=True)), difference)
+
+
+def take_out(
+    neurons: ModelNeurons, removed: Sequence[Tensor], fold: str, values: dict[Field, Value]
+) -> tuple[PreTrainedModel, list[FeedForward], float]:
+    """A model without neurons `removed` of each block, its blocks, and by how much its outputs differ, on random
+    inputs, from those of the original with them masked and folded.
+
+    Args:
+        values: of the configuration's fields that set the widths; what is wider than it needs is filled up with zeros.
+
+    Raises:
+        UserError: see `ModelNeurons.remove`; or the new model does not compute what the masked one does.
+    """
+    model: Any = neurons.model
+    kept = [others(block, index) for block, index in zip(neurons.blocks, removed, strict=True)]
     inputs = random_inputs(model, batch=2, length=16)
-    new, new_blocks = with_neurons(model, blocks, kept, values)
-    try:
-        with pruned(blocks, removed):
-            difference = _difference(outputs(model, inputs), outputs(new, inputs))
-    except RuntimeError as error:
-        raise UserError(
-            f"the smaller {type(model).__name__} does not compute ({str(error).splitlines()[0]}): pass another "
-            f"multiple_of than {settings.multiple_of}"
-        ) from error
+    with neurons.without(removed, fold):
+        new, new_blocks = with_neurons(model, neurons.blocks, kept, values)
+        try:
+            difference = difference_of(outputs(model, inputs), outputs(new, inputs))
+        except RuntimeError as error:
+            raise UserError(
+                f"a {type(model).__name__} of {new_blocks[0].num_neurons} neurons does not compute "
+                f"({str(error).splitlines()[0]}): pass another width or multiple_of"
+            ) from error
     if not difference <= _TOLERANCES.get(model.dtype, 1e-3):
         raise UserError(
             f"the smaller model's outputs differ from those of the masked one by {difference:.2g}: its feed-forward "
             "blocks do more than W_out f(W_in x), and can't be shrunk"
         )
-    names = [block.name for block in blocks]
-    widths = [(old.num_neurons, now.num_neurons) for old, now in zip(blocks, new_blocks, strict=True)]
-    return Shrunk(new, dict(zip(names, widths, strict=True)), dict(zip(names, kept, strict=True)), difference)
+    return new, new_blocks, difference
 
 
 def _width(kept: int, block: FeedForward, multiple_of: int) -> float:
@@ -110,8 +136,9 @@ def _width(kept: int, block: FeedForward, multiple_of: int) -> float:
     return min(-(-kept // multiple_of) * multiple_of, block.num_neurons) / block.num_neurons
 
 
-def removed_neurons(blocks: Sequence[FeedForward], settings: ShrinkSettings) -> list[Tensor]:
+def removed_neurons(neurons: ModelNeurons, settings: ShrinkSettings) -> list[Tensor]:
     """For each block, the indices of the neurons that go, int64, ascending."""
+    blocks = neurons.blocks
     if settings.fraction is None:
         removed = [pruned_neurons(block) for block in blocks]
         if not any(len(index) for index in removed):
@@ -122,17 +149,15 @@ def removed_neurons(blocks: Sequence[FeedForward], settings: ShrinkSettings) -> 
         if all(len(index) == block.num_neurons for index, block in zip(removed, blocks, strict=True)):
             raise UserError("every neuron of this model is pruned, and no model can have layers without neurons")
         return removed
-    removed = []
-    for number, block in enumerate(blocks):
-        # A hair more: 0.3 · 10 is 3, though not in binary.
-        k = int(settings.fraction * block.num_neurons + 1e-9)
-        if k >= block.num_neurons:
+    # A hair more: 0.3 · 10 is 3, though not in binary.
+    counts = [int(settings.fraction * block.num_neurons + 1e-9) for block in blocks]
+    for block, count in zip(blocks, counts, strict=True):
+        if count >= block.num_neurons:
             raise UserError(
                 f"fraction={settings.fraction} leaves block {block.name} with none of its {block.num_neurons} neurons; "
                 "pass a smaller one"
             )
-        removed.append(least_important(neuron_scores(block, number, settings.criterion, settings.seed), k))
-    return removed
+    return [least(*pair) for pair in zip(neurons.scores(settings.criterion, counts), counts, strict=True)]
 
 
 def pruned_neurons(block: FeedForward) -> Tensor:
@@ -167,11 +192,13 @@ def check_pruned_are_zero(blocks: Sequence[FeedForward], masks: dict[str, Tensor
             )
 
 
-def _others(block: FeedForward, index: Tensor) -> Tensor:
+def others(block: FeedForward, index: Tensor) -> Tensor:
+    """The neurons of a block that are not in `index`, int64, ascending."""
     rest = torch.ones(block.num_neurons, dtype=torch.bool)
     rest[index] = False
     return rest.nonzero().flatten()
 
 
-def _difference(first: Tensor, second: Tensor) -> float:
+def difference_of(first: Tensor, second: Tensor) -> float:
+    """The largest difference between two outputs, in units of the largest entry of the first."""
     return float((first - second).abs().max() / first.abs().max().clamp(min=1e-12))

@@ -6,7 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hf_recycle.cli.common import add_json_argument, no_progress_bars, print_result
-from hf_recycle.cli.model_arguments import add_block_arguments, add_revision_argument, add_trust_argument
+from hf_recycle.cli.model_arguments import (
+    add_block_arguments,
+    add_revision_argument,
+    add_text_arguments,
+    add_trust_argument,
+)
 from hf_recycle.errors import UserError
 from hf_recycle.utils.command_line import Parser
 
@@ -61,23 +66,13 @@ def add_arguments(parser: Parser) -> None:
         action="store_true",
         help="Prune a growing share of every layer's neurons at once, without training, and measure the loss.",
     )
+    add_text_arguments(curves)
     curves.add_argument(
-        "--eval_file", metavar="FILE", help="Text (.txt, a document a line; .json, .jsonl) to measure it on."
+        "--criteria", metavar="A,B,...", help="Selection criteria to prune by (default: those of weights)."
     )
-    curves.add_argument("--criteria", metavar="A,B,...", help="Selection criteria to prune by (default: all of them).")
     curves.add_argument("--shares", metavar="A,B,...", help="Shares to prune (default: 0,0.1,...,1).")
     curves.add_argument("--seed", type=int, default=0, help="Seed of the criterion random (default: %(default)s).")
-    curves.add_argument(
-        "--max_seq_length",
-        type=int,
-        help="Tokens of a sequence (default: 128, or as many as the model has positions for).",
-    )
-    curves.add_argument(
-        "--max_eval_samples", type=int, default=256, help="Measure on at most so many sequences (default: %(default)s)."
-    )
-    curves.add_argument(
-        "--batch_size", type=int, default=16, help="Sequences computed at a time (default: %(default)s)."
-    )
+    curves.add_argument("--fold", metavar="NAME", help="What becomes of what they did: none, mean or least_squares.")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -103,7 +98,7 @@ def _check(options: argparse.Namespace) -> None:
         raise UserError(f"ff_blocks={options.ff_blocks!r} does not go with prune_curve or revisions")
     if options.trust_pickle and (options.prune_curve or options.revisions):
         raise UserError("trust_pickle does not go with prune_curve or revisions")
-    curve_only = ("eval_file", "criteria", "shares")
+    curve_only = ("eval_file", "criteria", "shares", "fold")
     if options.prune_curve and options.eval_file is None:
         raise UserError("prune_curve needs a text to measure the loss on; pass eval_file")
     if not options.prune_curve and (given := [name for name in curve_only if getattr(options, name) is not None]):
@@ -148,7 +143,9 @@ def _prune_curves(options: argparse.Namespace) -> None:
     from hf_recycle.analysis.evaluation import EvaluationSettings
     from hf_recycle.analysis.pruning import PruneSettings, prune_curves
 
-    settings = PruneSettings.parse(options.criteria, options.shares, options.seed, options.ff_pattern)
+    settings = PruneSettings.parse(
+        options.criteria, options.shares, options.seed, options.ff_pattern, options.fold or "none"
+    )
     evaluation = EvaluationSettings(
         options.eval_file, options.max_seq_length, options.max_eval_samples, options.batch_size
     )

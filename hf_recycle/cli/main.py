@@ -16,7 +16,7 @@ from hf_recycle.runs.interruption import Terminated, sigterm_as_interrupt
 from hf_recycle.utils.command_line import Parser
 from hf_recycle.utils.suggest import nearest
 
-COMMANDS = ("train", "analyze", "shrink", "study", "report", "push", "pull")
+COMMANDS = ("train", "analyze", "shrink", "resize", "study", "report", "push", "pull")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

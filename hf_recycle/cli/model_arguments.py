@@ -1,6 +1,9 @@
-"""Arguments of the commands that read a model: its revision, and which blocks of it are meant."""
+"""Arguments of the commands that read a model: its revision, which blocks of it are meant, which neurons go, and the
+text that it is measured on."""
 
 import argparse
+
+from hf_recycle.utils.command_line import completed_by
 
 
 def add_revision_argument(parser: argparse.ArgumentParser) -> None:
@@ -27,3 +30,64 @@ def add_block_arguments(parser: argparse.ArgumentParser) -> None:
     for name, metavar in (("ff_pattern", "PATTERN"), ("ff_blocks", "WORD")):
         text = OwnArguments.__dataclass_fields__[name].metadata["help"]
         parser.add_argument(f"--{name}", metavar=metavar, help=text)
+
+
+def add_removal_arguments(parser: argparse.ArgumentParser) -> None:
+    """--criterion, --fold, --multiple_of and --seed."""
+    from hf_recycle.methods.registry import CRITERIA, FOLDS
+
+    criterion = parser.add_argument(
+        "--criterion",
+        default="low_magnitude",
+        metavar="NAME",
+        help=f"The neurons of lowest score go (default: %(default)s). {CRITERIA.describe()}. All but the first three "
+        "look at eval_file.".replace("%", "%%").replace("%%(default)s", "%(default)s"),
+    )
+    completed_by(criterion, lambda prefix: CRITERIA.names())
+    parser.add_argument(
+        "--fold",
+        choices=list(FOLDS),
+        default="none",
+        help="What becomes of what they did: it is lost, given to the out-projection's bias as its mean, or to the "
+        "neurons that stay, by least squares; the last two look at eval_file (default: %(default)s).",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="Seed of what is drawn (default: %(default)s).")
+
+
+def add_text_arguments(parser: argparse._ActionsContainer) -> None:
+    """--eval_file and how it is read."""
+    parser.add_argument(
+        "--eval_file",
+        metavar="FILE",
+        help="Text (.txt, a document a line; .json, .jsonl): the loss is measured on its first part, criteria and "
+        "folds look at the next.",
+    )
+    parser.add_argument(
+        "--max_seq_length",
+        type=int,
+        help="Tokens of a sequence (default: 128, or as many as the model has positions for).",
+    )
+    parser.add_argument(
+        "--max_eval_samples",
+        type=int,
+        default=256,
+        help="Sequences of each part, at most half of the text (default: %(default)s).",
+    )
+    parser.add_argument(
+        "--batch_size", type=int, default=16, help="Sequences computed at a time (default: %(default)s)."
+    )
+
+
+def removal_text(options: argparse.Namespace):
+    """The `EvaluationSettings` of --eval_file; None without one.
+
+    Raises:
+        UserError: an unknown criterion, or there is no text for what looks at data.
+    """
+    from hf_recycle.analysis.data_scores import check_removal
+    from hf_recycle.analysis.evaluation import EvaluationSettings
+
+    check_removal(options.criterion, options.fold, has_data=options.eval_file is not None)
+    if options.eval_file is None:
+        return None
+    return EvaluationSettings(options.eval_file, options.max_seq_length, options.max_eval_samples, options.batch_size)

@@ -3,12 +3,14 @@
 import argparse
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
+from typing import Any
 
 from hf_recycle.errors import UserError
-from hf_recycle.runs.launcher import LAUNCH_OPTIONS, add_launch_arguments, launch, launch_options
-from hf_recycle.runs.recipes import describe_recipes, recipe_completions
+from hf_recycle.runs.launcher import LAUNCH_OPTIONS, LAUNCH_WORDS, add_launch_arguments, launch, launch_options
+from hf_recycle.runs.recipes import describe_recipes, load_recipes, recipe_completions
 from hf_recycle.runs.run_arguments import add_run_arguments, add_trainer_arguments
 from hf_recycle.utils.command_line import Parser, completed_by
 from hf_recycle.utils.command_words import without
@@ -81,15 +83,52 @@ def run(options: argparse.Namespace) -> int:
     if not options.words:
         raise UserError("name a recipe, such as demo: hf-recycle train --list lists them, --help the arguments")
     launched_by = launch_options(options)
+    telling = options.print_config or options.dry_run
+    if _has_stages(options) and not telling and not os.environ.get(LAUNCH_WORDS):
+        return _train_stages(options, launched_by)
     if launched_by and not options.print_config:
         return launch(launched_by, without(options.words, LAUNCH_OPTIONS))
+    return _train(options)
+
+
+def _has_stages(options: argparse.Namespace) -> bool:
+    if hasattr(options, "ff_stages"):
+        return options.ff_stages is not None
+    return load_recipes(options.recipes).values.get("ff_stages") is not None
+
+
+def _train_stages(options: argparse.Namespace, launched_by: dict[str, Any]) -> int:
+    from hf_recycle.cli.stages import train_in_stages
+
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError(
+            "ff_stages are launched one after another by hf-recycle train itself: start it with --accelerate_config in "
+            "place of accelerate launch or torchrun"
+        )
+
+    def train(checkpoint: str | None) -> int:
+        words = without(options.words, ["resume_from_checkpoint"])
+        if checkpoint is not None:
+            words = [*words, "--resume_from_checkpoint", checkpoint]
+        if launched_by:
+            return launch(launched_by, without(words, LAUNCH_OPTIONS))
+        return _train(options, {"resume_from_checkpoint": checkpoint})
+
+    with _bad_values_are_user_errors():
+        from hf_recycle.runs.parse import merge, run_flags
+
+        arguments = merge(options.recipes, run_flags(options))
+    return train_in_stages(arguments, train)
+
+
+def _train(options: argparse.Namespace, more: Mapping[str, Any] = MappingProxyType({})) -> int:
     run = None
     try:
         with _bad_values_are_user_errors():
             # Imported late: importing torch takes seconds, and what is above does without it.
             from hf_recycle.runs.parse import merge, run_flags
 
-            arguments = merge(options.recipes, run_flags(options))
+            arguments = merge(options.recipes, run_flags(options) | dict(more))
             if options.print_config or options.dry_run:
                 _tell(arguments, options)
                 return 0

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from hf_recycle.data.stages import Stages
 from hf_recycle.errors import UserError
 from hf_recycle.mlm.mask_rates import SHAPES, MaskRates
 
@@ -33,6 +34,12 @@ class ModelArguments:
         "Share of each layer's feed-forward neurons that a model from scratch begins with dead: their in-biases are "
         "-10. For studies of revival.",
     )
+    ff_stages: dict | None = _argument(
+        None,
+        "Widths over training: from which step on (below 1: share of the training) which share of the feed-forward "
+        'neurons, such as {0: 0.5, 0.1: 1.0} in a recipe, \'{"0": 0.5, "0.1": 1.0}\' on the command line. New neurons '
+        "begin with out-columns of zeros, the smallest go.",
+    )
     model_revision: str = _argument("main", "Branch, tag or commit of model_name_or_path and config_name.")
     trust_remote_code: bool = _argument(
         False, "Run the code that a repository brings for its model, configuration or tokenizer."
@@ -61,6 +68,8 @@ class ModelArguments:
             raise UserError(f"tokenizer_vocab_size={self.tokenizer_vocab_size} is too small; use at least 256")
         if self.ff_factor < 0 or self.ff_factor == float("inf"):
             raise UserError(f"ff_factor={self.ff_factor} must be a number from 0")
+        if self.ff_stages is not None:
+            Stages.of(self.ff_stages)
         if self.model_name_or_path and self.ff_factor != 1:
             raise UserError(
                 f"ff_factor={self.ff_factor} changes a model built from scratch, but "

@@ -31,7 +31,7 @@ def load_optimizer(optimizer, model: nn.Module, folder: Path, aliases: Mapping[s
     """
     if not any(Path(folder, name).exists() for name in OPTIMIZER_FILES):
         return
-    saved = _read(folder)
+    saved = read_optimizer(folder)
     named = dict(model.named_parameters(remove_duplicate=False))
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     position = {id(parameter): number for number, parameter in enumerate(parameters)}
@@ -62,7 +62,9 @@ def _cut(entries: dict[str, Any], parameter: Tensor) -> dict[str, Any]:
     }
 
 
-def _read(folder: Path) -> dict[str, Any]:
+def read_optimizer(folder: Path) -> dict[str, Any]:
+    """The optimizer's state in a checkpoint of one process, DDP or FSDP2, whole and on the CPU: a state dict whose
+    parameters are numbered, or named by FSDP2."""
     for name in (PLAIN, FULL):
         if Path(folder, name).is_file():
             return torch.load(Path(folder, name), map_location="cpu", mmap=True, weights_only=True)

@@ -5,8 +5,8 @@ gathered is a pure function of (weights, seed, optimizer step): there is nothing
 same.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from hf_recycle.methods.base import Run
+from hf_recycle.methods.base import LossOf, Run
 from hf_recycle.methods.isolated_training import isolated_training
 from hf_recycle.methods.overtraining.callback import extra_batches_of, model_loss
 from hf_recycle.methods.overtraining.training import reduce_gradients
@@ -47,12 +47,7 @@ class Probe:
 
     def __init__(self, run: Run, seed: int, batches: int, wanted: Mapping[str, str], purpose: str):
         self._run, self._seed, self._batches = run, seed, batches
-        blocks = run.table.blocks
-        for name, argument in wanted.items():
-            for block in blocks:
-                _check_block(block, name, argument)
-        if "cross_moment" in wanted:
-            _square(max(block.num_neurons for block in blocks), blocks[0].out_slice.device, blocks[0])
+        check_can_gather(wanted, run.table.blocks)
         # An order and masks of its own, also where overtraining has the same seed.
         own = generator_for(seed, 0, 0, f"probe for {purpose}").initial_seed()
         self._data = (run.extra_batches or extra_batches_of(run.train_dataloader))(own, next(iter(wanted.values())))
@@ -64,50 +59,21 @@ class Probe:
         are then, and kept for one block at a time; its diagonal, "second_moment", comes with the rest, so that what is
         finite can be told.
         """
-        names = {*names, "second_moment"} if "cross_moment" in names else set(names)
-        at_once = sorted(names - {"cross_moment"})
-        found: list[Statistics] = [{} for _ in blocks]
-        if at_once:
-            found = [_finished(sums, names) for sums in self._run_batches(blocks, at_once, step)]
-        if "cross_moment" not in names:
-            return found
-        last = _Last(lambda index: self._run_batches([index], ["cross_moment"], step)[0].cross_moment())
-        return [_WithCrossMoment(values, partial(last, index)) for values, index in zip(found, blocks, strict=True)]
-
-    def _run_batches(self, indices: Sequence[int], names: Collection[str], step: int) -> list["_Sums"]:
-        run, args = self._run, self._run.args
-        blocks = [run.table.blocks[index] for index in indices]
-        sums = [_Sums(block, names) for block in blocks]
-        wants_gradients = not GRADIENTS.isdisjoint(names)
-        trained = [parameter for block in blocks for parameter in block.parameters()] if wants_gradients else []
-        scaler = getattr(run.optimizer, "scaler", None) if wants_gradients else None
-        scale = scaler.get_scale() if scaler is not None and scaler.is_enabled() else 1.0
-        loss_of, seed = run.loss_of or model_loss, generator_for(self._seed, step, 0, "probe dropout").initial_seed()
-        # The loss is the mean over processes.
-        hooks = [hook for each in sums for hook in each.register(scale * args.world_size)]
-        try:
-            with (
-                run.attached() if wants_gradients else nullcontext(),
-                torch.set_grad_enabled(wants_gradients),
-                isolated_training(run.model, trained, args.device, seed),
-            ):
-                run.model.eval()
-                for batch in self._batches_of(step):
-                    for each in sums:
-                        each.mask = _mask_of(run.model, batch)
-                    loss = loss_of(run.model, batch)
-                    if wants_gradients:
-                        (loss * scale).backward()
-                if "in_gradient" in names:
-                    reduce_gradients(trained, scale)
-                    for each in sums:
-                        each.note_in_gradient(self._batches)
-        finally:
-            for hook in hooks:
-                hook.remove()
-            _reshard(run.model)
-        _sum_over_processes(sums)
-        return sums
+        run = self._run
+        scaler = getattr(run.optimizer, "scaler", None) if not GRADIENTS.isdisjoint(names) else None
+        return gather_statistics(
+            run.model,
+            [run.table.blocks[index] for index in blocks],
+            names,
+            lambda: self._batches_of(step),
+            loss_of=run.loss_of or model_loss,
+            device=run.args.device,
+            seed=generator_for(self._seed, step, 0, "probe dropout").initial_seed(),
+            # The loss is the mean over processes.
+            processes=run.args.world_size,
+            scale=scaler.get_scale() if scaler is not None and scaler.is_enabled() else 1.0,
+            attached=run.attached,
+        )
 
     def _batches_of(self, step: int) -> Iterator[Any]:
         """The extra batches of one process at an optimizer step: the stream goes on as fast as training does."""
@@ -115,6 +81,88 @@ class Probe:
         first = step * size * processes + self._run.args.process_index * size
         for number in range(self._batches):
             yield self._data.batch(first + number * processes * size, size)
+
+
+def gather_statistics(
+    model: nn.Module,
+    blocks: Sequence[FeedForward],
+    names: Collection[str],
+    batches: Callable[[], Iterable[Any]],
+    *,
+    loss_of: LossOf = model_loss,
+    device: torch.device,
+    seed: int = 0,
+    processes: int = 1,
+    scale: float = 1.0,
+    attached: Callable[[], AbstractContextManager] = nullcontext,
+) -> list[Statistics]:
+    """Statistics `names` of some blocks of a model on some batches, see `Probe.gather`.
+
+    Args:
+        batches: gives them, each time from the first; of one process its own.
+        loss_of: for what takes a backward pass: the loss of a batch, to be averaged over `processes`.
+        seed: of the random numbers that a forward pass may draw.
+        scale: what the loss is multiplied with before the backward pass, and gradients are divided by.
+        attached: within it the backward pass takes place, see `Run.attached`.
+    """
+
+    def run_batches(some: Sequence[FeedForward], wanted: Collection[str]) -> list[_Sums]:
+        with_gradients = not GRADIENTS.isdisjoint(wanted)
+        trained = [parameter for block in some for parameter in block.parameters()] if with_gradients else []
+        factor = scale if with_gradients else 1.0
+        sums = [_Sums(block, wanted) for block in some]
+        hooks = [hook for each in sums for hook in each.register(factor * processes)]
+        try:
+            with (
+                attached() if with_gradients else nullcontext(),
+                torch.set_grad_enabled(with_gradients),
+                isolated_training(model, trained, device, seed),
+            ):
+                model.eval()
+                count = 0
+                for batch in batches():
+                    for each in sums:
+                        each.mask = _mask_of(model, batch)
+                    loss = loss_of(model, batch)
+                    if with_gradients:
+                        (loss * factor).backward()
+                    count += 1
+                if "in_gradient" in wanted:
+                    reduce_gradients(trained, factor)
+                    for each in sums:
+                        each.note_in_gradient(count)
+        finally:
+            for hook in hooks:
+                hook.remove()
+            _reshard(model)
+        _sum_over_processes(sums)
+        return sums
+
+    names = {*names, "second_moment"} if "cross_moment" in names else set(names)
+    at_once = sorted(names - {"cross_moment"})
+    found: list[Statistics] = [{} for _ in blocks]
+    if at_once:
+        found = [_finished(sums, names) for sums in run_batches(blocks, at_once)]
+    if "cross_moment" not in names:
+        return found
+    last = _Last(lambda index: run_batches([blocks[index]], ["cross_moment"])[0].cross_moment())
+    return [_WithCrossMoment(values, partial(last, number)) for number, values in enumerate(found)]
+
+
+def check_can_gather(names: Mapping[str, str], blocks: Sequence[FeedForward]) -> None:
+    """Refuses statistics that can't be gathered of some blocks.
+
+    Args:
+        names: `{statistic: the argument that asks for it}`.
+
+    Raises:
+        ValueError: for what can't be seen, or has no room.
+    """
+    for name, argument in names.items():
+        for block in blocks:
+            _check_block(block, name, argument)
+    if "cross_moment" in names:
+        _square(max(block.num_neurons for block in blocks), blocks[0].out_slice.device, blocks[0])
 
 
 class _Sums:

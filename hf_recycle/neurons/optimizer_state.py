@@ -4,7 +4,8 @@ One table says which entries of an optimizer's state are a first moment (a runni
 neuron) and which a second moment (a running mean of squared gradients). To support an optimizer, add its entries.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 import transformers
@@ -219,6 +220,53 @@ def _tiles(piece: NeuronSlice, kind: str | None, value: list[Tile] | Tensor | No
         parts = [value] if value.shape == piece.parameter.shape else list(value)
         return [whole(piece, part) for part in parts]
     return [value]
+
+
+def kinds_of_entries() -> dict[str, str]:
+    """What an entry of an optimizer's state is, by its name, where all optimizers that are known mean the same."""
+    found: dict[str, set[str]] = {}
+    for layout in _LAYOUTS.values():
+        for key, kind in layout.items():
+            found.setdefault(key, set()).add(kind)
+    return {key: next(iter(kinds)) for key, kinds in found.items() if len(kinds) == 1}
+
+
+@torch.no_grad()
+def resized_entry(
+    key: str, value: Any, pairs: Sequence[tuple[NeuronSlice, NeuronSlice]], kept: Sequence[Tensor]
+) -> Any:
+    """One entry of the state of a parameter whose blocks get another number of neurons, as `reset_state` leaves it: of
+    those that stay as it is, and for those that are added as if they had just been reborn.
+
+    Args:
+        value: whole, as a single process keeps it.
+        pairs: each slice of the parameter in the model as it is, and the same in the new one.
+        kept: for each pair, the indices of the neurons that stay, which are the first ones of the new block.
+
+    Raises:
+        ValueError: what it holds is not known, or not laid out by neurons.
+    """
+    old_shape, new_shape = pairs[0][0].parameter.shape, pairs[0][1].parameter.shape
+    kind = kinds_of_entries().get(key)
+    single = not isinstance(value, Tensor) or value.numel() == 1
+    if single or kind == SHARED:
+        return value
+    if kind in (_ROWS, _COLUMNS) and pairs[0][0].expert is None and len(old_shape) == 2:
+        dim = 0 if kind == _ROWS else 1
+        if pairs[0][0].dim != dim:
+            return value  # averaged over neurons
+        new = value.new_zeros([new_shape[dim] if size > 1 else 1 for size in value.shape])
+    elif kind in (FIRST, SECOND) and type(value) is Tensor and value.shape == old_shape:
+        new = value.new_zeros(new_shape)
+    else:
+        raise ValueError(f"the optimizer state {key!r} is unknown, quantised, or not laid out by neurons")
+    for (before, after), index in zip(pairs, kept, strict=True):
+        for old_tiles, new_tiles in zip(_tiles(before, kind, value), _tiles(after, kind, new), strict=True):
+            lines, target = old_tiles[0].values[index.to(value.device)], new_tiles[0].values
+            target[: len(index)] = lines
+            if kind != FIRST and len(target) > len(index):
+                target[len(index) :] = lines.mean()
+    return new
 
 
 def check_was_reset(optimizer, blocks: list[FeedForward], count: int) -> None:

@@ -99,7 +99,10 @@ class RecyclingHistory:
 
     @cached_property
     def ages(self) -> dict[str, np.ndarray]:
-        """Optimizer steps since each neuron was last recycled, -1 for never: {block: int64 (d_ff,)}."""
+        """Optimizer steps since each neuron was last recycled, or added by a resize, -1 for never.
+
+        {block: int64 (d_ff,)}.
+        """
         last = {block: self._tensors[f"{block}/last_step"].numpy() for block in self.blocks}
         return {block: np.where(steps > 0, self.stats["step"] - steps, -1) for block, steps in last.items()}
 
@@ -126,6 +129,16 @@ class RecyclingHistory:
         Columns: step, block, pruned (list of int), eligible, requested, note.
         """
         return _frame(rows_of_kind(self.table, "pruning"), ["step", "block", "pruned", "eligible", "requested", "note"])
+
+    @cached_property
+    def resizes(self) -> pd.DataFrame:
+        """One row per change of width and block. Rows of other tables name neurons by their places at that step.
+
+        Columns: step, block, neurons (before), former (list of int: which one each neuron was, -1 if added), note.
+        """
+        rows = rows_of_kind(self.table, "resize")
+        frame = _frame(rows, ["step", "block", "eligible", "recycled", "note"])
+        return frame.rename(columns={"eligible": "neurons", "recycled": "former"})
 
     @cached_property
     def overtrainings(self) -> pd.DataFrame:

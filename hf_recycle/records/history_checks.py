@@ -28,11 +28,12 @@ def check_history(path: Path, table: pa.Table, blocks: Sequence[Mapping[str, Any
         fail(path, f"kind holds {sorted(map(str, kinds))} where {', '.join(KINDS)} are expected")
     if blocks is None:
         return
+    table = with_widths(path, table, blocks)
     for kind, column in (("phase", "recycled"), ("pruning", "pruned")):
         rows = rows_of_kind(table, kind)
-        codes = block_codes(path, rows, blocks)
+        block_codes(path, rows, blocks)
         _, owners, neurons = list_column(path, rows, column)
-        limits = np.array([block["num_neurons"] for block in blocks], dtype=np.int64)[codes[owners]]
+        limits = rows["width"].to_numpy()[owners]
         if (neurons < 0).any():
             fail(path, f"a {kind} holds a neuron with a negative index")
         if (neurons >= limits).any():
@@ -52,8 +53,18 @@ def check_agreement(
     add up to the counts of the state. Each part was checked by itself before.
     """
     blocks = config["blocks"]
-    _check_phases(folder, blocks, rows_of_kind(table, "phase"), tensors)
-    _check_prunings(folder, blocks, rows_of_kind(table, "pruning"), tensors)
+    told = _told(folder, blocks, with_widths(folder, table, blocks))
+    for kind, source in (
+        ("counts", "phases"),
+        ("last_phase", "phases"),
+        ("last_step", "phases"),
+        ("pruned", "prunings"),
+    ):
+        for block, values in zip(blocks, told[kind], strict=True):
+            name = block["name"]
+            state = tensors.get(f"{name}/{kind}", torch.zeros(block["num_neurons"], dtype=torch.bool))
+            if not np.array_equal(values, state.numpy()):
+                fail(folder, f"{kind} of block {name} in the state contradicts the {source} of the history")
     totals = overtraining_totals(table)
     for name in ("samples", "tokens"):
         if totals[name] != int(tensors.get(f"trainer/overtrain_{name}", torch.zeros(1)).sum()):
@@ -62,30 +73,69 @@ def check_agreement(
         _check_summary(folder, blocks, table, tensors, stats)
 
 
-def _check_phases(
-    folder: Path, blocks: Sequence[Mapping[str, Any]], rows: pa.Table, tensors: Mapping[str, torch.Tensor]
-) -> None:
-    neurons, lengths = _neurons(folder, blocks, rows, "recycled")
-    total = sum(block["num_neurons"] for block in blocks)
-    expected = {"counts": np.bincount(neurons, minlength=total)}
-    for kind, column in (("last_phase", "phase"), ("last_step", "step")):
-        expected[kind] = np.zeros(total, dtype=np.int64)
-        np.maximum.at(expected[kind], neurons, np.repeat(rows[column].to_numpy(), lengths))
-    for kind, values in expected.items():
-        if name := _first_difference(blocks, values, lambda block, kind=kind: tensors[f"{block}/{kind}"]):
-            fail(folder, f"{kind} of block {name} in the state contradicts the phases of the history")
+def _told(folder: Path, blocks: Sequence[Mapping[str, Any]], table: pa.Table) -> dict[str, list[np.ndarray]]:
+    """What a history with widths says of every neuron, as in the state: for each block an array `(d_ff,)`."""
+    resizes = table["resizes"].to_numpy()
+    names = {block["name"]: number for number, block in enumerate(blocks)}
+    first = {row["block"]: row["eligible"] for row in reversed(rows_of_kind(table, "resize").to_pylist())}
+    sizes = [first.get(block["name"], block["num_neurons"]) for block in blocks]
+    told = {kind: [np.zeros(size, dtype=np.int64) for size in sizes] for kind in ("counts", "last_phase", "last_step")}
+    told["pruned"] = [np.zeros(size, dtype=bool) for size in sizes]
+    latest = 1
+    for era in range(int(resizes.max(initial=0)) + 1):
+        here = table.filter(pa.array(resizes == era))
+        phases = rows_of_kind(here, "phase")
+        starts = np.cumsum([0, *map(len, told["counts"])])
+        whole = {kind: np.concatenate(values) for kind, values in told.items()} if len(blocks) else {}
+        for rows, column in ((phases, "recycled"), (rows_of_kind(here, "pruning"), "pruned")) if whole else ():
+            lengths, owners, neurons = list_column(folder, rows, column)
+            places = starts[block_codes(folder, rows, blocks)[owners]] + neurons
+            if column == "pruned":
+                whole["pruned"][places] = True
+                continue
+            whole["counts"] += np.bincount(places, minlength=starts[-1])
+            for kind, source in (("last_phase", "phase"), ("last_step", "step")):
+                np.maximum.at(whole[kind], places, np.repeat(rows[source].to_numpy(), lengths))
+        told = {kind: np.split(values, starts[1:-1]) for kind, values in whole.items()}
+        done = phases["phase"].to_numpy()[~were_skipped(phases)]
+        latest = max(latest, int(done.max(initial=0)))
+        for row in rows_of_kind(here, "resize").to_pylist():
+            number, former = names[row["block"]], np.array(row["recycled"])
+            born = {"last_phase": latest, "last_step": row["step"]}
+            for kind, values in told.items():
+                values[number] = np.where(former < 0, born.get(kind, 0), values[number][former]).astype(
+                    values[number].dtype
+                )
+    return told
 
 
-def _check_prunings(
-    folder: Path, blocks: Sequence[Mapping[str, Any]], rows: pa.Table, tensors: Mapping[str, torch.Tensor]
-) -> None:
-    neurons, _ = _neurons(folder, blocks, rows, "pruned")
-    pruned = np.bincount(neurons, minlength=sum(block["num_neurons"] for block in blocks)) > 0
-    sizes = {block["name"]: block["num_neurons"] for block in blocks}
-    if name := _first_difference(
-        blocks, pruned, lambda block: tensors.get(f"{block}/pruned", torch.zeros(sizes[block], dtype=torch.bool))
-    ):
-        fail(folder, f"pruned of block {name} in the state contradicts the prunings of the history")
+def with_widths(path: Path, table: pa.Table, blocks: Sequence[Mapping[str, Any]]) -> pa.Table:
+    """A history with two more columns: `width`, how many neurons the row's block had then (0 for a row of no block),
+    and `resizes`, how many times the model had been given another width (by rows that stand together)."""
+    codes = pc.fill_null(pc.index_in(table["block"], pa.array([block["name"] for block in blocks], pa.string())), -1)
+    places = codes.to_numpy().astype(np.int64)
+    now = np.array([*(block["num_neurons"] for block in blocks), 0], dtype=np.int64)
+    widths = now[places]
+    is_resize = pc.equal(table["kind"], "resize").to_numpy(zero_copy_only=False)
+    rows = np.flatnonzero(is_resize)
+    for row in reversed(rows.tolist()):
+        step, block, before, former, requested = (
+            table[name][row].as_py() for name in ("step", "block", "eligible", "recycled", "requested")
+        )
+        code = int(places[row])
+        if code < 0:
+            fail(path, f"it tells of a block {block!r:.60} that the config does not list")
+        known = isinstance(before, int) and isinstance(former, list) and before > 0 and step is not None
+        if not known or len(former) != now[code] or requested != now[code]:
+            fail(path, f"a resize of block {block} at step {step} does not lead to the neurons that the block has")
+        kept = np.array([index for index in former if index is None or index >= 0], dtype=np.float64)
+        if not (np.isin(kept, np.arange(before)).all() and len(np.unique(kept)) == len(kept)) or min(former) < -1:
+            fail(path, f"a resize of block {block} at step {step} names neurons that it did not have, or one twice")
+        now[code] = before
+        widths[:row][places[:row] == code] = before
+    ends = is_resize & ~np.append(is_resize[1:], False) if len(is_resize) else is_resize
+    resizes = np.cumsum(ends) - ends
+    return table.append_column("width", pa.array(widths)).append_column("resizes", pa.array(resizes))
 
 
 def _check_summary(
@@ -112,26 +162,6 @@ def _check_summary(
             fail(folder, f"pruned of block {block['name']} in the summary contradicts the state")
         if found != dict(zip(times.tolist(), numbers.tolist(), strict=True)):
             fail(folder, f"times_recycled of block {block['name']} in the summary contradicts the state")
-
-
-def _neurons(
-    folder: Path, blocks: Sequence[Mapping[str, Any]], rows: pa.Table, column: str
-) -> tuple[np.ndarray, np.ndarray]:
-    """The neurons in a column of lists, numbered over all blocks `(n,)`, and how many each row names `(rows,)`."""
-    first = np.cumsum([0, *(block["num_neurons"] for block in blocks)])
-    lengths, owners, neurons = list_column(folder, rows, column)
-    return first[block_codes(folder, rows, blocks)[owners]] + neurons, lengths
-
-
-def _first_difference(blocks: Sequence[Mapping[str, Any]], values: np.ndarray, state_of: Any) -> str | None:
-    """The first block of whose neurons the history says something else than the state; None if they agree."""
-    at = 0
-    for block in blocks:
-        name, size = block["name"], block["num_neurons"]
-        if not np.array_equal(values[at : at + size], state_of(name).numpy()):
-            return name
-        at += size
-    return None
 
 
 def block_codes(path: Path, rows: pa.Table, blocks: Sequence[Mapping[str, Any]]) -> np.ndarray:

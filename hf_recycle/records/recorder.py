@@ -20,7 +20,7 @@ HISTOGRAM_BINS = 64
 SKIPPED = "skipped: "
 """How the note of a phase begins in which nothing was done, because a loss or a magnitude was not finite."""
 
-KINDS = ("phase", "pruning", "overtraining", "magnitude", "log")
+KINDS = ("phase", "pruning", "overtraining", "magnitude", "log", "resize")
 """The kinds of rows of a history."""
 
 OVERTRAINING_METRICS = (
@@ -46,8 +46,8 @@ HISTORY_SCHEMA = pa.schema(
         ("block", pa.string()),
         ("phase", pa.int32()),  # from 1
         ("requested", pa.int32()),
-        ("eligible", pa.int32()),
-        ("recycled", pa.list_(pa.int32())),  # indices of neurons
+        ("eligible", pa.int32()),  # of a resize: neurons before it
+        ("recycled", pa.list_(pa.int32())),  # indices of neurons; of a resize see `HistoryRecorder.resize`
         ("pruned", pa.list_(pa.int32())),  # indices of neurons
         ("note", pa.string()),
         ("quantiles", pa.list_(pa.float32())),  # at QUANTILE_LEVELS
@@ -128,6 +128,28 @@ class HistoryRecorder:
                 "eligible": int(eligible),
                 "pruned": [int(index) for index in pruned],
                 "note": "; ".join(filter(None, (note, edits)))[:MAX_NOTE],
+            }
+        )
+
+    def resize(self, step: int, block: str, neurons: int, former: Sequence[int], note: str) -> None:
+        """Record that a block has another number of neurons from here on: rows before and after count them apart.
+
+        Args:
+            step: optimizer steps done.
+            block: name of the block.
+            neurons: how many it had.
+            former: for each neuron it has now, which one it was, -1 for one that was added.
+            note: how they were chosen or made.
+        """
+        self._pending.append(
+            {
+                "kind": "resize",
+                "step": int(step),
+                "block": block,
+                "requested": len(former),
+                "eligible": int(neurons),
+                "recycled": [int(index) for index in former],
+                "note": note[:MAX_NOTE],
             }
         )
 

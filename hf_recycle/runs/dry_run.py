@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, set_seed
 
 from hf_recycle.arguments import RecyclingArguments
 from hf_recycle.data.model import load_model, pin_revision
+from hf_recycle.data.stages import Stages
 from hf_recycle.engines.launch import check_process_count, check_same, shared_arguments
 from hf_recycle.errors import UserError
 from hf_recycle.methods.all import CALLBACKS
@@ -22,6 +23,7 @@ from hf_recycle.runs.announcement import batch_text, blocks_text, method_text
 from hf_recycle.runs.memory import activation_bytes, optimizer_bytes_per_value
 from hf_recycle.runs.parse import RunArguments
 from hf_recycle.runs.run import check_evaluation, check_facts, find_checkpoint, prepare_data
+from hf_recycle.runs.stages import as_wide_as, check_stages, first_stage
 
 
 def dry_run(arguments: RunArguments) -> str:
@@ -34,13 +36,14 @@ def dry_run(arguments: RunArguments) -> str:
     check_process_count(args.world_size)
     check_same(asdict(arguments.model) | asdict(arguments.data) | shared_arguments(args))
     check_facts(arguments)
+    check_stages(arguments)
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     pin_revision(arguments.model)
     set_seed(args.seed)
     with args.main_process_first(local=False, desc="preparing the data"):
         tokenizer, train, validation = prepare_data(arguments.model, arguments.data)
     check_evaluation(args, validation)
-    model = _shapes_of_model(arguments, tokenizer)
+    model = _shapes_of_model(arguments, tokenizer, checkpoint)
     max_steps = planned_steps(args, None if isinstance(train, IterableDataset) else len(train))
     methods = list(_methods(args, max_steps))
     found = _survey(model, args, needed=bool(methods))
@@ -56,6 +59,7 @@ def dry_run(arguments: RunArguments) -> str:
             f"  tokenizer   {len(tokenizer):,} entries",
             f"  data        {_size(train)} of at most {length} tokens to train on, {_size(validation)} to evaluate on",
             f"  training    {max_steps:,} steps, each of {batch_text(args, length)}",
+            *_stages(arguments, max_steps),
             *(method_text(method, max_steps, everything=True) for method in methods),
             *_memory(arguments, model),
             f"  output_dir  {args.output_dir}" + (f", going on from {checkpoint}" if checkpoint else ""),
@@ -83,12 +87,25 @@ def planned_steps(args: RecyclingArguments, examples: int | None) -> int:
     return math.ceil(args.num_train_epochs * steps_of_epoch)
 
 
-def _shapes_of_model(arguments: RunArguments, tokenizer: Any) -> PreTrainedModel:
+def _shapes_of_model(arguments: RunArguments, tokenizer: Any, checkpoint: str | None) -> PreTrainedModel:
     """The model, without weights where it is built from scratch and its code can do that."""
-    length = arguments.data.max_seq_length
+    length, args = arguments.data.max_seq_length, arguments.training
+
+    def load() -> PreTrainedModel:
+        model = load_model(first_stage(arguments.model), tokenizer, length)
+        return as_wide_as(model, checkpoint, args.ff_pattern, args.ff_blocks)
+
     with suppress(RuntimeError, NotImplementedError), torch.device("meta"):
-        return load_model(arguments.model, tokenizer, length)
-    return load_model(arguments.model, tokenizer, length)
+        return load()
+    return load()
+
+
+def _stages(arguments: RunArguments, max_steps: int) -> Iterator[str]:
+    if arguments.model.ff_stages is not None:
+        stages = Stages.of(arguments.model.ff_stages).in_steps(max_steps)
+        pairs = zip(map(int, stages.starts), stages.shares, strict=True)
+        told = (f"from step {start:,} on {share:.4g} of the neurons" for start, share in pairs)
+        yield "  stages      " + ", ".join(told)
 
 
 def _methods(args: RecyclingArguments, max_steps: int) -> Iterator[Method]:

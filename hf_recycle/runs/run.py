@@ -19,6 +19,7 @@ from hf_recycle.data.facts import Facts, facts_tokenizer
 from hf_recycle.data.loading import load_data, unigram_entropy
 from hf_recycle.data.model import load_model, pin_revision
 from hf_recycle.data.sources import load_texts
+from hf_recycle.data.stages import Stages
 from hf_recycle.data.tokenizer import load_tokenizer, trained_tokenizer
 from hf_recycle.engines.launch import check_process_count, check_same, shared_arguments
 from hf_recycle.errors import UserError
@@ -29,6 +30,7 @@ from hf_recycle.runs.announcement import Announcement
 from hf_recycle.runs.context import run_context
 from hf_recycle.runs.launcher import LAUNCH_WORDS
 from hf_recycle.runs.parse import RunArguments
+from hf_recycle.runs.stages import StageEnd, as_wide_as, check_stages, first_stage
 from hf_recycle.trainer.trainer import RecyclingTrainer
 from hf_recycle.utils.command_words import without
 
@@ -59,6 +61,7 @@ class Run:
         check_process_count(args.world_size)
         check_same(asdict(arguments.model) | asdict(arguments.data) | shared_arguments(args))
         check_facts(arguments)
+        check_stages(arguments)
         _check_folder(args.output_dir)
         # A second run in the folder is refused before its data is prepared, and what a killed one left is put right.
         with claimed(Path(args.output_dir), args):
@@ -75,7 +78,8 @@ class Run:
         with args.main_process_first(local=False, desc="preparing the data"):
             tokenizer, train, validation = prepare_data(arguments.model, arguments.data)
         check_evaluation(args, validation)
-        model = load_model(arguments.model, tokenizer, arguments.data.max_seq_length)
+        model = load_model(first_stage(arguments.model), tokenizer, arguments.data.max_seq_length)
+        model = as_wide_as(model, checkpoint, args.ff_pattern, args.ff_blocks)
         trainer = RecyclingTrainer(
             model=model,
             args=args,
@@ -88,6 +92,8 @@ class Run:
         if isinstance(train, Dataset) and isinstance(validation, Dataset):
             floor = unigram_entropy(TASKS[arguments.model.task], train, validation, tokenizer)
         trainer.run_context = run_context(arguments, words, floor)
+        if arguments.model.ff_stages is not None:
+            trainer.add_callback(StageEnd(Stages.of(arguments.model.ff_stages)))
         trainer.add_callback(Announcement(trainer, arguments, quiet=quiet))
         for progress in (PrinterCallback, ProgressCallback) if quiet else ():
             trainer.remove_callback(progress)
@@ -97,6 +103,8 @@ class Run:
         """Train, evaluate, save, and on the main process print the summary and draw the figures."""
         trainer = self.trainer
         result = trainer.train(resume_from_checkpoint=self.checkpoint)
+        if trainer.state.global_step < trainer.state.max_steps and self.arguments.model.ff_stages is not None:
+            return  # a stage is over, and the run is not
         trainer.save_metrics("train", result.metrics, combined=False)
         if trainer.eval_dataset is not None:
             trainer.save_metrics("eval", trainer.evaluate(), combined=False)

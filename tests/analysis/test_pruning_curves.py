@@ -91,5 +91,5 @@ def test_settings_in_words():
     for shares in ("1.5", "-0.1", "half", "", str(math.nan)):
         with pytest.raises(UserError, match="must be numbers in"):
             PruneSettings.parse(None, shares, 0, None)
-    with pytest.raises(UserError, match=r"criterion 'low', which is unknown; .*low_magnitude"):
+    with pytest.raises(UserError, match=r"criteria='low' is unknown; .*low_magnitude"):
         PruneSettings.parse("low", None, 0, None)

@@ -4,6 +4,7 @@ import transformers
 from transformers import AutoConfig, PreTrainedModel
 
 from hf_recycle import find_feed_forwards
+from hf_recycle.analysis.data_scores import ModelNeurons
 from hf_recycle.analysis.random_inputs import outputs, random_inputs
 from hf_recycle.analysis.shrink import ShrinkSettings, check_pruned_are_zero, removed_neurons, shrink
 from hf_recycle.analysis.shrink_files import load_model
@@ -68,9 +69,10 @@ def test_the_precision_stays(dtype, family_named):
 
 def test_fractions_in_decimal():
     blocks = find_feed_forwards(torch.nn.Sequential(torch.nn.Linear(4, 10), torch.nn.Linear(10, 4)), "0 -> 1")
-    assert len(removed_neurons(blocks, ShrinkSettings(fraction=0.3))[0]) == 3
+    neurons = ModelNeurons(torch.nn.Identity(), blocks)
+    assert len(removed_neurons(neurons, ShrinkSettings(fraction=0.3))[0]) == 3
     with pytest.raises(UserError, match=r"fraction=1\.0 leaves block .* with none of its 10 neurons"):
-        removed_neurons(blocks, ShrinkSettings(fraction=1.0))
+        removed_neurons(neurons, ShrinkSettings(fraction=1.0))
 
 
 def test_what_can_not_be_shrunk(family_named):

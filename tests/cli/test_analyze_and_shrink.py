@@ -95,6 +95,18 @@ def test_shrink_saves_a_plain_model(folder, tmp_path, capsys):
     assert "exists already" in capsys.readouterr().err
 
 
+def test_shrink_chooses_and_folds_by_a_text(folder, tmp_path, capsys):
+    words = ["--fraction", "0.5", "--eval_file", str(tmp_path / "text.txt"), "--max_seq_length", "16", "--json"]
+    losses = {}
+    for number, how in enumerate([["--criterion", "random"], ["--criterion", "obs", "--fold", "least_squares"]]):
+        assert main(["shrink", str(folder), *words, *how, "--output", str(tmp_path / f"small{number}")]) == 0
+        found = json.loads(capsys.readouterr().out)
+        losses[how[1]] = found["loss"]
+        assert found["difference"] < 1e-3
+    assert losses["random"][0] == losses["obs"][0]
+    assert abs(losses["obs"][1] - losses["obs"][0]) < abs(losses["random"][1] - losses["random"][0])
+
+
 def test_shrink_refuses_pruned_neurons_that_are_not_zero(folder, tmp_path, capsys):
     mask = torch.zeros(40, dtype=torch.bool)
     mask[7] = True
@@ -102,6 +114,9 @@ def test_shrink_refuses_pruned_neurons_that_are_not_zero(folder, tmp_path, capsy
     assert main(["shrink", str(folder), "--pruned-only", "--output", str(tmp_path / "small")]) == 2
     assert "calls pruned are not zero" in capsys.readouterr().err
     assert not (tmp_path / "small").exists()
+
+
+SHRINK = ["shrink", "MODEL", "--output", "x", "--fraction", "0.1"]
 
 
 @pytest.mark.parametrize(
@@ -118,7 +133,9 @@ def test_shrink_refuses_pruned_neurons_that_are_not_zero(folder, tmp_path, capsy
         (["shrink", "MODEL", "--output", "x"], "which neurons go?"),
         (["shrink", "MODEL", "--output", "x", "--fraction", "1"], "every layer keeps a neuron"),
         (["shrink", "MODEL", "--output", "x", "--pruned-only"], "no neuron of this model is pruned"),
-        (["shrink", "MODEL", "--output", "x", "--fraction", "0.1", "--criterion", "low"], "criterion='low' is unknown"),
+        ([*SHRINK, "--criterion", "low"], "criterion='low' is unknown"),
+        ([*SHRINK, "--criterion", "obs"], "criterion='obs' looks at what neurons do on data; pass eval_file"),
+        ([*SHRINK, "--fold", "mean"], "fold='mean' looks at what neurons do on data; pass eval_file"),
     ],
 )
 def test_mistakes_are_one_line_and_status_2(words, message, folder, capsys):

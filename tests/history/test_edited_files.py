@@ -123,7 +123,7 @@ BAD_STATES = {
     "counts of block a has shape \\(1, 2\\)": neurons() | {"a/counts": torch.zeros(1, 2, dtype=torch.int32)},
     "last_phase of block a is missing": {k: v for k, v in neurons().items() if "phase" not in k},
     "counts and last_phase of block a contradict": neurons(counts=(0, 4)),
-    "counts and last_phase of block a contra": neurons(last_phase=(1, 3)),
+    "last_phase and last_step of block a contra": neurons(last_phase=(1, 3)),
     "last_phase and last_step of block a contradict": neurons(last_step=(5, 30)),
     "unknown tensor 'a/colour'": neurons() | {"a/colour": torch.zeros(2)},
     "block b is in the state but not the config": neurons() | neurons(block="b"),

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from hf_recycle.records.file_checks import MAX_NAME, fail
-from hf_recycle.records.history_checks import block_codes, list_column, no_nulls
+from hf_recycle.records.history_checks import block_codes, list_column, no_nulls, with_widths
 from hf_recycle.records.recorder import (
     HISTOGRAM_BINS,
     MAX_NOTE,
@@ -31,6 +31,8 @@ Blocks = Sequence[Mapping[str, Any]]
 def check_rows(path: Path, table: pa.Table, blocks: Blocks) -> None:
     """Check every row of a history whose shape was checked by `check_history`, with the config's `blocks`."""
     _whole_numbers(path, table, "step", 0)
+    table = with_widths(path, table, blocks)
+    _check_notes(path, rows_of_kind(table, "resize"))
     _check_phases(path, rows_of_kind(table, "phase"), blocks)
     _check_prunings(path, rows_of_kind(table, "pruning"), blocks)
     _check_magnitudes(path, rows_of_kind(table, "magnitude"), blocks)
@@ -43,7 +45,7 @@ def _check_phases(path: Path, rows: pa.Table, blocks: Blocks) -> None:
     _check_notes(path, rows)
     steps = _whole_numbers(path, rows, "step", 0)
     phases = _whole_numbers(path, rows, "phase", 1)
-    lengths = _check_chosen(path, rows, "recycled", codes, blocks)
+    lengths = _check_chosen(path, rows, "recycled")
     if len(np.unique(steps * 2**32 + codes)) < len(steps):
         fail(path, "a block has two rows for one phase")
     done = ~were_skipped(rows)
@@ -57,20 +59,21 @@ def _check_phases(path: Path, rows: pa.Table, blocks: Blocks) -> None:
 def _check_prunings(path: Path, rows: pa.Table, blocks: Blocks) -> None:
     codes = block_codes(path, rows, blocks)
     _check_notes(path, rows)
-    _check_chosen(path, rows, "pruned", codes, blocks)
+    _check_chosen(path, rows, "pruned")
     _, owners, pruned = list_column(path, rows, "pruned")
-    if len(np.unique(codes[owners] * 2**32 + pruned)) < len(pruned):
+    keys = np.stack([rows["resizes"].to_numpy()[owners], codes[owners], pruned])
+    if len(np.unique(keys, axis=1).T) < len(pruned):
         fail(path, "a neuron was pruned twice")
 
 
-def _check_chosen(path: Path, rows: pa.Table, column: str, codes: np.ndarray, blocks: Blocks) -> np.ndarray:
+def _check_chosen(path: Path, rows: pa.Table, column: str) -> np.ndarray:
     """Checks a column of lists of neurons against the row's other numbers; returns the length of each list."""
     requested = _whole_numbers(path, rows, "requested", 0)
     eligible = _whole_numbers(path, rows, "eligible", 0)
     lengths, owners, neurons = list_column(path, rows, column)
     if (lengths > np.minimum(requested, eligible)).any():
         fail(path, f"more neurons were {column} than were requested or eligible")
-    if (eligible > _sizes(blocks)[codes]).any():
+    if (eligible > rows["width"].to_numpy()).any():
         fail(path, "more neurons were eligible than the block has")
     if len(np.unique(owners * 2**32 + neurons)) < len(neurons):
         fail(path, f"one neuron was {column} twice at once")
@@ -78,7 +81,7 @@ def _check_chosen(path: Path, rows: pa.Table, column: str, codes: np.ndarray, bl
 
 
 def _check_magnitudes(path: Path, rows: pa.Table, blocks: Blocks) -> None:
-    codes = block_codes(path, rows, blocks)
+    block_codes(path, rows, blocks)
     _check_notes(path, rows)
     lengths, _, quantiles = list_column(path, rows, "quantiles")
     bins, owners, histogram = list_column(path, rows, "histogram")
@@ -98,7 +101,7 @@ def _check_magnitudes(path: Path, rows: pa.Table, blocks: Blocks) -> None:
         fail(path, "the edges of a magnitude histogram are not ascending")
     totals = np.zeros(len(rows), dtype=np.int64)
     np.add.at(totals, owners, histogram)
-    limits = _sizes(blocks)[codes]
+    limits = rows["width"].to_numpy()
     # A note says how many values were not finite; without one the histogram holds every neuron.
     complete = pc.equal(rows["note"], "").to_numpy()
     if (totals > limits).any() or (totals[complete] != limits[complete]).any():
@@ -140,10 +143,6 @@ def _whole_numbers(path: Path, rows: pa.Table, column: str, least: int) -> np.nd
     if (values < least).any():
         fail(path, f"{column} holds {int(values.min())} where a number from {least} is expected")
     return values
-
-
-def _sizes(blocks: Blocks) -> np.ndarray:
-    return np.array([block["num_neurons"] for block in blocks], dtype=np.int64)
 
 
 def _longest(texts: pa.ChunkedArray | pa.Array) -> int:

@@ -47,6 +47,13 @@ class Field:
             value = type(old)([*old[:place], value, *old[place + 1 :]])
         setattr(_get(config, path[:-1]), path[-1], value)
 
+    def get(self, config: PreTrainedConfig) -> Value:
+        """What it is in a configuration."""
+        path: list[Any] = list(self.path)
+        place = path.pop() if isinstance(path[-1], int) else None
+        found = _get(config, path)
+        return found if place is None else found[place]
+
     def value_for(self, share: float) -> Value:
         """The least value that gives the blocks this share of their width, or more."""
         value = share * self.value
@@ -66,15 +73,7 @@ def with_neurons(
         kept: for each block, the indices of the neurons to keep, at most as many as its new width.
         values: a new value of each field that `width_fields` gives.
     """
-    config = copy.deepcopy(model.config)
-    for field, value in values.items():
-        field.put(config, value)
-    # Every weight is overwritten below, so the random state that initialises them is of no account.
-    with torch.random.fork_rng(devices=[]):
-        new = type(model)(config)
-        new.to(model.dtype)  # type: ignore[arg-type]  # transformers hides the signature
-    paths = _paths(model)
-    new_blocks = [moved for block in blocks if (moved := _moved(block, paths, new)) is not None]
+    new, new_blocks = rebuilt(model, blocks, values)
     neurons = {id(parameter) for block in new_blocks for parameter in block.parameters()}
     old = dict(_tensors(model))
     with torch.no_grad():
@@ -89,6 +88,21 @@ def with_neurons(
         new.generation_config = model.generation_config
     new.to(model.device)  # type: ignore[arg-type]  # the same
     return new.train(model.training), new_blocks
+
+
+def rebuilt(
+    model: PreTrainedModel, blocks: Sequence[FeedForward], values: dict[Field, Value]
+) -> tuple[PreTrainedModel, list[FeedForward]]:
+    """A model of the same class and dtype with other values of some fields, freshly initialised, and its blocks; the
+    random state stays. On the meta device within `torch.device("meta")`."""
+    config = copy.deepcopy(model.config)
+    for field, value in values.items():
+        field.put(config, value)
+    with torch.random.fork_rng(devices=[]):
+        new = type(model)(config)
+        new.to(model.dtype)  # type: ignore[arg-type]  # transformers hides the signature
+    paths = _paths(model)
+    return new, [moved for block in blocks if (moved := _moved(block, paths, new)) is not None]
 
 
 def width_fields(model: PreTrainedModel, blocks: Sequence[FeedForward]) -> list[Field]:
