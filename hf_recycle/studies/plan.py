@@ -72,6 +72,22 @@ class Tuning:
 
 
 @dataclass(frozen=True)
+class Removal:
+    """Neurons to take away from the final models of an arm, at once and with nothing trained afterwards.
+
+    Attributes:
+        arm: whose models.
+        criteria, folds: each criterion is tried with each fold.
+        shares: of each layer's neurons, ascending, each in (0, 1).
+    """
+
+    arm: str
+    criteria: tuple[str, ...]
+    folds: tuple[str, ...] = ("none",)
+    shares: tuple[float, ...] = (0.25, 0.5)
+
+
+@dataclass(frozen=True)
 class PlannedRun:
     """One training run of a study.
 
@@ -119,6 +135,7 @@ class Study:
     claims: tuple[Claim, ...] = ()
     measure: str = "final_eval_loss"
     tuning: Tuning | None = None
+    removal: Removal | None = None
 
     def runs(self) -> list[PlannedRun]:
         """Every run, seed by seed, so that an interrupted study has whole comparisons.

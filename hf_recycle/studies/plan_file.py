@@ -7,6 +7,7 @@ baseline: baseline         # the arm that the others are compared with
 control: {lower: baseline, higher: no-ff}    # the positive control: losses that must differ
 measure: final_eval_loss   # the one number that arms are compared by
 tuning: {grid: {learning_rate: [1e-3, 3e-3], weight_decay: [0, 0.1]}, seeds: [101, 102]}    # for each arm, beforehand
+removal: {arm: baseline, criteria: [obs, random], folds: [none, least_squares], shares: [0.5]}    # from final models
 settings: {max_steps: 1000}    # of every arm
 scales: {laptop: {eval_steps: 100}}    # of every arm at that scale
 arms:
@@ -33,7 +34,7 @@ from typing import Any
 
 from hf_recycle.errors import UserError
 from hf_recycle.runs.recipes import read_recipe, recipe_root
-from hf_recycle.studies.plan import Arm, Claim, Control, FigurePlan, Study, Tuning
+from hf_recycle.studies.plan import Arm, Claim, Control, FigurePlan, Removal, Study, Tuning
 from hf_recycle.utils.suggest import nearest
 
 _KEYS = (
@@ -51,6 +52,7 @@ _KEYS = (
     "arms",
     "figures",
     "claims",
+    "removal",
     "statements",
 )
 _ARM_KEYS = ("recipes", "settings", "about")
@@ -143,6 +145,7 @@ def load_study(path: Path) -> Study:
         claims=claims,
         measure=measure,
         tuning=_tuning(where, values.get("tuning"), seeds),
+        removal=_removal(where, values.get("removal"), names),
     )
 
 
@@ -245,6 +248,27 @@ def _claim(where: str, value: Any, arms: Sequence[str]) -> Claim:
         )
     check_known(f"{where}, claim {value['says']!r}", "arm", [value["lower"], value["than"]], arms)
     return Claim(str(value["says"]), value["lower"], value["than"])
+
+
+def _removal(where: str, value: Any, arms: Sequence[str]) -> Removal | None:
+    from hf_recycle.methods.registry import CRITERIA, FOLDS
+
+    if value is None:
+        return None
+    if not isinstance(value, dict) or set(value) != {"arm", "criteria", "folds", "shares"}:
+        raise UserError(
+            f"{where}: removal={value!r} must be of the form "
+            "{arm: baseline, criteria: [obs], folds: [none, least_squares], shares: [0.25, 0.5]}"
+        )
+    where = f"{where}, removal"
+    check_known(where, "arm", [value["arm"]], arms)
+    criteria, folds = (_names(where, key, value[key]) for key in ("criteria", "folds"))
+    check_known(where, "criterion", criteria, CRITERIA)
+    check_known(where, "fold", folds, FOLDS)
+    shares = _list(where, "shares", value["shares"])
+    if not shares or shares != sorted(shares) or not all(0 < share < 1 for share in shares):
+        raise UserError(f"{where}: shares={shares!r} must be numbers between 0 and 1, ascending")
+    return Removal(value["arm"], criteria, folds, tuple(shares))
 
 
 def _tuning(where: str, value: Any, seeds: Sequence[int]) -> Tuning | None:

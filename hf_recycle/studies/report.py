@@ -18,7 +18,7 @@ import torch
 from hf_recycle.plots.style import save
 from hf_recycle.records.files import package_version, write_bytes
 from hf_recycle.studies.figures import FIGURES
-from hf_recycle.studies.inference import DIVERGED, PairedDifference
+from hf_recycle.studies.inference import DIVERGED, PairedDifference, paired_difference
 from hf_recycle.studies.key import code_version
 from hf_recycle.studies.measures import measure_words, values_of
 from hf_recycle.studies.published import PUBLISHED_LOSS_DIFFERENCES, counts_rows
@@ -72,12 +72,31 @@ def _row(results: StudyResults, arm: str, about: str) -> ArmRow:
     )
 
 
+def removal_rows(results: StudyResults) -> list[tuple[str, list[PairedDifference]]]:
+    """What each criterion with each fold costs at each share: the loss above that of the whole models, cheapest first
+    at the largest share."""
+    removal = results.study.removal
+    if removal is None or not results.has(removal.arm):
+        return []
+    # Late: this brings models and the Trainer, which reading a study can do without.
+    from hf_recycle.studies.one_shot import removal_curves
+
+    curves = [removal_curves(run, removal).losses for run in results.of(removal.arm)]
+    rows = [
+        (name, [paired_difference(losses, whole) for losses in rest])
+        for name in curves[0]
+        for whole, *rest in [list(zip(*(seed[name] for seed in curves), strict=True))]
+    ]
+    return sorted(rows, key=lambda row: row[1][-1].mean)
+
+
 def count_tests(results: StudyResults) -> dict[str, int]:
     """How often the report asks whether something is so, by what it asks."""
     differences = [row.difference for row in arm_rows(results)]
     verdicts = [check(name, results)[1] for name in results.study.statements]
     return {
         "differences from the baseline": sum(each is not None and each.low is not None for each in differences),
+        "shares taken away": sum(len(found) for _, found in removal_rows(results)),
         "claims": sum(check_claim(claim, results).verdict != MISSING for claim in results.study.claims),
         "statements": sum(verdict.verdict != MISSING for verdict in verdicts),
         "positive control": int(control(results).verdict != MISSING),
@@ -103,6 +122,7 @@ def write_report(
         "published": [
             (row, PUBLISHED_LOSS_DIFFERENCES[row.arm]) for row in rows if row.arm in PUBLISHED_LOSS_DIFFERENCES
         ],
+        "removal": removal_rows(results),
         "counts": counts_rows(results),
         "statements": [check(name, results) for name in results.study.statements],
         "failures": sorted(results.failures.items()),

@@ -18,6 +18,7 @@ figures:
   - {kind: differences}
 statements: [vicious_cycle]
 """
+REMOVAL = "removal: {arm: hot, criteria: [obs], folds: [mean], shares: [0.25, 0.5]}"
 CLAIMS = "claims: [{says: it helps, lower: hot, than: baseline}]"
 
 
@@ -128,6 +129,14 @@ def test_fewer_arms_keep_the_baseline_and_the_figures_that_are_left(study):
         ("baseline: baseline", "tuning: {grid: {learning_rate: [1, 2]}, seeds: [2, 9]}", "on seed 2, a seed of the st"),
         ("baseline: baseline", "tuning: {grid: {learning_rate: 1}, seeds: [9]}", "tuning=.* must be of the form {grid"),
         ("baseline: baseline", "tuning: {grid: {seed: [1, 2]}, seeds: [9]}", "tuning: seed is not a setting of a stu"),
+        (
+            "baseline: baseline",
+            REMOVAL.replace("[obs]", "[obz]"),
+            r"removal: unknown criterion 'obz'; did you mean obs",
+        ),
+        ("baseline: baseline", REMOVAL.replace("[mean]", "[men]"), r"removal: unknown fold 'men'; did you mean mean"),
+        ("baseline: baseline", REMOVAL.replace("0.25, 0.5", "0.5, 0.25"), r"removal: shares=\[0.5, 0.25\] must be num"),
+        ("baseline: baseline", REMOVAL.replace("arm: hot", "arms: hot"), "removal=.* must be of the form {arm: base"),
         ("title: Two arms", "title: [", "^study .*mine.yaml: .* in line 3"),
         ("title: Two arms", "include: nowhere", "study 'nowhere' is neither a file"),
     ],

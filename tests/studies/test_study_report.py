@@ -10,7 +10,7 @@ from matplotlib.image import imread
 
 from hf_recycle.studies import figures, one_shot
 from hf_recycle.studies.figures import FIGURES
-from hf_recycle.studies.plan import Claim, FigurePlan
+from hf_recycle.studies.plan import Claim, FigurePlan, Removal
 from hf_recycle.studies.report import arm_rows, count_tests, summary_table, write_report
 
 ARMS = {"baseline": [2.0, 2.1, 2.05], "plain": [2.02, 2.09, 2.11], "no-ff": [2.5, 2.6, 2.4], "half": [2.2, 2.3, 2.2]}
@@ -114,11 +114,11 @@ def test_the_number_of_tests_is_stated(made_up, tmp_path):
         control=("baseline", "no-ff"),
         claims=(Claim("it helps", "plain", "half"), Claim("it was not run", "plain", "gone")),
     )
-    assert list(count_tests(results).values()) == [3, 1, 2, 1]  # one seed is no test, nor is what lacks an arm
+    assert list(count_tests(results).values()) == [3, 0, 1, 2, 1]  # one seed is no test, nor is what lacks an arm
     for page in write_report(results, tmp_path, "command", jobs=1):
         text = page.read_text()
         assert re.search(
-            r"Tests made: 7(\*\*|</strong>), of which differences from the baseline 3, claims 1, sta", text
+            r"Tests made: 7(\*\*|</strong>), of which differences from the baseline 3, shares taken away 0, cla", text
         )
 
 
@@ -137,6 +137,23 @@ def test_the_positive_control_is_reported(made_up, tmp_path, separates):
         assert ("so losses can be judged" in text) == separates
         assert ("of losses nothing can be told here" in text) == (not separates)
         assert len(re.findall(r"(?:\*\*|<strong>)can(?:'|&#39;)t tell", text)) == (not separates)
+
+
+def test_what_is_taken_away_is_compared_with_the_whole_models(made_up, monkeypatch, tmp_path):
+    from hf_recycle.analysis.pruning import PruneCurves
+
+    def curves(run, removal):
+        losses = {"random, none": [1.0, 2.0, 4.0], "obs, mean": [1.0, 1.1, 1.2 + run.seed / 10]}
+        return PruneCurves(run.arm, "mlm", 9, (0.0, *removal.shares), losses)
+
+    monkeypatch.setattr(one_shot, "removal_curves", curves)
+    results = made_up(ARMS, removal=Removal("baseline", ("random", "obs"), ("none", "mean"), (0.25, 0.5)))
+    page = write_report(results, tmp_path, "command", jobs=1)[0].read_text()
+    table = page.partition("## Taken away at once")[2]
+    assert table.index("obs, mean") < table.index("random, none")
+    assert "| random, none | +1.0000 [+1.0000, +1.0000] | +3.0000" in table
+    assert "+0.4000 [" in table  # the mean of 0.3, 0.4 and 0.5
+    assert count_tests(results)["shares taken away"] == 4
 
 
 @pytest.mark.parametrize("separates", [True, False])
