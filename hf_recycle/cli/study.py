@@ -7,6 +7,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -127,7 +128,7 @@ def _study(study: Study, options: argparse.Namespace) -> int:
     no_progress_bars()
     output = Path(options.output)
     jobs, devices = _places(options.jobs)
-    say = (lambda line: None) if options.quiet else print
+    say = (lambda line: None) if options.quiet else partial(print, flush=True)
     runner = StudyRunner(output / "runs", jobs, devices, say)
     tuned: list[Tuned] = []
     if study.tuning is not None:

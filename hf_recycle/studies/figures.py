@@ -24,6 +24,7 @@ from hf_recycle.plots.style import (
     line_style,
     new_figure,
     one_panel,
+    percent,
     rows_of_panels,
     set_title,
 )
@@ -209,6 +210,26 @@ def prune_curves(results: StudyResults, plan: FigurePlan) -> Figure | None:
         if runs:
             models[arm] = [(curves.shares, curves.losses) for curves in runs]
     return prune_curves_figure(models, plan.title, LOSS_AXIS) if models else None
+
+
+@FIGURES.register
+def dead(results: StudyResults, plan: FigurePlan) -> Figure | None:
+    """share of the neurons of final models that never fire on the validation data: every seed"""
+    # Late: this brings models and the Trainer, which reading a study can do without.
+    from hf_recycle.studies.one_shot import dead_share
+
+    runs = {arm: [run for run in results.of(arm) if run.history is not None] for arm in _present(results, plan)}
+    shares = {arm: [dead_share(run) for run in found] for arm, found in runs.items() if found}
+    if not shares:
+        return None
+    figure, panel = one_panel(1.5 + 0.25 * len(shares), plan.title, "neurons that never fire", "")
+    for row, (arm, values) in enumerate(shares.items()):
+        (dots,) = panel.plot(values, [row] * len(values), "o", color=BLUE, mfc="white", ms=4)
+        hover(dots, [f"{arm}: {percent(value)}" for value in values])
+    panel.xaxis.set_major_formatter(percent)
+    panel.set_yticks(range(len(shares)), [clip(arm, 1.8) for arm in shares])
+    panel.set_ylim(len(shares) - 0.5, -0.5)
+    return figure
 
 
 @FIGURES.register

@@ -1,4 +1,4 @@
-"""One-shot pruning curves of a study's final models, kept beside each run."""
+"""What a study measures of its final models: one-shot pruning curves, kept beside each run, and dead neurons."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from hf_recycle.analysis.evaluation import LanguageModel, language_model
 from hf_recycle.analysis.pruning import PruneCurves, PruneSettings, measure_curve
@@ -43,6 +45,17 @@ def one_shot_curves(run: RunResult) -> PruneCurves:
 def removal_curves(run: RunResult, removal: Removal) -> PruneCurves:
     """The same for the shares, criteria and folds of a study, which are named "obs, least_squares"."""
     return _measured(run, removal, REMOVAL_FILE)
+
+
+def dead_share(run: RunResult) -> float:
+    """The share of the neurons of a run's final model that are zero on all of the data that the curves look at.
+
+    Raises:
+        UserError: it has no validation data.
+    """
+    subject = _load(Path(run.folder))
+    found = subject.neurons(find_feed_forwards(subject.model)).statistics({"mean_abs": "dead_share"})
+    return float((torch.cat([statistics["mean_abs"] for statistics in found]) == 0).float().mean())
 
 
 def _measured(run: RunResult, removal: Removal, file: str) -> PruneCurves:

@@ -86,7 +86,7 @@ def test_mistakes_are_told_before_anything_starts(tmp_path, monkeypatch, capsys,
 def test_help(capsys):
     assert main(["study", "--help"]) == 0
     text = capsys.readouterr().out
-    assert "packaged studies (article, article-full, " in " ".join(text.split())
+    assert "packaged studies (article, article-facts, " in " ".join(text.split())
     assert "--report_only" in text
     assert main(["--help"]) == 0
     assert "study" in capsys.readouterr().out

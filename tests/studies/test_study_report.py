@@ -27,6 +27,7 @@ def curves(monkeypatch):
         "one_shot_curves",
         lambda run: PruneCurves(run.arm, "mlm", 9, shares, {"low_magnitude": [1, 2, 3], "random": [1, 2.5, 3]}),
     )
+    monkeypatch.setattr(one_shot, "dead_share", lambda run: run.seed / 10)
 
 
 def in_tasks(results):
