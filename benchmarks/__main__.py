@@ -42,7 +42,7 @@ def _parser() -> Parser:
         "--rounds",
         type=int,
         help="Pairs of steps that are compared (default: 30; with quick 5); methods take 3 times or half as many, "
-        "phases 4 times.",
+        "phases 4 times, probes a tenth.",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="Write all numbers.")
     parser.add_argument("--output", type=Path, metavar="FILE", help="Write the page that is printed, as Markdown.")

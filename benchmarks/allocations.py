@@ -5,6 +5,7 @@ Counted by torch's profiler, so that neither the C library's heap nor other prog
 """
 
 import tempfile
+from typing import Any
 
 import datasets
 import torch
@@ -33,8 +34,8 @@ def peak_of_step(shape: Shape, **arguments) -> int:
             return loss
 
     with tempfile.TemporaryDirectory() as folder:
-        settings = {"max_steps": 2, "per_device_train_batch_size": BATCH, "use_cpu": True, "disable_tqdm": True}
-        quiet = {"report_to": [], "save_strategy": "no", "logging_strategy": "no"}
+        settings: dict[str, Any] = {"max_steps": 2, "per_device_train_batch_size": BATCH, "use_cpu": True}
+        quiet: dict[str, Any] = {"disable_tqdm": True, "report_to": [], "save_strategy": "no", "logging_strategy": "no"}
         Trainer(
             model=shape.model(),
             args=RecyclingArguments(folder, recycle_steps=100, **settings, **quiet, **arguments),

@@ -29,7 +29,7 @@ def write_checkpoint(folder: Path, d_model: int, d_ff: int, layers: int) -> int:
     )
     config.architectures = ["BertModel"]
     config.save_pretrained(folder)
-    index = {}
+    index: dict[str, str] = {}
     for layer in range(layers):
         prefix, name = f"encoder.layer.{layer}", f"model-{layer + 1:05}-of-{layers:05}.safetensors"
         weights = {
@@ -56,7 +56,9 @@ def measure_memory(small: Path, large: Path, allowed: int, link: Connection) -> 
         analyze(Source(str(small)))  # what is imported and made once
         memory = Memory()
         memory.restart()
-        limit = status("VmData") + allowed
+        used = status("VmData")
+        assert used is not None, "limits are set on Linux only"
+        limit = used + allowed
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
         analyze(Source(str(large)))
         link.send(memory.peak())

@@ -9,12 +9,9 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from benchmarks.shapes import Shape, bench_tokenizer, packed_dataset
-
-if TYPE_CHECKING:
-    from transformers import Trainer
 
 STOCK, OURS = "Trainer", "RecyclingTrainer"
 
@@ -83,10 +80,12 @@ def _train(contestant: Contestant, steps: int, link: Connection, folder: str) ->
     trainer = make_trainer(contestant, steps, folder)
 
     class Turns(TrainerCallback):
+        start = 0.0
+
         def on_step_end(self, args, state, control, **kwargs):
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            seconds = time.perf_counter() - self.start if state.global_step > 1 else 0.0
+            seconds = time.perf_counter() - self.start if self.start else 0.0
             if state.global_step == 1:
                 memory.restart()
             link.send(Turn(seconds, trainer.waiting, float(trainer.loss), memory.peak()))
@@ -103,16 +102,15 @@ def _train(contestant: Contestant, steps: int, link: Connection, folder: str) ->
     trainer.train()
 
 
-def make_trainer(contestant: Contestant, steps: int, folder: str) -> Trainer:
+def make_trainer(contestant: Contestant, steps: int, folder: str) -> Any:
     """The contestant's trainer, for `steps` steps. It notes what a callback can't see: `waiting`, the seconds that the
     last batch took to come, and `loss`, that of the last step."""
     from transformers import Trainer, TrainingArguments, set_seed
 
     from hf_recycle import RecyclingArguments, RecyclingTrainer
 
-    base, settings = (
-        (Trainer, TrainingArguments) if contestant.trainer == STOCK else (RecyclingTrainer, RecyclingArguments)
-    )
+    base: Any = Trainer if contestant.trainer == STOCK else RecyclingTrainer
+    settings: Any = TrainingArguments if contestant.trainer == STOCK else RecyclingArguments
 
     class Observed(base):
         waiting, loss = 0.0, None

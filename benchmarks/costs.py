@@ -13,16 +13,25 @@ from benchmarks.shapes import MEDIUM, TINY, Shape
 from benchmarks.steps import FADING_IN
 from benchmarks.switch import is_on
 
-_AT_EVERY_STEP = {
+_AT_EVERY_STEP: dict[str, dict[str, Any]] = {
     "smooth": FADING_IN,
     "midpoint": {"midpoint_weight": 1e-3},
 }
 # Here at every step that they are on, so that pairs of steps can tell what they cost.
-_AT_EVERY_HUNDREDTH = {
+_AT_EVERY_HUNDREDTH: dict[str, dict[str, Any]] = {
     "recycling": {"recycle_steps": 1, "recycle_start": 1, "recycle_fraction": 0.1},
     "magnitudes": {"magnitude_steps": 1},
 }
-_USUAL_STEPS = {**dict.fromkeys(_AT_EVERY_STEP, 1), **dict.fromkeys(_AT_EVERY_HUNDREDTH, 100)}
+# What comes before is plain recycling, whose own cost has a row; the probe looks at 8 extra batches.
+_AT_EVERY_THOUSANDTH = {
+    name: _AT_EVERY_HUNDREDTH["recycling"] | {"recycle_selection": criterion}
+    for name, criterion in (("probe", "dormant"), ("probe-gradients", "fisher"), ("obs", "obs"))
+}
+_USUAL_STEPS = {
+    **dict.fromkeys(_AT_EVERY_STEP, 1),
+    **dict.fromkeys(_AT_EVERY_HUNDREDTH, 100),
+    **dict.fromkeys(_AT_EVERY_THOUSANDTH, 1000),
+}
 
 
 def costs_of_methods(shape: Shape, effort: Effort) -> dict[str, Measured]:
@@ -34,6 +43,12 @@ def costs_of_methods(shape: Shape, effort: Effort) -> dict[str, Measured]:
     often = {name: _measure(name, arguments, shape, 3 * effort.rounds) for name, arguments in _AT_EVERY_STEP.items()}
     pairs = max(effort.rounds // 2, 2)
     return often | {name: _measure(name, arguments, shape, pairs) for name, arguments in _AT_EVERY_HUNDREDTH.items()}
+
+
+def costs_of_probes(shape: Shape, effort: Effort) -> dict[str, Measured]:
+    """As `costs_of_methods`, for phases that look at data, one in a thousand steps: of those few pairs are enough."""
+    pairs = max(effort.rounds // 10, 2)
+    return {name: _measure(name, arguments, shape, pairs) for name, arguments in _AT_EVERY_THOUSANDTH.items()}
 
 
 def _measure(method: str, arguments: dict[str, Any], shape: Shape, pairs: int) -> Measured:
@@ -61,6 +76,10 @@ def _run(effort: Effort) -> dict[str, Measured]:
     return costs_of_methods(TINY if effort.quick else MEDIUM, effort)
 
 
+def _run_probes(effort: Effort) -> dict[str, Measured]:
+    return costs_of_probes(TINY if effort.quick else MEDIUM, effort)
+
+
 BENCHES = (
     Bench(
         (
@@ -70,6 +89,19 @@ BENCHES = (
             Row("magnitudes", "magnitude histograms every 100 steps", Target(0.005, False, "cost")),
         ),
         _run,
+        memory=4e9,
+    ),
+    Bench(
+        (
+            Row(
+                "probe",
+                "recycling by activity (dormant), 8 extra batches each 1,000 steps",
+                Target(0.01, False, "cost"),
+            ),
+            Row("probe-gradients", "the same by gradients (fisher)", Target(0.03, False, "cost")),
+            Row("obs", "the same by the optimal brain surgeon (obs)", Target(0.05, False, "cost")),
+        ),
+        _run_probes,
         memory=4e9,
     ),
 )

@@ -130,8 +130,8 @@ def pass_bytes(step: Step, *, masked_head: bool, element_size: int = FLOAT32) ->
 
 def memory_traffic(step: Step, *, masked_head: bool, element_size: int = FLOAT32) -> dict[str, int]:
     """Least memory traffic of the step, in bytes: `product_bytes` and `pass_bytes`."""
-    sizes = {"masked_head": masked_head, "element_size": element_size}
-    return product_bytes(step, **sizes) | pass_bytes(step, **sizes)
+    products = product_bytes(step, masked_head=masked_head, element_size=element_size)
+    return products | pass_bytes(step, masked_head=masked_head, element_size=element_size)
 
 
 STEPS = {

@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -46,9 +47,9 @@ def matrix_product_rates(
     for m, k, n in sizes:
         a, b = torch.randn(m, k, device=device, dtype=dtype), torch.randn(k, n, device=device, dtype=dtype)
         out = torch.empty(m, n, device=device, dtype=dtype)
-        products = [lambda a=a, b=b, out=out: torch.mm(a, b, out=out)]
+        products: list[Callable[[], object]] = [partial(torch.mm, a, b, out=out)]
         if a.is_cpu and dtype == torch.float32 and is_available():
-            products.append(lambda a=a, b=b: multiply(a, b.T))
+            products.append(partial(multiply, a, b.T))
         measured = [_rate(product, 2 * m * k * n, a.device, repeats) for product in products]
         rates[m, k, n] = max(measured, key=lambda rate: rate.median)
     return rates

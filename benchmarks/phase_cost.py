@@ -123,7 +123,7 @@ def phase_cost(shape: Shape, *, repetitions: int = 9, fraction: float = Recyclin
         for weight in weights:
             weight.sum()
 
-    operations = {
+    operations: dict[str, Callable[[], object]] = {
         "read": read,
         "magnitudes": table.magnitudes,
         "phase_keep": lambda: phase("keep"),

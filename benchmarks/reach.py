@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from benchmarks.floor import FLOAT32, Step, matrix_product_flops, pass_bytes, product_bytes
 from benchmarks.machine import Rate
@@ -15,7 +16,7 @@ class Peak:
     bytes_per_second: float
 
     @classmethod
-    def measured(cls, products: Mapping[object, Rate], memory: Mapping[object, Rate]) -> "Peak":
+    def measured(cls, products: Mapping[Any, Rate], memory: Mapping[Any, Rate]) -> "Peak":
         """The best medians among what `matrix_product_rates` and `memory_rates` return."""
         return cls(*(max(rate.median for rate in rates.values()) for rates in (products, memory)))
 

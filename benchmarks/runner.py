@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterator, Sequence
 import psutil
 import torch
 
-from benchmarks import analyzing, causal, costs, data_path, gpu, phases, steps
+from benchmarks import analyzing, causal, costs, data_path, gpu, optimizers, phases, steps
 from benchmarks.row import FAILED, Bench, Effort, Measured, NotMeasured, Row
 from hf_recycle.errors import UserError
 
 BENCHES: tuple[Bench, ...] = (
     *steps.BENCHES,
     *causal.BENCHES,
+    *optimizers.BENCHES,
     *costs.BENCHES,
     *phases.BENCHES,
     *analyzing.BENCHES,

@@ -56,8 +56,8 @@ def against_stock(shape: Shape, effort: Effort) -> tuple[Measured, Measured | No
 
 
 def _memory(turns: Mapping[str, Sequence[Turn]]) -> Measured | NotMeasured:
-    peaks = {name: taken[-1].peak for name, taken in turns.items()}
-    if None in peaks.values():
+    peaks = {name: peak for name, taken in turns.items() if (peak := taken[-1].peak) is not None}
+    if len(peaks) < len(turns):
         return NotMeasured("this system does not tell the peak memory of a process")
     mib = {name: peak / 2**20 for name, peak in peaks.items()}
     note = f"{mib['stock']:,.0f} → {mib['everything']:,.0f} MiB; without a method {mib['no method']:,.0f} MiB"

@@ -26,7 +26,8 @@ def is_on(step: int) -> bool:
 
 def _method(trainer: RecyclingTrainer, kind: type[Method]) -> Switch:
     """Takes a method off the coordinator's list, which a training makes when it begins, and puts the list back."""
-    coordinator, whole = trainer.neuron_methods, []
+    coordinator = trainer.neuron_methods
+    whole: list[Method] = []
 
     def switch(on: bool) -> None:
         if not whole:
@@ -40,6 +41,7 @@ def _smooth(trainer: RecyclingTrainer) -> Switch:
     """Leaves the neurons that fade in where they are for a step, as ordinary ones."""
 
     def switch(on: bool) -> None:
+        assert trainer.recycling is not None, "the contestant recycles"
         trainer.recycling.smooth_steps = trainer.args.recycle_smooth_steps if on else 0
 
     return switch
@@ -50,4 +52,5 @@ SWITCHES: dict[str, Callable[[RecyclingTrainer], Switch]] = {
     "smooth": _smooth,
     "midpoint": partial(_method, kind=Midpoint),
     "magnitudes": partial(_method, kind=Magnitudes),
+    **dict.fromkeys(("probe", "probe-gradients", "obs"), partial(_method, kind=Recycling)),
 }

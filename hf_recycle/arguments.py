@@ -9,6 +9,7 @@ from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from hf_recycle.methods.arguments import OwnArguments
+from hf_recycle.methods.presets import PRESETS, preset_values
 from hf_recycle.methods.settings import LARGEST, METHODS, MOST, Settings
 
 SettingsT = TypeVar("SettingsT", bound=Settings)
@@ -56,6 +57,7 @@ class RecyclingArguments(OwnArguments, TrainingArguments):
         output_dir: str = ""  # never None once `__post_init__` is through
 
     def __post_init__(self):
+        self._begin_with_preset()
         check_training_numbers(self)
         chosen = self.optim
         if chosen not in OPTIMIZERS:
@@ -68,6 +70,17 @@ class RecyclingArguments(OwnArguments, TrainingArguments):
         self.output_dir = os.path.abspath(self.output_dir)  # also where the working directory changes later
         for method in METHODS:
             self.method_settings(method)
+
+    def _begin_with_preset(self) -> None:
+        """Gives arguments that are at their defaults the preset's values."""
+        if self.preset is None:
+            return
+        if self.preset not in PRESETS:
+            raise ValueError(f"preset={self.preset!r} is not allowed: it must be one of {', '.join(PRESETS)}.")
+        defaults = {item.name: item.default for item in fields(self)}
+        for name, value in preset_values(self.preset).items():
+            if getattr(self, name) == defaults[name]:
+                setattr(self, name, value)
 
     def method_settings(self, method: type[SettingsT]) -> SettingsT:
         """The settings of one method as they are now, without their prefix.

@@ -73,7 +73,7 @@ def test_only_what_users_import_lies_at_the_top():
 @pytest.mark.parametrize(
     ("statement", "without"),
     [
-        ("import hf_recycle", ("torch", "huggingface_hub", "matplotlib", "deepspeed", "pandas")),
+        ("import hf_recycle", ("torch", "huggingface_hub", "httpx2", "psutil", "matplotlib", "deepspeed", "pandas")),
         ("import hf_recycle.trainer.trainer", ("matplotlib", "deepspeed")),
         ("import hf_recycle.methods.settings", ("torch", "transformers")),
     ],

@@ -11,18 +11,15 @@ import torch
 import transformers
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
     MergeModulelist,
     WeightConverter,
-    WeightRenaming,
-    dot_natural_key,
-    rename_source_key,
 )
 
 from hf_recycle.analysis.source import Source
 from hf_recycle.analysis.weight_files import SafetensorsFile, Tensors, WeightFile, read_pickled
+from hf_recycle.engines.weight_names import conversions_of, renamed
 from hf_recycle.errors import UserError
 from hf_recycle.hub.checks.configuration import configuration_problem
 from hf_recycle.neurons.blocks import FeedForward, NeuronSlice
@@ -254,20 +251,13 @@ def stored_names(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, Sto
     The renamings and conversions are those that `from_pretrained` applies: old names, a base model's prefix,
     reorganised layers, experts gathered into one parameter.
     """
-    conversions = get_model_conversion_mapping(model)
-    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
-    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     parameters: dict[str, Tensor] = dict(model.state_dict(keep_vars=True))
     names: dict[str, Stored] = {}
-    for key in sorted(stored, key=dot_natural_key):
-        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, parameters)
-        if name not in parameters and key in parameters:
-            name, pattern = key, None
-        if pattern is None:
+    for key, name, part in renamed(stored, model, parameters, conversions_of(model)):
+        if part is None:
             names[name] = Stored([[key]])
             continue
-        converter = by_pattern[pattern]
+        converter, pattern = part
         patterns = converter.source_patterns
         known = names.setdefault(name, Stored([[] for _ in patterns], converter, name))
         if known.converter is converter:

@@ -4,7 +4,7 @@ The *direction* of a neuron is its in-row (gate and up rows one behind the other
 length one, concatenated. The cosine of two directions is so the mean of the cosines of in-rows and of out-columns, and
 scaling one up and the other down, which changes nothing for ReLU, does not change it. Neuron i is a *duplicate* if an
 earlier neuron j < i has a direction with a cosine of at least `threshold`. Biases are left out; a neuron whose in-row
-or out-column is zero has no direction and is none.
+or out-column is zero has no direction and duplicates no other.
 """
 
 import torch

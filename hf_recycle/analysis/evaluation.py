@@ -93,10 +93,18 @@ class LanguageModel:
     tokens: int
     others: Sequence[Batch] = ()
 
-    @torch.inference_mode()
     def loss(self) -> float:
         """Mean cross entropy of the predicted tokens in nats."""
-        return sum(float(self._losses(batch).sum(dtype=torch.float64)) for batch in self.batches) / self.tokens
+        return sum(self.batch_losses()) / self.tokens
+
+    @torch.inference_mode()
+    def batch_losses(self) -> list[float]:
+        """Cross entropy of the predicted tokens of each batch, summed, in nats."""
+        return [float(self._losses(batch).sum(dtype=torch.float64)) for batch in self.batches]
+
+    def batch_tokens(self) -> list[int]:
+        """How many tokens of each batch are predicted."""
+        return [predicted_tokens(self.task, batch) for batch in self.batches]
 
     def neurons(self, blocks: Sequence[FeedForward], seed: int = 0) -> ModelNeurons:
         """The neurons of some of its blocks, with batches to look at."""
@@ -105,7 +113,7 @@ class LanguageModel:
         )
 
     def _mean_loss(self, batch: Mapping[str, Any]) -> Tensor:
-        return self._losses(batch).sum() / (self.task.targets(batch["labels"]) != IGNORED).sum().clamp(min=1)
+        return self._losses(batch).sum() / max(predicted_tokens(self.task, batch), 1)
 
     def _losses(self, batch: Mapping[str, Any]) -> Tensor:
         """Cross entropies of tokens, zero for those that are not predicted, `(n,)`."""
@@ -174,9 +182,14 @@ def language_model(
         return [{name: value.to(device) for name, value in batch.items()} for batch in made]
 
     measured = batches(rows, 0)
-    tokens = sum(int((task.targets(batch["labels"]) != IGNORED).sum()) for batch in measured)
+    tokens = sum(predicted_tokens(task, batch) for batch in measured)
     model.to(device)  # type: ignore[arg-type]  # transformers hides the signature
     return LanguageModel(model.eval(), task, measured, tokens, batches(others, len(rows)))
+
+
+def predicted_tokens(task: Task, batch: Mapping[str, Any]) -> int:
+    """How many tokens of a batch its loss is taken over."""
+    return int((task.targets(batch["labels"]) != IGNORED).sum())
 
 
 def _task(config: PreTrainedConfig, source: Source) -> Task:

@@ -39,13 +39,13 @@ class PruneSettings:
         """From comma-separated words; None: all criteria, shares in tenths.
 
         Raises:
-            UserError: an unknown criterion, or a share that is none.
+            UserError: an unknown criterion, or a share outside [0, 1].
         """
         names = cls.criteria if criteria is None else tuple(name.strip() for name in criteria.split(","))
         for name in names:
             check_choice("criteria", name, CRITERIA)
         check_choice("fold", fold, FOLDS)
-        return cls(names, cls.shares if shares is None else _parse_shares(shares), seed, pattern, fold)
+        return cls(names, cls.shares if shares is None else parse_shares(shares), seed, pattern, fold)
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,12 @@ def measure_curve(
     return losses
 
 
-def _parse_shares(text: str) -> tuple[float, ...]:
+def parse_shares(text: str) -> tuple[float, ...]:
+    """Shares in ascending order, from words between commas.
+
+    Raises:
+        UserError: one is no number in [0, 1].
+    """
     try:
         shares = sorted({float(word) for word in text.split(",")})
     except ValueError:

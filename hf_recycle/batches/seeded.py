@@ -34,7 +34,7 @@ class SeededCollator:
     What the collator draws through torch for the rows of the batch depends on each example alone (`ExampleDraws`): so
     it is with the stock collators for language modelling, whole words included, and most others. What it draws
     otherwise, from Python, numpy or a generator among its attributes, depends on the examples of the batch and their
-    order. A generator that can't be reached is said once.
+    order. A generator that can't be reached causes one warning.
 
     Args:
         collator: called with the bare examples.

@@ -22,8 +22,10 @@ from hf_recycle.card.escape import one_line
 from hf_recycle.card.run_facts import is_repo_id
 from hf_recycle.card.words import told_facts
 from hf_recycle.methods.settings import METHODS, Settings
+from hf_recycle.records.ceiling_file import read_ceiling
 from hf_recycle.records.history import RecyclingHistory
 from hf_recycle.records.naming import short_names
+from hf_recycle.records.recorder import LEFT_ALONE
 
 _MAX_JSON = 64 * 2**20
 _METRICS = (
@@ -37,6 +39,7 @@ FIGURES = {
     "recycle_counts.png": ("How many neurons were recycled how often", "recycling"),
     "ages.png": ("Optimizer steps since neurons were last recycled", "recycling"),
     "magnitudes.png": ("Neuron magnitudes over training, by block", "magnitudes"),
+    "ceiling.png": ("Idle neurons by block, and the loss added by taking some away", "ceiling"),
 }
 """File name -> (what it shows, part of the card it belongs to)."""
 
@@ -96,7 +99,10 @@ def facts_of(history: RecyclingHistory, folder: Path, repo_id: str | None = None
         "neurons": history.stats["neurons"],
         "phases": history.stats["phases"],
         "recyclings": history.stats["recycling_events"],
+        "left_alone": _left_alone(history),
+        "probed": len(history.activity) > 0,
         "blocks": _blocks(history),
+        "ceiling": _ceiling(folder),
         "changed": _listed(run.get("arguments", {})),
         "surroundings": _surroundings(run),
         "versions": _listed(run.get("versions", {})),
@@ -185,8 +191,9 @@ def _finite(history: RecyclingHistory, column: str) -> np.ndarray:
 
 def _blocks(history: RecyclingHistory) -> Rows:
     """A row per block: name, neurons, then (where any neuron was recycled) recycled, share, recyclings, most times,
-    median age, then the median magnitude."""
+    median age, then (where a probe looked) dead and dormant ones when it looked last, then the median magnitude."""
     names, recycled = short_names(history.blocks), history.stats["recycling_events"] > 0
+    activity = history.activity.drop_duplicates("block", keep="last").set_index("block")
     rows: Rows = []
     for block in history.stats["blocks"]:
         name, size = block["name"], block["neurons"]
@@ -200,15 +207,51 @@ def _blocks(history: RecyclingHistory) -> Rows:
                 f"{int(history.counts[name].max(initial=0)):,}",
                 f"{int(np.median(ages)):,}" if len(ages) else "–",
             )
+        if len(activity):
+            known = activity.loc[name] if name in activity.index else {}
+            row += tuple(
+                f"{known[kind]:,} of {known['neurons']:,}" if len(known) else "–" for kind in ("dead", "dormant")
+            )
         quantiles = block.get("magnitude_quantiles") or {}
         rows.append((*row, *(f"{quantiles[q]:.3g}" if q in quantiles else "–" for q in ("0.01", "0.5", "0.99"))))
     return rows
 
 
+def _left_alone(history: RecyclingHistory) -> str | None:
+    """Why the last selection phase left the model alone, if it did."""
+    note = next(iter(history.events["note"][::-1]), None) or ""
+    return note.removeprefix(LEFT_ALONE) if note.startswith(LEFT_ALONE) else None
+
+
 def block_columns(facts: Mapping[str, Any]) -> tuple[str, ...]:
     """The names of the columns of `facts["blocks"]`."""
     counts = ("recycled", "share", "recyclings", "most times", "median age") if facts["recyclings"] else ()
-    return ("block", "neurons", *counts, "magnitude: 1%", "median", "99%")
+    idle = ("dead", "dormant") if facts["probed"] else ()
+    return ("block", "neurons", *counts, *idle, "magnitude: 1%", "median", "99%")
+
+
+def _ceiling(folder: Path) -> dict[str, Any] | None:
+    """What the neurons do on a text, if that was measured: the text's name, the verdict, rows of blocks and curve."""
+    found = read_ceiling(folder)
+    if found is None:
+        return None
+    names = short_names([row["name"] for row in found["blocks"]])
+    counts = ("neurons", "dead", "dormant", "duplicate")
+    blocks: Rows = [
+        (names[row["name"]], *(f"{row[name]:,}" for name in counts), f"{row['cost']:+.4f} ± {row['sd']:.4f}")
+        for row in found["blocks"]
+    ]
+    curve: Rows = [
+        (
+            f"{100 * row['share']:g}%",
+            f"{row['loss']:.4f}",
+            f"{row['cost']:+.4f} ± {row['sd']:.4f}",
+            f"{row['parameters']:,}",
+            f"{100 * row['flops']:.1f}%",
+        )
+        for row in found["curve"]
+    ]
+    return {"text": found["text"], "verdict": found["verdict"], "blocks": blocks, "curve": curve}
 
 
 # ---- Run ----

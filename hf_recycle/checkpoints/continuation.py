@@ -1,6 +1,6 @@
 """Whether a run goes on as its checkpoint began: with the same optimizer, examples and settings.
 
-What would go on silently wrong is refused. What may be changed on purpose is said in a sentence.
+A difference that would silently make another run is refused; one that may be on purpose causes a warning.
 """
 
 import hashlib

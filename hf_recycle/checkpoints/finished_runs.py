@@ -1,4 +1,4 @@
-"""A run that has taken all its steps is not trained on when it is resumed: it says so, and comes to its end again."""
+"""Resuming a run that has taken all its steps: it trains no further, says so, and ends once more."""
 
 from __future__ import annotations
 

@@ -113,8 +113,8 @@ class CheckpointWritingMixin(ContinuationMixin):
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def write_card(self, folder: str | os.PathLike[str], *, figures: bool = True) -> None:
-        """Writes the model card of `folder`, on the process that saves. Training never stops for it: what keeps it from
-        being written is said once."""
+        """Writes the model card of `folder`, on the process that saves. Training never stops for it: a failure
+        causes one warning."""
         if not self.args.should_save or self.neuron_table() is None:
             return
         try:

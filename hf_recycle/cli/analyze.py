@@ -25,6 +25,7 @@ ones. If a model holds recycling files, what they record is shown too.
   hf-recycle analyze runs/decay runs/no-decay --output figures   two models side by side, with figures
   hf-recycle analyze user/repo --revisions all --output figures  how magnitudes and counts moved over its commits
   hf-recycle analyze runs/demo --prune_curve --eval_file my.txt  loss against the share of neurons pruned
+  hf-recycle analyze runs/demo --ceiling --eval_file my.txt      is there anything to recycle, or to shrink?
   hf-recycle analyze user/repo --blocks                          which blocks it has; reads its configuration alone"""
 
 
@@ -37,7 +38,7 @@ def add_arguments(parser: Parser) -> None:
         help="A folder, a run's output folder, or a repository of the Hub (user/repo, or "
         "hf://user/repo[@revision][/folder]).",
     )
-    parser.add_argument("--output", type=Path, metavar="DIR", help="Draw figures (PNG) into this folder.")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="Draw figures (PNG and SVG) into this folder.")
     add_json_argument(parser)
     add_block_arguments(parser)
     add_revision_argument(parser)
@@ -60,7 +61,16 @@ def add_arguments(parser: Parser) -> None:
         default=0.99,
         help="Cosine from which a neuron duplicates an earlier one (default: %(default)s).",
     )
-    curves = parser.add_argument_group("one-shot pruning curves")
+    curves = parser.add_argument_group("on a text")
+    curves.add_argument(
+        "--ceiling",
+        action="store_true",
+        help="Count dead, dormant and duplicate neurons by layer, measure the loss without a share of them, chosen and "
+        "made up for as well as can be, and say whether recycling or shrinking is worth it.",
+    )
+    curves.add_argument(
+        "--card", action="store_true", help="With ceiling: write it into the model card of MODEL, a folder of a run."
+    )
     curves.add_argument(
         "--prune_curve",
         action="store_true",
@@ -70,7 +80,9 @@ def add_arguments(parser: Parser) -> None:
     curves.add_argument(
         "--criteria", metavar="A,B,...", help="Selection criteria to prune by (default: those of weights)."
     )
-    curves.add_argument("--shares", metavar="A,B,...", help="Shares to prune (default: 0,0.1,...,1).")
+    curves.add_argument(
+        "--shares", metavar="A,B,...", help="Shares to prune (default: 0,0.1,...,1; of ceiling 0.1,0.25,0.5,0.75)."
+    )
     curves.add_argument("--seed", type=int, default=0, help="Seed of the criterion random (default: %(default)s).")
     curves.add_argument("--fold", metavar="NAME", help="What becomes of what they did: none, mean or least_squares.")
 
@@ -78,7 +90,7 @@ def add_arguments(parser: Parser) -> None:
 def run(options: argparse.Namespace) -> int:
     _check(options)
     command = _prune_curves if options.prune_curve else _revisions if options.revisions else _magnitudes
-    command = _blocks if options.blocks else command
+    command = _ceilings if options.ceiling else _blocks if options.blocks else command
     command(options)
     return 0
 
@@ -98,11 +110,24 @@ def _check(options: argparse.Namespace) -> None:
         raise UserError(f"ff_blocks={options.ff_blocks!r} does not go with prune_curve or revisions")
     if options.trust_pickle and (options.prune_curve or options.revisions):
         raise UserError("trust_pickle does not go with prune_curve or revisions")
-    curve_only = ("eval_file", "criteria", "shares", "fold")
-    if options.prune_curve and options.eval_file is None:
-        raise UserError("prune_curve needs a text to measure the loss on; pass eval_file")
-    if not options.prune_curve and (given := [name for name in curve_only if getattr(options, name) is not None]):
-        raise UserError(f"{given[0]} belongs to prune_curve; pass --prune_curve too")
+    _check_text(options)
+
+
+def _check_text(options: argparse.Namespace) -> None:
+    """What is measured on a text has one, and nothing else that does not go with it."""
+    takes = {"ceiling": ("eval_file", "shares"), "prune_curve": ("eval_file", "shares", "criteria", "fold")}
+    command = next((name for name in takes if getattr(options, name)), None)
+    if command and options.eval_file is None:
+        raise UserError(f"{command} needs a text to measure the loss on; pass eval_file")
+    for other in ("prune_curve", "blocks", "revisions", "trust_pickle"):
+        if options.ceiling and getattr(options, other):
+            raise UserError(f"ceiling does not go with {other}; leave one of them out")
+    for name in ("criteria", "fold", "eval_file", "shares"):
+        if getattr(options, name) is not None and name not in takes.get(command or "", ()):
+            owners = [owner for owner, names in takes.items() if name in names]
+            raise UserError(f"{name} belongs to {' and '.join(owners[::-1])}; pass --{owners[-1]} too")
+    if options.card and not options.ceiling:
+        raise UserError("card belongs to ceiling; pass --ceiling too")
 
 
 def _magnitudes(options: argparse.Namespace) -> None:
@@ -153,6 +178,30 @@ def _prune_curves(options: argparse.Namespace) -> None:
     print_result(options, {"models": [curve.to_json() for curve in curves]}, lambda: curves_text(curves))
     if options.output is not None:
         _say_where(draw_curves(curves, options.output))
+
+
+def _ceilings(options: argparse.Namespace) -> None:
+    no_progress_bars()
+    from hf_recycle.analysis.ceiling import SHARES, ceiling
+    from hf_recycle.analysis.ceiling_report import ceiling_text, check_has_card, draw_ceilings, write_to_card
+    from hf_recycle.analysis.evaluation import EvaluationSettings
+    from hf_recycle.analysis.pruning import parse_shares
+
+    shares = SHARES if options.shares is None else parse_shares(options.shares)
+    evaluation = EvaluationSettings(
+        options.eval_file, options.max_seq_length, options.max_eval_samples, options.batch_size
+    )
+    sources = _sources(options)
+    folders = [check_has_card(source) for source in sources] if options.card else []
+    found = [
+        ceiling(source, evaluation, shares, options.duplicate, options.ff_pattern, options.ff_blocks)
+        for source in sources
+    ]
+    print_result(options, {"models": [each.to_json() for each in found]}, lambda: ceiling_text(found))
+    if options.output is not None:
+        _say_where(draw_ceilings(found, options.output))
+    for each, folder in zip(found, folders, strict=False):
+        write_to_card(each, folder)
 
 
 def _sources(options: argparse.Namespace) -> list:

@@ -1,4 +1,4 @@
-"""What all commands share: how much is said, JSON, and mistakes in one line."""
+"""What all commands share: verbosity, JSON, and errors in one line."""
 
 import argparse
 import json

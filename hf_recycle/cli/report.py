@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from hf_recycle.cli.model_arguments import add_revision_argument
@@ -61,12 +62,16 @@ def report(run: str, revision: str | None = None) -> str:
 
 
 def _small_files(text: str, revision: str | None) -> Path:
-    """The folder of the cache with the `config.json` of a repository; a folder without it if that can't be had."""
+    """The folder of the cache with the `config.json` of a repository, and what was measured on a text, if it was; a
+    folder without them if that fails."""
     from hf_recycle.hub.address import locate
     from hf_recycle.hub.fetch import fetch_file
+    from hf_recycle.records.ceiling_file import CEILING_FILE
 
     try:
         repo, inside, revision = locate(text, revision)
+        with suppress(Exception):
+            fetch_file(repo, f"{inside}{CEILING_FILE}", revision)
         return fetch_file(repo, f"{inside}config.json", revision).parent
     except Exception:  # the recycling files were there, and they are enough
         return Path(os.devnull)

@@ -22,14 +22,14 @@ Pretrain a model with neuron recycling. A recipe is a YAML file of arguments, na
 the package, by a short name. Several are merged left to right; arguments win over recipes, and null takes one back to
 its default.
 
-  hf-recycle train demo                               a small run, minutes on a laptop
-  hf-recycle train scale/laptop plain --seed 1        one recipe for the scale, one for the method
-  hf-recycle train demo --resume_from_checkpoint true  start, or go on where the last checkpoint was made
-  hf-recycle train runs/demo/config.yaml --output_dir runs/again    the same run once more"""
+  hf-recycle train demo                                           a small run, minutes on a laptop
+  hf-recycle train scale/laptop plain --seed 1                    one recipe for the scale, one for the method
+  hf-recycle train demo --resume_from_checkpoint true             start, or go on where the last checkpoint was made
+  hf-recycle train runs/demo/config.yaml --output_dir runs/again  the same run once more"""
 
 
 def add_arguments(parser: Parser, *, everything: bool = False) -> None:
-    """Adds the arguments of a run; the help lists those of the Trainer too if `everything` is to be shown."""
+    """Adds the arguments of a run; with `everything` the help lists those of the Trainer too."""
     parser.usage = "hf-recycle train [RECIPE ...] [--argument VALUE ...]"
     parser.description = _DESCRIPTION
     recipes = parser.add_argument("recipes", nargs="*", metavar="RECIPE", help="A file, or the name of a packaged one.")
@@ -75,7 +75,7 @@ def run(options: argparse.Namespace) -> int:
 
     Raises:
         UserError: what the user can mend.
-        KeyboardInterrupt: after it was said how to go on.
+        KeyboardInterrupt: after a message that says how to go on.
     """
     if options.list:
         print(describe_recipes())

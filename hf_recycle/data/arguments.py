@@ -213,7 +213,7 @@ class DataArguments:
         """The schedule of the share that is masked, if there is one.
 
         Raises:
-            UserError: it is none.
+            UserError: it is not.
         """
         if self.mlm_probability_schedule is None:
             return None

@@ -85,7 +85,7 @@ def pin_revision(arguments: ModelArguments) -> None:
     from the same one, whatever is pushed meanwhile.
 
     `model_revision` becomes a `huggingface_hub.ResolvedRevision`: the text it was, and the commit as `.resolved`. It
-    stays as it is for a local folder, and, with a warning, where the Hub can't tell and the cache does not know.
+    stays as it is for a local folder, and, with a warning, if neither the Hub nor the cache knows it.
 
     Raises:
         UserError: a small file of that commit is too large to be what its name says.

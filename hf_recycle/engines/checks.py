@@ -117,6 +117,7 @@ def check_deepspeed(config: dict[str, Any]) -> None:
     """
     zero = config.get("zero_optimization") or {}
     stage = zero.get("stage", 0)
+    ratio = (zero.get("offload_optimizer") or {}).get("ratio", 1)
     tensor_parallel = (config.get("tensor_parallel") or {}).get("autotp_size", 0)
     unreachable = [
         ("stage", stage, stage not in (1, 2, 3), "use stage 1, 2 or 3 (without ZeRO, DDP does the same)"),
@@ -125,6 +126,7 @@ def check_deepspeed(config: dict[str, Any]) -> None:
             for part in ("offload_optimizer", "offload_param")
             if (device := (zero.get(part) or {}).get("device"))
         ),
+        ("offload_optimizer.ratio", ratio, ratio != 1, "a second optimizer steps the other weights: leave it out"),
         *(
             (key, value, value is True or value > 1, "it keeps further copies of the weights: leave it out")
             for key in ("zero_hpz_partition_size", "zero_quantized_weights")

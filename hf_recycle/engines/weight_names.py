@@ -7,7 +7,7 @@ doesn't know of it, and the stock Trainer resumes through `load_state_dict`.
 
 import copy
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -31,6 +31,32 @@ def conversions_of(model: nn.Module) -> list[WeightTransform]:
     return get_model_conversion_mapping(model) if isinstance(model, PreTrainedModel) else []
 
 
+def renamed(
+    keys: Iterable[str], model: nn.Module, targets: dict[str, Tensor], conversions: list[WeightTransform]
+) -> Iterator[tuple[str, str, tuple[WeightConverter, str] | None]]:
+    """The names of a model's weights for the names in its files, in the order in which `from_pretrained` takes them.
+
+    Args:
+        keys: names in the files.
+        targets: the model's state dict.
+        conversions: of `conversions_of`.
+
+    Yields:
+        A name in the files; that of the parameter; and, where this is put together from several tensors, what does it
+        and the pattern by which it knows this one.
+    """
+    renamings = [step for step in conversions if isinstance(step, WeightRenaming)]
+    converters = [step for step in conversions if isinstance(step, WeightConverter)]
+    of_pattern = {pattern: step for step in converters for pattern in step.source_patterns}
+    prefix = getattr(model, "base_model_prefix", None)
+    # Experts are stacked in the order in which they come.
+    for key in sorted(keys, key=dot_natural_key):
+        name, pattern = rename_source_key(key, renamings, converters, prefix, targets)
+        if name not in targets and key in targets:  # a pattern that means names of another time
+            name, pattern = key, None
+        yield key, name, None if pattern is None else (of_pattern[pattern], pattern)
+
+
 def as_in_model(
     files: Mapping[str, Callable[[], Tensor]],
     model: nn.Module,
@@ -50,18 +76,11 @@ def as_in_model(
     Raises:
         ValueError: tensors that belong together don't fit together.
     """
-    renamings = [step for step in conversions if isinstance(step, WeightRenaming)]
-    converters = [step for step in conversions if isinstance(step, WeightConverter)]
-    of_pattern = {pattern: step for step in converters for pattern in step.source_patterns}
-    prefix = getattr(model, "base_model_prefix", None)
     merged: dict[str, WeightConverter] = {}
-    # As from_pretrained orders them: experts are stacked in the order in which they come.
-    for key in sorted(files, key=dot_natural_key):
-        name, pattern = rename_source_key(key, renamings, converters, prefix, targets)
-        if name not in targets and key in targets:  # a pattern that means names of another time
-            name, pattern = key, None
-        if name in targets and pattern is not None:
-            parts = merged.setdefault(name, copy.deepcopy(of_pattern[pattern]))
+    for key, name, part in renamed(files, model, targets, conversions):
+        if name in targets and part is not None:
+            converter, pattern = part
+            parts = merged.setdefault(name, copy.deepcopy(converter))
             parts.add_tensor(name, key, pattern, files[key])  # type: ignore[arg-type]  # or a function that gives it
         else:
             yield (name if name in targets else key), files[key]()

@@ -1,4 +1,4 @@
-"""Files of a repository, brought into the Hub's cache unless one is larger than its kind can be."""
+"""Downloads files of a repository into the Hub's cache, unless one is larger than its kind can be."""
 
 from __future__ import annotations
 

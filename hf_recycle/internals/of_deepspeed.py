@@ -48,10 +48,19 @@ def state_keys(parameter: Any) -> set[str]:
 
 def replicated_group(optimizer: Any, parameter: Tensor) -> int:
     """The index of the parameter's group in the optimizer; -1 if it is in none."""
+    groups = _zero_optimizer(optimizer).bit16_groups
+    return next((i for i, group in enumerate(groups) if any(p is parameter for p in group)), -1)
+
+
+def replicated_masters(optimizer: Any, parameter: Tensor) -> Tensor:
+    """This process' part of the masters of the parameter's whole group, flat: what the optimizer steps."""
+    return _zero_optimizer(optimizer).single_partition_of_fp32_groups[replicated_group(optimizer, parameter)]
+
+
+def _zero_optimizer(optimizer: Any) -> Any:
     while not hasattr(optimizer, "bit16_groups"):
         optimizer = optimizer.optimizer  # the wrapper around it
-    groups = optimizer.bit16_groups
-    return next((i for i, group in enumerate(groups) if any(p is parameter for p in group)), -1)
+    return optimizer
 
 
 # ---- Stage 3 ----
@@ -70,15 +79,19 @@ def partitioned_group(parameter: Any) -> int:
 
 def master(parameter: Any, key: str | None = None) -> Tensor:
     """This process' partition of the master, or of one optimizer state: flat, in place."""
-    zero = parameter._z3_optimizer
-    group, offset, length = _position(parameter)
-    flat = zero.fp32_partitioned_groups_flat[group]
+    zero, flat = parameter._z3_optimizer, partitioned_masters(parameter)
+    _, offset, length = _position(parameter)
     return (flat if key is None else zero.optimizer.state[flat][key]).detach().narrow(0, offset, length)
 
 
 def master_state(optimizer: Any, parameter: Any) -> dict[str, Any]:
     """The optimizer's state of the group of masters that the parameter's lies in."""
-    return optimizer.state.get(parameter._z3_optimizer.fp32_partitioned_groups_flat[_position(parameter)[0]], {})
+    return optimizer.state.get(partitioned_masters(parameter), {})
+
+
+def partitioned_masters(parameter: Any) -> Tensor:
+    """This process' part of the masters of the parameter's whole subgroup, flat: what the optimizer steps."""
+    return parameter._z3_optimizer.fp32_partitioned_groups_flat[_position(parameter)[0]]
 
 
 def _position(parameter: Any) -> tuple[int, int, int]:

@@ -1,4 +1,4 @@
-"""When the methods act: one coordinator, the methods, and a `TrainerCallback` for each, for a stock `Trainer`."""
+"""All methods in the order in which they act, as the callbacks for a stock `Trainer`."""
 
 from hf_recycle.methods.coordinator import NeuronCallback, NeuronMethods
 from hf_recycle.methods.l2_init import L2InitCallback

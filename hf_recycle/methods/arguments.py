@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field, make_dataclass
 from typing import Any
 
+from hf_recycle.methods.presets import PRESETS
 from hf_recycle.methods.settings import METHODS, flat_fields
 
 # The settings of every method under flat names: `RecyclingSettings.steps` is `recycle_steps`.
@@ -18,6 +19,15 @@ _OfMethods: Any = make_dataclass(
 class OwnArguments(_OfMethods):
     """The settings of the methods, and what every training of a `RecyclingTrainer` can have beside them."""
 
+    preset: str | None = field(
+        default=None,
+        metadata={
+            "help": "Settings of methods to begin with: article, the article's method, or recommended, which recycles "
+            "dead and dormant neurons if there are enough. An argument that is given wins; in Python, one that "
+            "differs from its default.",
+            "choices": PRESETS,
+        },
+    )
     masked_head: bool = field(
         default=True,
         metadata={"help": "Compute the head of a masked language model on masked positions only: same loss, faster."},

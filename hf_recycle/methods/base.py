@@ -15,7 +15,11 @@ from hf_recycle.neurons.optimizer_state import StepWatch
 from hf_recycle.neurons.table import NeuronTable
 from hf_recycle.records.recorder import HistoryRecorder
 
+Histograms = dict[str, tuple[int, Tensor]]
+"""By name: the step that the values `(n,)` are of, and the values."""
+
 LossOf = Callable[[nn.Module, Mapping[str, Any]], Tensor]
+TokenLossesOf = Callable[[nn.Module, Mapping[str, Any]], Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,8 @@ class Run:
         watch: which steps the optimizer takes.
         train_dataloader: the Trainer's.
         loss_of: the loss of a batch, to be averaged over processes; None: the one that the model returns.
+        token_losses_of: the loss of each token of a batch, `(batch, sequence)`, zero where nothing is predicted; None, also
+            as its answer: those that the model returns.
         attached: within this context, the backward pass of `loss_of` may compute parts of the forward pass again.
         extra_batches: extra batches of the training data, by their seed and the argument that asks for them; None: over
             the data of the loader.
@@ -49,6 +55,7 @@ class Run:
     watch: StepWatch
     train_dataloader: Any
     loss_of: LossOf | None
+    token_losses_of: TokenLossesOf | None
     attached: Callable[[], AbstractContextManager]
     extra_batches: Callable[[int, str], ExtraBatches] | None
 
@@ -154,4 +161,8 @@ class Method(Generic[SettingsT]):
 
     def scalars(self) -> dict[str, float]:
         """What to log now."""
+        return {}
+
+    def take_histograms(self) -> Histograms:
+        """What to log as histograms now; what was taken is not given again."""
         return {}

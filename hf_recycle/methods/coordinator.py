@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from hf_recycle.batches.extra_batches import ExtraBatches
 from hf_recycle.engines.replica_checksum import true_everywhere
-from hf_recycle.methods.base import LossOf, Method, Run, StepInfo
+from hf_recycle.methods.base import Histograms, LossOf, Method, Run, StepInfo, TokenLossesOf
 from hf_recycle.methods.saved_weights import check_weights_are_saved
 from hf_recycle.methods.settings import Settings
 from hf_recycle.neurons.optimizer_state import StepWatch
@@ -33,7 +33,7 @@ class NeuronMethods(TrainerCallback):
     Args:
         ff_pattern: layout of the feed-forward blocks of a model of unknown architecture, see `find_feed_forwards`.
         ff_blocks: of a composite model, the part whose blocks are meant, see `find_feed_forwards`.
-        loss_of, attached, extra_batches: see `Run`.
+        loss_of, token_losses_of, attached, extra_batches: see `Run`.
 
     Attributes:
         methods: those that are on, in their order.
@@ -49,6 +49,7 @@ class NeuronMethods(TrainerCallback):
         ff_pattern: str | None = None,
         ff_blocks: str | None = None,
         loss_of: LossOf | None = None,
+        token_losses_of: TokenLossesOf | None = None,
         attached: Callable[[], AbstractContextManager] = nullcontext,
         extra_batches: Callable[[int, str], ExtraBatches] | None = None,
     ):
@@ -58,7 +59,8 @@ class NeuronMethods(TrainerCallback):
         self.table: NeuronTable | None = None
         self.began_with: dict[str, Settings] = {}
         self.checkpoint: str | None = None
-        self._loss_of, self._attached, self._extra_batches = loss_of, attached, extra_batches
+        self._loss_of, self._token_losses_of = loss_of, token_losses_of
+        self._attached, self._extra_batches = attached, extra_batches
         self._fronts: list[NeuronCallback] = []
         self._watch: StepWatch | None = None
         self._finite: Tensor | None = None
@@ -125,6 +127,7 @@ class NeuronMethods(TrainerCallback):
             watch=self._watch,
             train_dataloader=train_dataloader,
             loss_of=self._loss_of,
+            token_losses_of=self._token_losses_of,
             attached=self._attached,
             extra_batches=self._extra_batches,
         )
@@ -192,7 +195,12 @@ class NeuronMethods(TrainerCallback):
 
     def scalars(self) -> dict[str, float]:
         """What to log now."""
-        return {name: value for method in self.methods for name, value in method.scalars().items()}
+        found = {name: value for method in self.methods for name, value in method.scalars().items()}
+        return found | self.recorder.idle_shares()
+
+    def take_histograms(self) -> Histograms:
+        """What to log as histograms now."""
+        return {name: found for method in self.methods for name, found in method.take_histograms().items()}
 
 
 class NeuronCallback(NeuronMethods):

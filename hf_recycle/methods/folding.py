@@ -27,11 +27,11 @@ DAMPING = 0.01
 def damped(cross_moment: Tensor) -> Tensor:
     """`cross_moment` `(n, n)` in float64 with its diagonal raised; the identity where all of it is zero."""
     # float64 is not to be had on every accelerator.
-    moments = cross_moment.double() if cross_moment.device.type in ("cpu", "cuda") else cross_moment.cpu().double()
+    where = cross_moment.device if cross_moment.device.type in ("cpu", "cuda") else "cpu"
+    moments = cross_moment.to(where, copy=True).double()
     extra = DAMPING * moments.diagonal().mean()
-    return moments + torch.where(extra > 0, extra, 1.0) * torch.eye(
-        len(moments), dtype=moments.dtype, device=moments.device
-    )
+    moments.diagonal().add_(torch.where(extra > 0, extra, 1.0))
+    return moments
 
 
 def mean_share(mean: Tensor, out_columns: Tensor, removed: Tensor) -> Tensor:
@@ -54,8 +54,8 @@ def least_squares_shares(cross_moment: Tensor, out_columns: Tensor, removed: Ten
     """
     moments = damped(cross_moment)
     removed, kept = removed.to(moments.device), kept.to(moments.device)
-    wanted = moments[kept][:, removed] @ out_columns.to(moments)[removed]
-    factor = torch.linalg.cholesky(moments[kept][:, kept])
+    wanted = moments[kept.unsqueeze(1), removed] @ out_columns.to(moments)[removed]
+    factor = torch.linalg.cholesky(moments[kept.unsqueeze(1), kept])
     return torch.cholesky_solve(wanted, factor)
 
 

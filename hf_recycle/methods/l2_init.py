@@ -14,15 +14,16 @@ from accelerate.utils import extract_model_from_parallel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.utils.hooks import RemovableHandle
 
-from hf_recycle.engines.plain_weights import cut_like
 from hf_recycle.methods.base import Method, Run
 from hf_recycle.methods.coordinator import NeuronCallback
 from hf_recycle.methods.settings import L2InitSettings
-from hf_recycle.neurons.blocks import FeedForward
+from hf_recycle.neurons.blocks import FeedForward, NeuronSlice, whole_slices
 from hf_recycle.neurons.layers import Layers
 from hf_recycle.neurons.optimizer_state import check_optimizer, unwrap_optimizer
+from hf_recycle.neurons.slices import full_shape
+from hf_recycle.neurons.storage import Fragments
 from hf_recycle.utils.whole_files import put
 
 FILE = "initial_weights.safetensors"
@@ -33,32 +34,35 @@ class L2Init(Method[L2InitSettings]):
     """Pulls weights back to where they were when training began."""
 
     settings_class = L2InitSettings
-    _initial: dict[str, Tensor]
+    _handle: RemovableHandle | None = None
 
     def start(self, run: Run, settings: L2InitSettings) -> None:
         super().start(run, settings)
         check_optimizer(run.optimizer, "l2_init_weight", settings.weight)
-        if any(piece.storage.separate_masters for block in run.table.blocks for piece in block.slices):
-            raise ValueError(
-                f"l2_init_weight={settings.weight} can't be used with DeepSpeed, which updates copies of the weights "
-                "in a layout of its own: use DDP or FSDP2."
-            )
         model = extract_model_from_parallel(run.model, keep_torch_compile=False)
-        groups = enumerate(unwrap_optimizer(run.optimizer).param_groups)
-        self._group = {id(parameter): number for number, group in groups for parameter in group["params"]}
-        chosen = parameters_of(model, run.table.blocks, settings.parts)
-        self._parameters = {name: each for name, each in chosen.items() if id(each) in self._group}
+        slices = whole_slices(model, parameters_of(model, run.table.blocks, settings.parts))
+        self._slices = {name: piece for name, piece in slices.items() if run.watch.is_optimized(piece)}
         self._check_parameters(model)
         if run.step == 0:
-            self._initial = {name: _local(each).clone() for name, each in self._parameters.items()}
-            self._write(Path(run.args.output_dir or "", FILE))
+            initial = {name: piece.storage.read(piece, piece.lines()) for name, piece in self._slices.items()}
+            self._write(Path(run.args.output_dir or "", FILE), initial)
         else:
-            self._initial = self._read()
+            initial = self._read()
+        # What the optimizer steps, and of it what belongs to these parameters: each with W and W₀ on this process.
+        self._pulled: dict[int, list[tuple[nn.Parameter, Tensor, Tensor]]] = {}
+        for name, piece in self._slices.items():
+            pulled = self._pulled.setdefault(id(piece.storage.stepped(piece, run.optimizer)), [])
+            for tile, values in zip(piece.storage.tiles(piece), initial[name], strict=True):
+                pulled.append((piece.parameter, tile.values, values))
+        # Right behind the optimizer's own step: DeepSpeed makes the weights of the masters just then. It comes before
+        # neurons that fade in take their effective weights again, and pruned ones become zero, as weight decay does.
+        self._handle = unwrap_optimizer(run.optimizer).register_step_post_hook(self._pull)
 
     def _check_parameters(self, model: nn.Module) -> None:
-        if not self._parameters:
+        if not self._slices:
             raise ValueError(f"l2_init_parts={self.settings.parts} names nothing that {type(model).__name__} trains.")
-        half = [each.dtype for each in self._parameters.values() if each.dtype.itemsize < 4]
+        trained = [piece for piece in self._slices.values() if not piece.storage.separate_masters]
+        half = [piece.dtype for piece in trained if piece.dtype.itemsize < 4]
         if half:
             raise ValueError(
                 f"l2_init_weight={self.settings.weight} can't be used with {half[0]} weights, in which its small steps "
@@ -66,36 +70,38 @@ class L2Init(Method[L2InitSettings]):
             )
 
     @torch.no_grad()
-    def after_optimizer_step(self, stepped: bool) -> None:
-        # Before neurons that fade in take their effective weights again, and pruned ones become zero: like the
-        # optimizer's own weight decay.
-        if not stepped:
+    def _pull(self, optimizer: torch.optim.Optimizer, args, kwargs) -> None:
+        if not self.run.watch.stepped:
             return
-        rates = self.run.watch.rates()
-        for name, parameter in self._parameters.items():
-            if parameter.requires_grad:
-                weights = _local(parameter)
-                size = rates[self._group[id(parameter)]] * self.settings.weight
-                weights.add_((self._initial[name] - weights).mul_(size))
+        for group in optimizer.param_groups:
+            size = group["lr"] * self.settings.weight
+            for stepped in group["params"]:
+                for parameter, weights, initial in self._pulled.get(id(stepped), ()):
+                    if parameter.requires_grad:
+                        weights.add_((initial - weights).mul_(size))
+
+    def stop(self) -> None:
+        if self._handle is not None:
+            self._handle.remove()
 
     # ---- The file ----
 
-    def _write(self, path: Path) -> None:
+    def _write(self, path: Path, initial: dict[str, Fragments]) -> None:
         """Writes W₀ on the process that saves, where the run saves anything."""
         args = self.run.args
         if args.save_strategy == "no":
             return
         whole = {}
-        for name, parameter in self._parameters.items():  # all processes gather
-            value = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        for name, piece in self._slices.items():  # all processes gather
+            value = piece.storage.gather(piece, piece.lines(), initial[name])
             if args.should_save:
-                whole[name] = value.detach().cpu().contiguous()
+                whole[name] = value.cpu().view(full_shape(piece.parameter))
         if args.should_save:
             path.parent.mkdir(parents=True, exist_ok=True)
             put(path, lambda temporary: save_file(whole, temporary))
             self.table.initial_weights = _checksum(path)
 
-    def _read(self) -> dict[str, Tensor]:
+    def _read(self) -> dict[str, Fragments]:
         """W₀ as this process holds the weights, from the folder of the checkpoint or that of the run."""
         checkpoint, own = self.run.checkpoint, Path(self.run.args.output_dir or "", FILE)
         places = [own] if checkpoint is None else [Path(checkpoint).parent / FILE, own]
@@ -103,15 +109,17 @@ class L2Init(Method[L2InitSettings]):
         if path is None or (checkpoint is not None and _checksum(path) != self.table.initial_weights):
             where = "the checkpoint" if checkpoint is None else checkpoint
             why = f"{FILE} is not beside it" if path is None else f"{path} is not the file of its run"
+            # No checkpoint holds it, and so no repository of the Hub.
+            todo = f"copy it from that run's output_dir to {own}"
             if checkpoint is not None and not self.table.initial_weights:
-                why = "its run had none"
+                why, todo = "its run had none", "leave l2_init_weight out"
             raise ValueError(
                 f"l2_init_weight={self.settings.weight} needs the weights that the run of {where} began with, and "
-                f"{why}: restore the file, or start a new run from the checkpoint's weights."
+                f"{why}: {todo}, or start a new run from the checkpoint's weights."
             )
         try:
             with safe_open(path, framework="pt") as file:
-                initial = {name: _cut(each, file.get_tensor(name)) for name, each in self._parameters.items()}
+                initial = {name: _cut(piece, file.get_tensor(name)) for name, piece in self._slices.items()}
         except (SafetensorError, ValueError) as error:
             raise ValueError(f"{path} does not hold the initial weights of this model: {error}.") from None
         if path != own and self.run.args.should_save:
@@ -147,15 +155,11 @@ def _mixers(model: nn.Module) -> Iterator[nn.Module]:
     return (module for path, module in layers.modules.items() if layers.mixes_tokens(path))
 
 
-def _local(parameter: Tensor) -> Tensor:
-    """What this process holds of a parameter; a view."""
-    return (parameter.to_local() if isinstance(parameter, DTensor) else parameter).detach()
-
-
-def _cut(parameter: nn.Parameter, value: Tensor) -> Tensor:
-    if value.shape != parameter.shape or value.dtype != parameter.dtype:
-        raise ValueError(f"it has {tuple(value.shape)} {value.dtype} for {tuple(parameter.shape)} {parameter.dtype}")
-    return _local(cut_like(parameter, value))
+def _cut(piece: NeuronSlice, value: Tensor) -> Fragments:
+    shape, dtype = full_shape(piece.parameter), torch.promote_types(piece.dtype, torch.float32)
+    if value.shape != shape or value.dtype != dtype:
+        raise ValueError(f"it has {tuple(value.shape)} {value.dtype} for {tuple(shape)} {dtype}")
+    return piece.storage.shard(piece, piece.lines(), value)
 
 
 def _checksum(path: Path) -> int:
@@ -171,7 +175,8 @@ class L2InitCallback(NeuronCallback):
     weights when training began, also those of a pretrained model; lr is the learning rate of the step just taken, of
     each parameter's own group. `parts` restricts it to the feed-forward blocks, attention or embeddings. Frozen
     parameters stay as they are, and steps that the optimizer skips do not count. It costs the memory of the weights
-    once more, shards under FSDP2. DeepSpeed and half-precision weights are refused.
+    once more, shards under FSDP2, of the float32 masters under DeepSpeed. Half-precision weights without masters are
+    refused.
 
     W₀ lies in `initial_weights.safetensors` in the output directory, and a run that is resumed needs it: a checkpoint
     has its checksum only. On a stock `Trainer`, whose checkpoints have none, the file is taken as it is.

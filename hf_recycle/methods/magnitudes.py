@@ -1,6 +1,6 @@
-"""When to record magnitudes."""
+"""The method `Magnitudes`: records magnitudes every so many steps; and its public callback."""
 
-from hf_recycle.methods.base import Method, Run, StepInfo
+from hf_recycle.methods.base import Histograms, Method, Run, StepInfo
 from hf_recycle.methods.coordinator import NeuronCallback
 from hf_recycle.methods.schedule import resolved
 from hf_recycle.methods.settings import MagnitudeSettings
@@ -15,6 +15,7 @@ class Magnitudes(Method[MagnitudeSettings]):
     def start(self, run: Run, settings: MagnitudeSettings) -> None:
         super().start(run, settings)
         self._every = resolved(settings.steps)
+        self._histograms: Histograms = {}
         if run.step == 0:
             self._record(0)
 
@@ -28,6 +29,12 @@ class Magnitudes(Method[MagnitudeSettings]):
     def _record(self, step: int) -> None:
         for name, magnitudes in self.table.magnitudes().items():
             self.run.recorder.magnitudes(step, name, magnitudes)
+            self._histograms[f"magnitudes/{name}"] = step, magnitudes
+
+    def take_histograms(self) -> Histograms:
+        """The magnitudes of each block that were recorded last."""
+        taken, self._histograms = self._histograms, {}
+        return taken
 
 
 class MagnitudeCallback(NeuronCallback):

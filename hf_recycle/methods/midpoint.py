@@ -154,7 +154,7 @@ class Midpoint(Method[MidpointSettings]):
         self._losses = [losses.sum() for _, losses, _ in parts]
 
     def _frozen(self, step: int) -> set[int]:
-        """Indices of the blocks that are not trained now; each is said once, however often it is frozen."""
+        """Indices of the blocks that are not trained now; each causes one warning, however often it is frozen."""
         frozen = {index for index, block in enumerate(self.table.blocks) if block.is_frozen}
         if new := sorted(frozen - self._said):
             names = ", ".join(self.table.blocks[index].name for index in new)

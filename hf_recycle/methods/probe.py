@@ -6,7 +6,7 @@ same.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -15,19 +15,21 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from hf_recycle.methods.activity import Activity
 from hf_recycle.methods.base import LossOf, Run
 from hf_recycle.methods.isolated_training import isolated_training
 from hf_recycle.methods.overtraining.callback import extra_batches_of, model_loss
 from hf_recycle.methods.overtraining.training import reduce_gradients
 from hf_recycle.methods.registry import GRADIENTS
+from hf_recycle.methods.token_draw import TokenDraw, losses_of_tokens
 from hf_recycle.neurons.blocks import FeedForward
 from hf_recycle.utils.seeds import generator_for
 
-Statistics = Mapping[str, Tensor]
-"""What is known of one block, by a name of `registry.STATISTICS`: float64 on the CPU; "cross_moment" and "descent"
-float32 on the block's device."""
+Statistics = dict[str, Tensor]
+"""What is known of one block, by a name of `registry.STATISTICS`: float64 on the CPU; "cross_moment", "descent" and
+"token_inputs" float32 on the block's device."""
 
-Gather = Callable[[Sequence[int], Collection[str], int], list[Statistics]]
+Gather = Callable[[Sequence[int], Collection[str], int, int], list[Statistics]]
 """What `Probe.gather` does."""
 
 
@@ -38,7 +40,7 @@ class Probe:
         run: the training.
         seed: of the extra batches.
         batches: extra batches each time, `per_device_train_batch_size` samples on each process.
-        wanted: what is to be gathered, and for which argument: `{statistic: argument}`.
+        wanted: what to gather, and for which argument: `{statistic: argument}`.
         purpose: what for; those of one purpose share their extra batches.
 
     Raises:
@@ -51,36 +53,81 @@ class Probe:
         # An order and masks of its own, also where overtraining has the same seed.
         own = generator_for(seed, 0, 0, f"probe for {purpose}").initial_seed()
         self._data = (run.extra_batches or extra_batches_of(run.train_dataloader))(own, next(iter(wanted.values())))
+        self._wanted = wanted
+        if "token_inputs" in wanted:
+            self._draw_tokens(range(len(run.table.blocks)), 1, 0)  # what can't be had is said now
 
-    def gather(self, blocks: Sequence[int], names: Collection[str], step: int) -> list[Statistics]:
+    def noting(self, step: int) -> Gather:
+        """`gather`, which also notes in the history what share of each block is dead or dormant, after step `step` of
+        the Trainer."""
+
+        def gather(
+            blocks: Sequence[int], names: Collection[str], optimizer_steps: int, count: int = 1
+        ) -> list[Statistics]:
+            found = self.gather(blocks, names, optimizer_steps, count)
+            table = self._run.table
+            for index, statistics in zip(blocks, found, strict=True):
+                if statistics["mean_abs"].isfinite().all():
+                    activity = Activity.of(statistics["mean_abs"], table.states[index].pruned)
+                    self._run.recorder.activity(step, table.blocks[index].name, vars(activity))
+            return found
+
+        return gather
+
+    def gather(self, blocks: Sequence[int], names: Collection[str], step: int, count: int = 1) -> list[Statistics]:
         """Statistics `names` of the blocks of index `blocks`, after optimizer step `step`; on every process the same.
+        `count`: how many tokens are drawn for "token_inputs".
 
-        To be called on every process. "cross_moment" is not computed before it is looked up, with the weights as they
+        To be called on every process. "mean_abs", by which dead neurons are told, always comes too: next to the pass
+        itself its sum costs nothing. "cross_moment" is not computed before it is looked up, with the weights as they
         are then, and kept for one block at a time; its diagonal, "second_moment", comes with the rest, so that what is
         finite can be told.
         """
         run = self._run
         scaler = getattr(run.optimizer, "scaler", None) if not GRADIENTS.isdisjoint(names) else None
-        return gather_statistics(
+        found = gather_statistics(
             run.model,
             [run.table.blocks[index] for index in blocks],
-            names,
-            lambda: self._batches_of(step),
+            {*names, "mean_abs"} - {"token_inputs"},
+            lambda: (batch for _, batch in self._batches_of(step)),
             loss_of=run.loss_of or model_loss,
             device=run.args.device,
-            seed=generator_for(self._seed, step, 0, "probe dropout").initial_seed(),
+            seed=self._forward_seed(step),
             # The loss is the mean over processes.
             processes=run.args.world_size,
             scale=scaler.get_scale() if scaler is not None and scaler.is_enabled() else 1.0,
             attached=run.attached,
         )
+        if "token_inputs" in names:
+            for values, inputs in zip(found, self._draw_tokens(blocks, count, step), strict=True):
+                values["token_inputs"] = inputs
+        return found
 
-    def _batches_of(self, step: int) -> Iterator[Any]:
-        """The extra batches of one process at an optimizer step: the stream goes on as fast as training does."""
+    def _draw_tokens(self, indices: Sequence[int], count: int, step: int) -> list[Tensor]:
+        run, argument = self._run, self._wanted["token_inputs"]
+        blocks = [run.table.blocks[index] for index in indices]
+        draw = TokenDraw(blocks, count, self._seed, step, argument)
+        hooks = [
+            block.in_slices[0].module.register_forward_pre_hook(_Hook(partial(draw.see, number)))
+            for number, block in enumerate(blocks)
+        ]
+        with _looking(run.model, run.args.device, self._forward_seed(step), hooks):
+            for first, batch in self._batches_of(step):
+                losses = None if run.token_losses_of is None else run.token_losses_of(run.model, batch)
+                draw.take(losses_of_tokens(run.model, batch, argument) if losses is None else losses, first)
+        return draw.drawn()
+
+    def _forward_seed(self, step: int) -> int:
+        return generator_for(self._seed, step, 0, "probe dropout").initial_seed()
+
+    def _batches_of(self, step: int) -> Iterator[tuple[int, Any]]:
+        """The extra batches of one process at an optimizer step, each with the number of its first sample: the stream
+        goes on as fast as training does."""
         size, processes = self._run.args.per_device_train_batch_size, self._run.args.world_size
         first = step * size * processes + self._run.args.process_index * size
         for number in range(self._batches):
-            yield self._data.batch(first + number * processes * size, size)
+            position = first + number * processes * size
+            yield position, self._data.batch(position, size)
 
 
 def gather_statistics(
@@ -112,29 +159,19 @@ def gather_statistics(
         factor = scale if with_gradients else 1.0
         sums = [_Sums(block, wanted) for block in some]
         hooks = [hook for each in sums for hook in each.register(factor * processes)]
-        try:
-            with (
-                attached() if with_gradients else nullcontext(),
-                torch.set_grad_enabled(with_gradients),
-                isolated_training(model, trained, device, seed),
-            ):
-                model.eval()
-                count = 0
-                for batch in batches():
-                    for each in sums:
-                        each.mask = _mask_of(model, batch)
-                    loss = loss_of(model, batch)
-                    if with_gradients:
-                        (loss * factor).backward()
-                    count += 1
-                if "in_gradient" in wanted:
-                    reduce_gradients(trained, factor)
-                    for each in sums:
-                        each.note_in_gradient(count)
-        finally:
-            for hook in hooks:
-                hook.remove()
-            _reshard(model)
+        with attached() if with_gradients else nullcontext(), _looking(model, device, seed, hooks, trained):
+            count = 0
+            for batch in batches():
+                for each in sums:
+                    each.mask = _mask_of(model, batch)
+                loss = loss_of(model, batch)
+                if with_gradients:
+                    (loss * factor).backward()
+                count += 1
+            if "in_gradient" in wanted:
+                reduce_gradients(trained, factor)
+                for each in sums:
+                    each.note_in_gradient(count)
         _sum_over_processes(sums)
         return sums
 
@@ -162,7 +199,25 @@ def check_can_gather(names: Mapping[str, str], blocks: Sequence[FeedForward]) ->
         for block in blocks:
             _check_block(block, name, argument)
     if "cross_moment" in names:
-        _square(max(block.num_neurons for block in blocks), blocks[0].out_slice.device, blocks[0])
+        largest = max(blocks, key=lambda block: block.num_neurons)
+        # Of the moments in float64 there are three at a time: damped, factored or inverted, and room to do that.
+        _square(largest.num_neurons, largest.out_slice.device, largest, times=1 + 2 * 3)
+
+
+@contextmanager
+def _looking(
+    model: nn.Module, device: torch.device, seed: int, hooks: Sequence[Any], trained: Sequence[nn.Parameter] = ()
+) -> Iterator[None]:
+    """Within the context the model is in eval mode, with gradients for parameters `trained` alone; afterwards it is
+    as it was, without the hooks."""
+    try:
+        with torch.set_grad_enabled(bool(trained)), isolated_training(model, trained, device, seed):
+            model.eval()
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        _reshard(model)
 
 
 class _Sums:
@@ -329,12 +384,12 @@ def _sum_over_processes(sums: Sequence[_Sums]) -> None:
             dist.all_reduce(value)
 
 
-def _square(size: int, device: torch.device, block: FeedForward) -> Tensor:
+def _square(size: int, device: torch.device, block: FeedForward, times: int = 1) -> Tensor:
     try:
-        return torch.zeros(size, size, device=device)
+        return torch.zeros(times * size, size, device=device)
     except (RuntimeError, torch.OutOfMemoryError) as error:
         raise ValueError(
-            f"there is no room on {device} for the {4 * size**2:,} bytes of the moments of {block.name}: choose a "
+            f"there is no room on {device} for the {4 * times * size**2:,} bytes of the moments of {block.name}: choose a "
             "criterion and a fold that need none, such as flap with mean."
         ) from error
 

@@ -1,4 +1,4 @@
-"""How many neurons of a layer are pruned when: a pure function of the optimizer step.
+"""Pruning: how many neurons of a layer are set to zero after which optimizer step, and which; they stay zero.
 
 Source: *Neuron Recycling*, section "Gradual FF pruning" (linear); Zhu & Gupta, *To prune, or not to prune* (2017),
 for the cubic schedule. The share counts all neurons of a layer and is cumulative: linear from step 10k
@@ -25,6 +25,7 @@ from hf_recycle.methods.schedule import resolved
 from hf_recycle.methods.settings import PruningSettings
 from hf_recycle.neurons.optimizer_state import check_optimizer
 from hf_recycle.neurons.table import NeuronTable
+from hf_recycle.records.recorder import BlockRecord
 from hf_recycle.utils.seeds import generator_for
 
 
@@ -53,7 +54,7 @@ class PruningSchedule:
         return self.start <= step <= self.end and ((step - self.start) % self.every == 0 or step == self.end)
 
     def target(self, step: int, neurons: int) -> int:
-        """How many of a layer's `neurons` are to be pruned at `step`: the share, rounded down, exactly."""
+        """How many of a layer's `neurons` are pruned after `step`: the share, rounded down, exactly."""
         if step < self.start:
             return 0
         progress = Fraction(1)
@@ -62,29 +63,6 @@ class PruningSchedule:
         if self.shape == "cubic":
             progress = 1 - (1 - progress) ** 3
         return math.floor(Fraction(str(self.fraction)) * progress * neurons)
-
-
-@dataclass(frozen=True)
-class PruningRecord:
-    """What one pruning did in one block.
-
-    Attributes:
-        step: optimizer step.
-        block: name of the block.
-        requested: neurons to be pruned now, beyond those that were.
-        eligible: neurons not pruned before.
-        pruned: indices of the neurons pruned now, ascending.
-        note: why fewer were pruned than requested, or empty.
-        edits: what else was changed, or empty.
-    """
-
-    step: int
-    block: str
-    requested: int
-    eligible: int
-    pruned: list[int]
-    note: str = ""
-    edits: str = ""
 
 
 def needs_of_settings(settings: PruningSettings) -> dict[str, str]:
@@ -104,7 +82,7 @@ def prune(
     step: int,
     frozen: Collection[int] = (),
     gather: Gather | None = None,
-) -> list[PruningRecord]:
+) -> list[BlockRecord]:
     """Prunes each layer to the share that is due right after optimizer step `step`.
 
     A pruned neuron's weights and biases are zero; `hold_at_zero` keeps them so. One fading in leaves it, and is not
@@ -124,13 +102,13 @@ def prune(
     known: dict[int, Statistics] = {}
     if names and trained:
         assert gather is not None, f"{', '.join(names)} can't be known without a probe"
-        known = dict(zip(trained, gather(trained, names, step), strict=True))
+        known = dict(zip(trained, gather(trained, names, step, 0), strict=True))
     # Of what the model computes with, also for neurons that fade in, which pruning may take.
     magnitudes = table.magnitudes()
     for block_index, (block, state) in enumerate(zip(table.blocks, table.states, strict=True)):
         eligible = ~state.pruned
         requested = max(schedule.target(step, block.num_neurons) - int(state.pruned.sum()), 0)
-        record = PruningRecord(step, block.name, requested, int(eligible.sum()), [])
+        record = BlockRecord(step, block.name, requested, int(eligible.sum()), [])
         reason = "its weights are frozen" if block_index in frozen else ""
         if not reason and not magnitudes[block.name].isfinite().all():
             reason = "some magnitudes are not finite"
@@ -151,7 +129,7 @@ def prune(
             state.fade_in = state.fade_in.only(block, ~state.pruned[state.fade_in.index])
         block.zero_(index)
         chosen.append(index)
-        records.append(replace(record, pruned=index.tolist(), edits=FOLDED[settings.fold] if len(index) else ""))
+        records.append(replace(record, chosen=index.tolist(), edits=FOLDED[settings.fold] if len(index) else ""))
     compare_replicas(chosen, f"the neurons pruned at step {step}", table.blocks[0].out_slice.device)
     return records
 
@@ -195,11 +173,11 @@ class Pruning(Method[PruningSettings]):
 
     def _prune(self, step: int, progress: int) -> None:
         """Prunes, after the Trainer's step `step`, to the share of optimizer step `progress`."""
-        gather = None if self.probe is None else self.probe.gather
+        gather = None if self.probe is None else self.probe.noting(step)
         records = prune(self.table, self.settings, self.schedule, progress, frozen=self.run.frozen(), gather=gather)
         for record in records:
             if record.requested or record.note:
-                self.run.recorder.pruning(**vars(record) | {"step": step})
+                self.run.recorder.pruning(replace(record, step=step))
         for note in {record.note for record in records if record.note}:
             logger.warning(f"Pruning at step {step} {note}.")
 

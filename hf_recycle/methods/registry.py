@@ -16,6 +16,7 @@ STATISTICS = {
     "taylor": "mean of (g (h − E h))², where g = ∂loss/∂h, (d_ff,)",
     "in_gradient": "mean absolute gradient of the in-row, over the extra batches together, (d_ff,)",
     "descent": "sum of δ xᵀ, where δ = ∂loss/∂(output of the block) and x is its input, (d_model, d_model)",
+    "token_inputs": "x at tokens drawn in proportion to their loss, as many as may be reborn, (n, d_model)",
 }
 """What a probe can gather of the neurons of one block, see `hf_recycle.methods.probe`; h is the input of the
 out-projection."""

@@ -161,6 +161,11 @@ class RecyclingSettings(Settings):
         "Recycle only neurons whose score is at most this; the fraction caps them. None: no threshold.",
         _threshold,
     )
+    min_share: float = setting(
+        0.0,
+        "With a threshold: recycle nothing before a phase finds this share of all neurons at or below it.",
+        _share_or_none,
+    )
     scope: str = setting("layer", "Select in each layer, or over all layers together.", OneOf(("layer", "global")))
     reinit: str = setting(
         "initial",
@@ -197,6 +202,11 @@ class RecyclingSettings(Settings):
     def validate(self, prefix: str = "") -> None:
         super().validate(prefix)
         _check_order(prefix, self.start, self.end, "recycling would never happen")
+        if self.min_share and self.threshold is None:
+            raise ValueError(
+                f"{prefix}min_share={self.min_share:g} needs {prefix}threshold, which says what neurons are counted: "
+                f"with {prefix}selection='dormant' 0.025 is usual."
+            )
         if self.fold != "none" and self.smooth_steps:
             raise ValueError(
                 f"{prefix}fold={self.fold!r} can't be used with {prefix}smooth_steps={self.smooth_steps:g}: what fades "

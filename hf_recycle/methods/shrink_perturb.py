@@ -11,9 +11,9 @@ from hf_recycle.methods.base import Method, Run, StepInfo
 from hf_recycle.methods.coordinator import NeuronCallback
 from hf_recycle.methods.schedule import resolved
 from hf_recycle.methods.settings import ShrinkPerturbSettings
-from hf_recycle.neurons.blocks import FeedForward, NeuronSlice
+from hf_recycle.neurons.blocks import FeedForward, NeuronSlice, whole_slices
 from hf_recycle.neurons.initial import FreshModules
-from hf_recycle.neurons.optimizer_state import check_optimizer, unwrap_optimizer
+from hf_recycle.neurons.optimizer_state import check_optimizer
 from hf_recycle.neurons.storage import Fragments
 from hf_recycle.neurons.table import BlockState
 from hf_recycle.utils.seeds import generator_for
@@ -28,17 +28,12 @@ class ShrinkPerturb(Method[ShrinkPerturbSettings]):
         super().start(run, settings)
         self._every = resolved(settings.steps)
         check_optimizer(run.optimizer, "shrink_perturb_steps", self._every)
-        if any(piece.storage.sharded for block in run.table.blocks for piece in block.slices):
-            raise ValueError(
-                f"shrink_perturb_steps={settings.steps} can't be used with weights that FSDP2, tensor parallelism or "
-                "DeepSpeed has sharded, because fresh ones are drawn whole: use one process or DDP."
-            )
         self._model = extract_model_from_parallel(run.model, keep_torch_compile=False)
-        trained = {id(each) for group in unwrap_optimizer(run.optimizer).param_groups for each in group["params"]}
-        self._parameters = {name: each for name, each in self._model.named_parameters() if id(each) in trained}
+        slices = whole_slices(self._model, (name for name, _ in self._model.named_parameters()))
+        self._slices = {name: piece for name, piece in slices.items() if run.watch.is_optimized(piece)}
         self._fresh = FreshModules(self._model)
         recipes = self._fresh.recipes("")
-        for name in self._parameters:
+        for name in self._slices:
             path, _, attribute = name.rpartition(".")
             if recipes[path, attribute] == []:
                 raise ValueError(
@@ -59,17 +54,27 @@ class ShrinkPerturb(Method[ShrinkPerturbSettings]):
         seed, keep = int(torch.randint(2**62, (), generator=generator)), self.settings.keep
         with self._fresh.instance("", seed=seed) as model:
             fresh = dict(model.named_parameters(remove_duplicate=False))
-            for name, parameter in self._parameters.items():
-                if parameter.requires_grad:
-                    parameter.mul_(keep).add_(fresh[name].to(parameter), alpha=1 - keep)
-        for piece, index, values in kept:
-            piece.storage.write(piece, index, values)
+            for name, piece in self._slices.items():
+                if piece.parameter.requires_grad:
+                    storage, lines = piece.storage, piece.lines()
+                    parts = storage.shard(piece, lines, fresh[name])
+                    for tile, values in zip(storage.tiles(piece), parts, strict=True):
+                        tile.values.mul_(keep).add_(values, alpha=1 - keep)
+                    storage.publish(piece, lines)
+        for piece, index, master, forward in kept:
+            piece.storage.write(piece, index, master)
+            piece.storage.write_forward(piece, index, forward)
 
 
-def _fading_in(block: FeedForward, state: BlockState) -> list[tuple[NeuronSlice, Tensor, Fragments]]:
-    """The lines of neurons that fade in: they have their new weights already."""
+def _fading_in(block: FeedForward, state: BlockState) -> list[tuple[NeuronSlice, Tensor, Fragments, Fragments]]:
+    """The lines of neurons that fade in, master and forward copy: they have their new weights already."""
     index = state.fading_in().nonzero().flatten()
-    return [(piece, index, piece.storage.read(piece, index)) for piece in block.slices] if len(index) else []
+    if not len(index):
+        return []
+    return [
+        (piece, index, piece.storage.read(piece, index), piece.storage.read_forward(piece, index))
+        for piece in block.slices
+    ]
 
 
 class ShrinkPerturbCallback(NeuronCallback):
@@ -78,7 +83,7 @@ class ShrinkPerturbCallback(NeuronCallback):
     Source: Ash and Adams, *On Warm-Starting Neural Network Training*. Fresh weights are those of the model initialised
     anew, from a seed and the step, the same on every process. The optimizer's state stays. So do neurons that fade in,
     and frozen parameters; pruned neurons stay at zero. An event on the last step is left out; steps that the optimizer
-    skips do not count. It works on one process and DDP; sharded weights are refused.
+    skips do not count. An event draws the whole model in float32 on the CPU of every process, also of a sharded one.
 
     Takes the settings of `RecyclingArguments` whose names begin with `shrink_perturb_`, without that prefix. On a stock
     `Trainer` it does all it does on a `RecyclingTrainer`.

@@ -61,7 +61,7 @@ class _Places:
 
     @property
     def idle(self) -> bool:
-        """Whether the block is to be computed whole, by whoever calls it."""
+        """Whether the block must be computed at all positions, whoever calls it."""
         return self.now[0] is None or (self.positions is None and not _in_backward())
 
 

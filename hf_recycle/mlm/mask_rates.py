@@ -20,7 +20,7 @@ class MaskRates:
         shape: "steps": a share holds until the next point; "linear": it changes evenly to that of the next point.
 
     Raises:
-        ValueError: points or a shape that are none.
+        ValueError: the text names no points, or an unknown shape.
     """
 
     def __init__(self, points: Mapping[str, float], shape: str = "steps") -> None:

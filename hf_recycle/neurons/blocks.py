@@ -1,13 +1,13 @@
 """A feed-forward block and the slices of parameters that make up its neurons."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
-from hf_recycle.neurons.slices import ParameterSlice
+from hf_recycle.neurons.slices import ParameterSlice, full_shape
 from hf_recycle.neurons.storage import Storage, storage_of
 
 
@@ -17,6 +17,21 @@ class NeuronSlice(ParameterSlice):
     @property
     def storage(self) -> Storage:
         return storage_of(self.parameter)
+
+    def lines(self) -> Tensor:
+        """The numbers of all its lines, int64 `(length,)` on the CPU."""
+        return torch.arange(self.length)
+
+
+def whole_slices(model: nn.Module, names: Iterable[str]) -> dict[str, NeuronSlice]:
+    """All of some parameters of a model, of any shape: the lines are counted along the first dimension."""
+    slices = {}
+    for name in names:
+        path, _, attribute = name.rpartition(".")
+        module = model.get_submodule(path)
+        length = next(iter(full_shape(getattr(module, attribute))), 1)
+        slices[name] = NeuronSlice("", module, attribute, dim=0, offset=0, length=length)
+    return slices
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Blocks of layers whose names nobody has told, found by the shapes of their linear layers."""
+"""Blocks of models of unknown layout, found by the shapes of their linear layers."""
 
 import itertools
 from collections.abc import Collection, Iterator

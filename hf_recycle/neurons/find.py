@@ -1,4 +1,4 @@
-"""Finds the feed-forward blocks of a model, and what looks like one and is none that is known."""
+"""Finds the feed-forward blocks of a model, and modules that look like one but have an unknown layout."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace

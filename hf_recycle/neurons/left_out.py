@@ -1,4 +1,4 @@
-"""What looks like a feed-forward block by its name and is none that is known."""
+"""Modules that look like a feed-forward block by their name but have an unknown layout."""
 
 import re
 from collections import Counter

@@ -1,4 +1,4 @@
-"""What optimizers keep beside a neuron's weights, and how it is reset when the neuron is reborn.
+"""What optimizers keep for a neuron's weights, and how it is reset when the neuron is recycled.
 
 One table says which entries of an optimizer's state are a first moment (a running mean of gradients: zero for a fresh
 neuron) and which a second moment (a running mean of squared gradients). To support an optimizer, add its entries.
@@ -333,10 +333,6 @@ class StepWatch:
         """The learning rate the last step had for a slice's parameter; 0 for a parameter that is not optimized."""
         group = piece.storage.group_of(piece, self._wrapped)
         return self._rates.get(id(self._optimizer.param_groups[group]), 0.0) if group >= 0 else 0.0
-
-    def rates(self) -> list[float | Tensor]:
-        """The learning rates of the last step, by number of the parameter group."""
-        return [self._rates.get(id(group), 0.0) for group in self._optimizer.param_groups]
 
     def highest_rate(self, piece: NeuronSlice) -> float | Tensor:
         """The learning rate that the parameter's schedule starts from or warms up to."""

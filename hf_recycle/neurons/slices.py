@@ -16,9 +16,9 @@ class ParameterSlice:
     The parameter is looked up in its module at every use, because sharding replaces parameter objects.
 
     Attributes:
-        role: "in", or "gate" and "up"; the same with ".bias"; "out".
+        role: "in", or "gate" and "up"; the same with ".bias"; "out"; "" for a whole parameter.
         module: the linear layer, or the module that holds the weights of all experts.
-        attribute: the parameter's name there; one that ends in "bias" is a bias.
+        attribute: the parameter's name there.
         dim: the dimension of the matrix along which neurons are counted.
         offset: where neuron 0 lies on that dimension (`d_ff` for the second half of a fused gated matrix).
         length: `d_ff`.
@@ -41,13 +41,13 @@ class ParameterSlice:
 
     @property
     def is_bias(self) -> bool:
-        return self.attribute.endswith("bias")
+        return self.role.endswith(".bias")
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
         """Rows and columns of the matrix that the slice is cut from: of an expert its own, of a 1 × 1 convolution
-        (output, input) channels, of a bias a column."""
-        rows, *columns = full_shape(self.parameter)[0 if self.expert is None else 1 :]
+        (output, input) channels, of a bias a column, of a single number itself."""
+        rows, *columns = full_shape(self.parameter)[0 if self.expert is None else 1 :] or (1,)
         return rows, math.prod(columns)
 
     @property

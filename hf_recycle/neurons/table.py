@@ -16,6 +16,7 @@ from hf_recycle.neurons.find import survey
 from hf_recycle.neurons.initial import FreshModules, InitialDistribution
 from hf_recycle.neurons.left_out import summary
 from hf_recycle.neurons.magnitudes import on_cpu
+from hf_recycle.neurons.slices import full_shape
 
 logger = logging.get_logger(__name__)
 
@@ -27,7 +28,8 @@ class BlockState:
     Attributes:
         counts: int32 `(d_ff,)`, times recycled.
         last_phase: int32 `(d_ff,)`, number of the phase that recycled each last; 0: never.
-        last_step: int64 `(d_ff,)`, optimizer step of that phase; 0: never.
+        last_step: int64 `(d_ff,)`, step of the Trainer of that phase; 0: never.
+        skipped_steps: int64 `(d_ff,)`, how many of the steps until then the optimizer had skipped.
         pruned: bool `(d_ff,)`, zeroed for good.
         fade-in: neurons that fade in, or None.
     """
@@ -35,23 +37,26 @@ class BlockState:
     counts: Tensor
     last_phase: Tensor
     last_step: Tensor
+    skipped_steps: Tensor
     pruned: Tensor
     fade_in: FadeIn | None = None
 
     @classmethod
     def fresh(cls, num_neurons: int) -> "BlockState":
         zeros = torch.zeros(num_neurons, dtype=torch.int32)
-        return cls(zeros, zeros.clone(), zeros.to(torch.int64), zeros.bool())
+        return cls(zeros, zeros.clone(), zeros.to(torch.int64), zeros.to(torch.int64), zeros.bool())
 
     @property
     def num_neurons(self) -> int:
         return self.counts.shape[0]
 
-    def note(self, index: Tensor, phase: int, step: int) -> None:
-        """Neurons `index` `(n,)` were recycled in phase number `phase`, after step `step` of the Trainer."""
+    def note(self, index: Tensor, phase: int, step: int, skipped_steps: int) -> None:
+        """Neurons `index` `(n,)` were recycled in phase number `phase`, after step `step` of the Trainer, `skipped_steps`
+        of which the optimizer did not take."""
         self.counts.index_add_(0, index, torch.ones_like(index, dtype=self.counts.dtype))
         self.last_phase.index_fill_(0, index, phase)
         self.last_step.index_fill_(0, index, step)
+        self.skipped_steps.index_fill_(0, index, skipped_steps)
 
     def fading_in(self) -> Tensor:
         """bool `(d_ff,)`."""
@@ -79,6 +84,11 @@ class BlockView:
     @property
     def num_neurons(self) -> int:
         return self.block.num_neurons
+
+    @property
+    def is_dictionary(self) -> bool:
+        mine = set(map(id, self.block.parameters()))
+        return all(id(each) in mine or len(full_shape(each)) < 2 for each in self._fresh.model.parameters())
 
     @property
     def weight_roles(self) -> list[str]:
@@ -150,7 +160,7 @@ class NeuronTable:
     @classmethod
     def of(cls, model: nn.Module, pattern: str | None = None, ff_blocks: str | None = None) -> "NeuronTable":
         """The table of an unwrapped model, made at the first call, and anew for another pattern or part of it. What
-        looks like a block and is none of a known layout is said then.
+        looks like a block but has an unknown layout causes a warning then.
 
         Raises:
             ValueError: if the model has no feed-forward block.
@@ -261,10 +271,12 @@ class NeuronTable:
                 found = "is missing" if values is None else f"has shape {tuple(values.shape)}"
                 raise ValueError(f"{block.name}/{column} {found}, expected ({block.num_neurons},).")
             columns[column] = values.clone()
-        pruned = tensors.get(f"{block.name}/pruned", torch.zeros(block.num_neurons, dtype=torch.bool))
-        if pruned.shape != (block.num_neurons,) or pruned.dtype != torch.bool:
-            raise ValueError(f"{block.name}/pruned has shape {tuple(pruned.shape)} and dtype {pruned.dtype}.")
-        state = BlockState(columns["counts"], columns["last_phase"], columns["last_step"], pruned.clone())
+        for column, dtype in (("skipped_steps", torch.int64), ("pruned", torch.bool)):
+            values = tensors.get(f"{block.name}/{column}", torch.zeros(block.num_neurons, dtype=dtype))
+            if values.shape != (block.num_neurons,) or values.dtype != dtype:
+                raise ValueError(f"{block.name}/{column} has shape {tuple(values.shape)} and dtype {values.dtype}.")
+            columns[column] = values.clone()
+        state = BlockState(**columns)  # type: ignore[arg-type]  # the columns are tensors
         prefix = f"{block.name}/fade_in"
         if f"{prefix}/index" in tensors:
             state.fade_in = _load_fade_in(block, prefix, tensors)
@@ -295,8 +307,7 @@ def _make_effective(magnitudes: Tensor, block: FeedForward, state: BlockState) -
 
 def _tensors_of(block: FeedForward, state: BlockState) -> dict[str, Tensor]:
     tensors = {"counts": state.counts, "last_phase": state.last_phase, "last_step": state.last_step}
-    if state.pruned.any():
-        tensors["pruned"] = state.pruned
+    tensors |= {name: value for name in ("skipped_steps", "pruned") if (value := getattr(state, name)).any()}
     fade_in = state.fade_in
     if fade_in is not None:
         tensors |= {"fade_in/index": fade_in.index, "fade_in/age": fade_in.age}

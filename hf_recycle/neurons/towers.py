@@ -18,7 +18,7 @@ def of_tower(parts: Sequence[Part], wanted: str, *, required: bool = True) -> li
     """Those of some blocks whose path, as far as the first number in it, has `wanted` as a name or a word of a name.
 
     Raises:
-        ValueError: if there is none and one is `required`.
+        ValueError: if none is found and one is `required`.
     """
     chosen = [part for part in parts if wanted in _words(part.name)]
     if required and not chosen:

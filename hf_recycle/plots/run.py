@@ -6,17 +6,19 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from hf_recycle.plots.ceiling import ceiling_figure
 from hf_recycle.plots.counts import ages_figure, recycle_counts_figure
 from hf_recycle.plots.losses import loss_figure
 from hf_recycle.plots.magnitudes import magnitudes_figure
 from hf_recycle.plots.style import png, save, svg
+from hf_recycle.records.ceiling_file import read_ceiling
 from hf_recycle.records.history import RecyclingHistory
 
 
 def draw_figures(history: RecyclingHistory, folder: str | Path, *, unigram_entropy: float | None = None) -> list[Path]:
     """Draw the figures that `history` has data for into `folder` (made if missing), each as PNG and as SVG.
 
-    `loss`, `magnitudes`, `recycle_counts`, `ages`: a figure without data is left out.
+    `loss`, `magnitudes`, `recycle_counts`, `ages`, `ceiling`: a figure without data is left out.
 
     Args:
         history: what happened.
@@ -48,4 +50,6 @@ def _figures(history: RecyclingHistory, unigram_entropy: float | None) -> dict[s
         "recycle_counts": recycle_counts_figure(history),
         "ages": ages_figure(history),
     }
+    if (ceiling := read_ceiling(history.folder)) is not None:
+        figures["ceiling"] = ceiling_figure({"": ceiling})
     return {name: figure for name, figure in figures.items() if figure is not None}

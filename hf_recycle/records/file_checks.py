@@ -24,7 +24,7 @@ MAX_NAME = 1000
 NEURON_TENSORS = {"counts": torch.int32, "last_phase": torch.int32, "last_step": torch.int64}
 """The per-neuron tensors of the state file, all of shape (d_ff,) and non-negative."""
 
-OPTIONAL_TENSORS = {"pruned": torch.bool}
+OPTIONAL_TENSORS = {"skipped_steps": torch.int64, "pruned": torch.bool}
 """Those that are there only where a neuron has something to say."""
 
 _REMEDY = "restore the file from where it was written, or use another checkpoint"
@@ -143,6 +143,8 @@ def _check_neurons(path: Path, block: str, tensors: Mapping[str, torch.Tensor], 
         fail(path, f"counts and last_phase of block {block} contradict each other")
     if bool(((phase > 0) != (step > 0)).any()):
         fail(path, f"last_phase and last_step of block {block} contradict each other")
+    if bool((tensors.get("skipped_steps", step) > step).any()):
+        fail(path, f"skipped_steps of block {block} are more than there were")
 
 
 def check_stats(path: Path, stats: Mapping[str, Any]) -> None:

@@ -22,7 +22,7 @@ from hf_recycle.hub.fetch import fetch_file
 from hf_recycle.records.file_checks import RecyclingFileError, fail
 from hf_recycle.records.file_set import read_files
 from hf_recycle.records.files import CONFIG_FILE, RECYCLING_FILES
-from hf_recycle.records.recorder import HistoryRecorder, metric_values, rows_of_kind
+from hf_recycle.records.recorder import ACTIVITY_METRICS, HistoryRecorder, activity_rows, metric_values, rows_of_kind
 from hf_recycle.records.summary import summarize
 from hf_recycle.records.untrusted.recycling_files import check_content, check_expansion
 
@@ -154,6 +154,14 @@ class RecyclingHistory:
         """
         columns = ["step", "block", "quantiles", "histogram", "edges", "note"]
         return _frame(rows_of_kind(self.table, "magnitude"), columns)
+
+    @cached_property
+    def activity(self) -> pd.DataFrame:
+        """One row per probe and block: how many neurons were idle on its batches.
+
+        Columns: step, block, and `recorder.ACTIVITY_METRICS`.
+        """
+        return pd.DataFrame(activity_rows(self.table), columns=["step", "block", *ACTIVITY_METRICS])
 
     @cached_property
     def logs(self) -> pd.DataFrame:

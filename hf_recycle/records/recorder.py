@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,10 @@ HISTOGRAM_BINS = 64
 SKIPPED = "skipped: "
 """How the note of a phase begins in which nothing was done, because a loss or a magnitude was not finite."""
 
-KINDS = ("phase", "pruning", "overtraining", "magnitude", "log", "resize")
+LEFT_ALONE = "left alone: "
+"""How the note of a phase begins that found too few neurons at or below the threshold to do anything."""
+
+KINDS = ("phase", "pruning", "overtraining", "magnitude", "activity", "log", "resize")
 """The kinds of rows of a history."""
 
 OVERTRAINING_METRICS = (
@@ -36,6 +40,10 @@ OVERTRAINING_METRICS = (
 """What is recorded of an overtraining: numbers of extra batches, of those skipped because a gradient was not finite, of
 samples and tokens over all processes, of neurons trained; the learning rate after the warm-up; the losses of the first
 and the last batch."""
+
+ACTIVITY_METRICS = ("neurons", "dead", "dormant")
+"""What is recorded of the activity of a block: how many neurons are not pruned, and how many of these are dead or
+dormant, see `hf_recycle.methods.activity`."""
 
 # One schema for all kinds of rows: a column that a kind does not use is null. Lists of structs rather than
 # maps, which fewer readers of parquet understand.
@@ -61,6 +69,32 @@ MAX_NOTE = 500
 _MAX_CHUNKS = 32
 
 
+@dataclass(frozen=True)
+class BlockRecord:
+    """What a selection phase or a pruning did in one block.
+
+    Attributes:
+        step: of the Trainer.
+        block: name of the block.
+        requested: neurons that the settings ask for, also of a skipped phase (in global scope: those of this block
+            that were chosen; of a pruning: beyond those that were pruned before).
+        eligible: neurons that could be chosen.
+        chosen: indices of the neurons that were recycled or pruned, ascending.
+        note: why fewer were chosen than requested, or empty; shortened to 500 characters in the history.
+        edits: what else was changed, or empty; noted too.
+        phase: number of the phase, from 1 (of a skipped phase: the number it would have had); None: a pruning.
+    """
+
+    step: int
+    block: str
+    requested: int
+    eligible: int
+    chosen: Sequence[int]
+    note: str = ""
+    edits: str = ""
+    phase: int | None = None
+
+
 class HistoryRecorder:
     """Collects the rows of `recycling_history.parquet` in memory.
 
@@ -69,65 +103,28 @@ class HistoryRecorder:
     """
 
     def __init__(self) -> None:
+        self._activity: dict[str, Mapping[str, float]] = {}
         self._table = HISTORY_SCHEMA.empty_table()
         self._pending: list[dict[str, Any]] = []
 
-    def phase(
-        self,
-        step: int,
-        phase: int,
-        block: str,
-        requested: int,
-        eligible: int,
-        recycled: Sequence[int],
-        note: str = "",
-        edits: str = "",
-    ) -> None:
-        """Record one selection phase of one block.
+    def phase(self, record: BlockRecord) -> None:
+        """Record what a selection phase did in one block."""
+        self._chosen("recycled", record, kind="phase", phase=record.phase)
 
-        Args:
-            step: optimizer steps done.
-            phase: number of the phase, from 1.
-            block: name of the block.
-            requested: neurons the phase wanted to recycle.
-            eligible: neurons it could choose from.
-            recycled: indices of the neurons it recycled.
-            note: why it differs from what was asked (shortened to 500 characters).
-            edits: what else it changed; noted too.
-        """
+    def pruning(self, record: BlockRecord) -> None:
+        """Record what a pruning did in one block."""
+        self._chosen("pruned", record, kind="pruning")
+
+    def _chosen(self, column: str, record: BlockRecord, **more: Any) -> None:
         self._pending.append(
             {
-                "kind": "phase",
-                "step": int(step),
-                "phase": int(phase),
-                "block": block,
-                "requested": int(requested),
-                "eligible": int(eligible),
-                "recycled": [int(index) for index in recycled],
-                "note": "; ".join(filter(None, (note, edits)))[:MAX_NOTE],
-            }
-        )
-
-    def pruning(
-        self,
-        step: int,
-        block: str,
-        requested: int,
-        eligible: int,
-        pruned: Sequence[int],
-        note: str = "",
-        edits: str = "",
-    ) -> None:
-        """Record one pruning of one block; as `phase`, with the indices of the neurons it pruned."""
-        self._pending.append(
-            {
-                "kind": "pruning",
-                "step": int(step),
-                "block": block,
-                "requested": int(requested),
-                "eligible": int(eligible),
-                "pruned": [int(index) for index in pruned],
-                "note": "; ".join(filter(None, (note, edits)))[:MAX_NOTE],
+                **more,
+                "step": int(record.step),
+                "block": record.block,
+                "requested": int(record.requested),
+                "eligible": int(record.eligible),
+                column: [int(index) for index in record.chosen],
+                "note": "; ".join(filter(None, (record.note, record.edits)))[:MAX_NOTE],
             }
         )
 
@@ -187,6 +184,18 @@ class HistoryRecorder:
         named = [{"name": name, "value": float(metrics[name])} for name in OVERTRAINING_METRICS]
         self._pending.append({"kind": "overtraining", "step": int(step), "note": "", "metrics": named})
 
+    def activity(self, step: int, block: str, metrics: Mapping[str, float]) -> None:
+        """Record how many neurons of a block a probe found idle: `ACTIVITY_METRICS` by name."""
+        named = [{"name": name, "value": float(metrics[name])} for name in ACTIVITY_METRICS]
+        self._pending.append({"kind": "activity", "step": int(step), "block": block, "note": "", "metrics": named})
+        self._activity[block] = metrics
+
+    def idle_shares(self) -> dict[str, float]:
+        """Dead and dormant neurons of all blocks that were probed, over their neurons, each when it was probed last;
+        empty before the first probe."""
+        sums = {name: sum(each[name] for each in self._activity.values()) for name in ACTIVITY_METRICS}
+        return {f"{name}_share": sums[name] / sums["neurons"] for name in ("dead", "dormant") if sums["neurons"]}
+
     def log(self, step: int, logs: Mapping[str, Any]) -> None:
         """Record the numbers of one `Trainer.log` call; what is not a plain number is left out."""
         metrics = [
@@ -215,6 +224,7 @@ class HistoryRecorder:
             raise ValueError("the table does not have the columns of a recycling history")
         recorder = cls()
         recorder._table = table.replace_schema_metadata(None)
+        recorder._activity = {row["block"]: row for row in activity_rows(table)}
         return recorder
 
 
@@ -243,6 +253,14 @@ def metric_values(table: pa.Table, kind: str = "log") -> dict[str, tuple[np.ndar
     return {
         name: (steps[codes == code], values[codes == code]) for code, name in enumerate(names.dictionary.to_pylist())
     }
+
+
+def activity_rows(table: pa.Table) -> list[dict[str, Any]]:
+    """What probes found: a row for each block and probe with `step`, `block` and `ACTIVITY_METRICS`."""
+    rows = rows_of_kind(table, "activity")
+    columns = {"step": rows["step"].to_pylist(), "block": rows["block"].to_pylist()}
+    columns |= {name: values.astype(int).tolist() for name, (_, values) in metric_values(table, "activity").items()}
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def overtraining_totals(table: pa.Table) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""What is said and kept of a run when its training begins."""
+"""The banner and the file `config.yaml` when training begins."""
 
 import shutil
 import textwrap
@@ -18,7 +18,7 @@ from hf_recycle.trainer.trainer import RecyclingTrainer
 
 
 class Announcement(TrainerCallback):
-    """Prints the banner and writes `config.yaml` once everything is checked: right before the first step.
+    """Writes `config.yaml` and prints the banner once everything is checked: right before the first step.
 
     Args:
         quiet: no banner.
@@ -28,10 +28,11 @@ class Announcement(TrainerCallback):
         self._trainer, self._arguments, self._quiet = trainer, arguments, quiet
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if state.is_world_process_zero and not self._quiet:
-            print(banner(self._trainer, self._arguments), flush=True)
+        # First, so that the folder of a run that is interrupted at any moment says how to run it again.
         if args.should_save:
             save_configuration(self._arguments, Path(args.output_dir))
+        if state.is_world_process_zero and not self._quiet:
+            print(banner(self._trainer, self._arguments), flush=True)
 
 
 def banner(trainer: RecyclingTrainer, arguments: RunArguments) -> str:
@@ -76,7 +77,7 @@ def method_text(method: Method, max_steps: int, *, everything: bool = False) -> 
     settings = flat(method.settings)
     plain = flat(type(method.settings)())
     shown = [f"{name}={value}" for name, value in settings.items() if everything or value != plain[name]]
-    first = f"  {type(method).__name__.lower():<10}  {steps_text(method.acting_steps(max_steps))}"
+    first = f"  {method.settings.prefix.rstrip('_'):<10}  {steps_text(method.acting_steps(max_steps))}"
     width = shutil.get_terminal_size().columns
     indent = " " * 14
     return "\n".join([first, *textwrap.wrap(", ".join(shown), width, initial_indent=indent, subsequent_indent=indent)])

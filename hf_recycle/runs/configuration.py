@@ -1,5 +1,6 @@
 """The merged arguments of a run as YAML: a recipe that makes the same run again."""
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, fields
@@ -11,18 +12,19 @@ import yaml
 
 from hf_recycle import __version__
 from hf_recycle.hub.scrub import Secrets
+from hf_recycle.runs.launcher import LAUNCH_WORDS
 from hf_recycle.runs.parse import ARGUMENT_CLASSES, RunArguments
-from hf_recycle.runs.recipes import recipe_root
+from hf_recycle.utils.recipe_files import recipe_root
 from hf_recycle.utils.whole_files import write_bytes
 from hf_recycle.utils.yaml_loader import RecipeDumper
 
 CONFIG_FILE = "config.yaml"
-"""Lies in a run's folder, and is not published: it holds paths of this machine. The card tells the arguments."""
+"""Lies in a run's folder, and is not published: it holds paths of this machine. The card has the arguments."""
 
 _SECRET = re.compile(r".*(token|password|secret|api_key)")
 _HEADER = """\
 # A run of hf-recycle {package}, transformers {transformers}. What is not named here has its default.
-# The same run once more: hf-recycle train config.yaml --output_dir ANOTHER
+# The same run once more: hf-recycle train config.yaml --output_dir ANOTHER{launch}
 """
 
 
@@ -37,9 +39,11 @@ def configuration_text(arguments: RunArguments) -> str:
 
 
 def save_configuration(arguments: RunArguments, folder: Path) -> None:
-    """Writes what was given, except where to resume from, as `config.yaml` of a run's folder."""
+    """Writes what was given, except where to resume from, as `config.yaml` of a run's folder; its first lines tell the
+    command that runs it again, on as many processes."""
     given = {name: value for name, value in _given(arguments).items() if name != "resume_from_checkpoint"}
-    text = _HEADER.format(package=__version__, transformers=transformers.__version__)
+    launch = f" {words}" if (words := os.environ.get(LAUNCH_WORDS)) else ""
+    text = _HEADER.format(package=__version__, transformers=transformers.__version__, launch=launch)
     text += "".join(f"{_line(name, value)}\n" for name, value in given.items())
     write_bytes(folder / CONFIG_FILE, _without_tokens(text, arguments).encode("utf-8"))
 

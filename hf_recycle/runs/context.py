@@ -1,4 +1,4 @@
-"""What the command line knows of a run and the trainer doesn't, for the model card."""
+"""Facts for the model card that only the command line knows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run would do, told without training: model, data, schedule, memory."""
+"""`train --dry_run`: model, data, schedule and memory of a run, without training."""
 
 import math
 from collections.abc import Iterator
@@ -17,10 +17,14 @@ from hf_recycle.engines.launch import check_process_count, check_same, shared_ar
 from hf_recycle.errors import UserError
 from hf_recycle.methods.all import CALLBACKS
 from hf_recycle.methods.base import Method
+from hf_recycle.methods.l2_init import parameters_of
+from hf_recycle.mlm.chunked_head import find_chunked_head
+from hf_recycle.mlm.heads import find_masked_head
+from hf_recycle.neurons.blocks import FeedForward
 from hf_recycle.neurons.find import Survey, survey
 from hf_recycle.neurons.left_out import summary
 from hf_recycle.runs.announcement import batch_text, blocks_text, method_text
-from hf_recycle.runs.memory import activation_bytes, optimizer_bytes_per_value
+from hf_recycle.runs.memory import activation_bytes, optimizer_bytes
 from hf_recycle.runs.parse import RunArguments
 from hf_recycle.runs.run import check_evaluation, check_facts, find_checkpoint, prepare_data
 from hf_recycle.runs.stages import as_wide_as, check_stages, first_stage
@@ -61,7 +65,7 @@ def dry_run(arguments: RunArguments) -> str:
             f"  training    {max_steps:,} steps, each of {batch_text(args, length)}",
             *_stages(arguments, max_steps),
             *(method_text(method, max_steps, everything=True) for method in methods),
-            *_memory(arguments, model),
+            *_memory(arguments, model, found.blocks),
             f"  output_dir  {args.output_dir}" + (f", going on from {checkpoint}" if checkpoint else ""),
             "nothing was trained (dry_run)",
         ]
@@ -133,28 +137,34 @@ def _size(data: Any) -> str:
     return "a stream of sequences" if isinstance(data, IterableDataset) else f"{len(data):,} sequences"
 
 
-def _memory(arguments: RunArguments, model: PreTrainedModel) -> Iterator[str]:
+def _memory(arguments: RunArguments, model: PreTrainedModel, blocks: list[FeedForward]) -> Iterator[str]:
     """What training keeps, by the shapes: an estimate, without what libraries and allocators take."""
     args = arguments.training
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    state = optimizer_bytes_per_value(args)
-    activations = None
-    if not args.gradient_checkpointing:
-        share = arguments.data.mlm_probability if args.masked_head and arguments.model.task == "mlm" else 1
-        shape = (args.per_device_train_batch_size, arguments.data.max_seq_length)
-        activations = activation_bytes(model, shape, head_share=share)
     parts = {
-        "weights": weights,
-        "gradients": 4 * trained,
-        "optimizer": None if state is None else round(state * trained),
-        "activations of a process": activations,
+        "weights": sum(p.numel() * p.element_size() for p in model.parameters()),
+        "gradients": 4 * sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "optimizer": optimizer_bytes(args, model),
+        "activations of a process at most": None if args.gradient_checkpointing else _activations(arguments, model),
     }
+    if args.l2_init_weight:
+        pulled = parameters_of(model, blocks, args.l2_init_parts)
+        parts["initial weights"] = 4 * sum(p.numel() for p in pulled.values() if p.requires_grad)
     known = sum(filter(None, parts.values()))
     told = ", ".join(f"{name} {'unknown' if size is None else _bytes(size)}" for name, size in parts.items())
     yield f"  memory      about {_bytes(known)} in float32: {told}"
     if args.world_size > 1:
         yield "              (DDP keeps it all on each process; ZeRO and FSDP shard weights, gradients or optimizer)"
+
+
+def _activations(arguments: RunArguments, model: PreTrainedModel) -> int | None:
+    args, data = arguments.training, arguments.data
+    shape = (args.per_device_train_batch_size, data.max_seq_length)
+    if arguments.model.task == "mlm":
+        share = max((data.mlm_probability_schedule or {"0": data.mlm_probability}).values())
+        masked = args.masked_head and find_masked_head(model) is not None
+        return activation_bytes(model, shape, head_share=share if masked else 1)
+    whole = not (args.masked_head and args.chunked_head) or args.torch_compile or args.fp16
+    return activation_bytes(model, shape, in_chunks=not whole and find_chunked_head(model) is not None)
 
 
 def _bytes(size: float) -> str:

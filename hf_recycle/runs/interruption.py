@@ -13,7 +13,7 @@ class Terminated(KeyboardInterrupt):
 
 @contextmanager
 def sigterm_as_interrupt() -> Iterator[None]:
-    """Within it SIGTERM raises `Terminated` in this process; worker processes die of it as ever."""
+    """Within it SIGTERM raises `Terminated` in this process; worker processes die of it as they always do."""
     owner = os.getpid()
 
     def handle(number: int, frame: FrameType | None) -> None:

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from hf_recycle.errors import UserError
-from hf_recycle.runs.recipes import recipe_root
 from hf_recycle.utils.command_line import Parser, completed_by
+from hf_recycle.utils.recipe_files import recipe_root
 from hf_recycle.utils.suggest import nearest
 
 LAUNCH_OPTIONS = {

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, get_type_hints
@@ -65,16 +66,29 @@ def merge(recipes: Sequence[str], flags: Mapping[str, Any]) -> RunArguments:
         ValueError: a value that the argument classes refuse.
     """
     given, sources = _recipe_values(recipes, skip=flags)
+    preset = flags.get("preset", given.get("preset"))
+    if preset is not None:
+        given, sources = _recipe_values([f"preset/{preset}", *recipes], skip=flags)
     given |= flags
     sources |= dict.fromkeys(flags, COMMAND_LINE)
+    given.pop("preset", None)  # its values are there, each with its source
     given = {name: value for name, value in given.items() if value is not None}
     if "output_dir" not in given:
         given["output_dir"], sources["output_dir"] = f"runs/{run_name(recipes)}", BY_RECIPES
-    parts: list[Any] = [
-        cls(**{item.name: given[item.name] for item in fields(cls) if item.name in given}) for cls in ARGUMENT_CLASSES
-    ]
-    model, data, training = parts
+    model, data, training = [_made(cls, given, sources) for cls in ARGUMENT_CLASSES]
     return RunArguments(model, data, training, tuple(recipes), given, sources)
+
+
+def _made(cls: Any, given: Mapping[str, Any], sources: Mapping[str, str]) -> Any:
+    """An object of an argument class; a value that it refuses is refused with the recipe that it comes from."""
+    try:
+        return cls(**{item.name: given[item.name] for item in fields(cls) if item.name in given})
+    except ValueError as error:
+        # Messages begin with the name of the argument.
+        name = re.split(r"\W", str(error), maxsplit=1)[0]
+        if sources.get(name, COMMAND_LINE) in (COMMAND_LINE, BY_RECIPES):
+            raise
+        raise type(error)(f"recipe {sources[name]}: {error}") from error
 
 
 def _hints() -> dict[str, Any]:
@@ -112,7 +126,7 @@ def _recipe_values(recipes: Sequence[str], skip: Mapping[str, Any]) -> tuple[dic
         try:
             values |= vars(parser.parse_args(words))
         except UserError as error:
-            raise UserError(f"{where}: {error}") from error
+            raise UserError(f"{where}: {str(error).removeprefix('argument --')}") from error
     return values, {key: recipe.sources[key] for key in values}
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from hf_recycle.errors import UserError
+from hf_recycle.utils.recipe_files import recipe_root
 from hf_recycle.utils.suggest import nearest
 from hf_recycle.utils.yaml_loader import RecipeLoader
 
@@ -23,13 +24,6 @@ class Recipe:
 
     values: dict[str, Any] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
-
-
-def recipe_root() -> Path:
-    """The folder of the packaged recipes: inside an installed package, or at the top of a checkout."""
-    package = Path(__file__).resolve().parent.parent
-    packaged = package / "recipes"
-    return packaged if packaged.is_dir() else package.parent / "recipes"
 
 
 def recipe_names() -> list[str]:

@@ -56,7 +56,7 @@ _NOT_TRAINING = ("analysis", "card", "cli", "plots", "studies")
 def run_key(settings: Mapping[str, Any]) -> str:
     """A hash of a run's settings, the content of its data, the code, torch and transformers.
 
-    Of a dataset of the Hub it is the revision, where that can be had; of a model or tokenizer of the Hub, its name.
+    Of a dataset of the Hub it is the revision, if that can be looked up; of a model or tokenizer of the Hub, its name.
     """
     kept = {name: value for name, value in settings.items() if name not in _NOT_A_RESULT and name[:4] != "hub_"}
     kept |= {name: _content(kept[name]) for name in _PATHS if name in kept}
@@ -83,7 +83,7 @@ def _data(settings: Mapping[str, Any]) -> str | None:
 
 @functools.cache
 def _revision(dataset: str, config: str | None) -> str | None:
-    """The revision of a dataset of the Hub; None if there is none to be had: then the run will say why."""
+    """The revision of a dataset of the Hub; None if it can't be looked up: the run will say why."""
     from datasets import load_dataset_builder
 
     try:

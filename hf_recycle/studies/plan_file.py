@@ -33,8 +33,9 @@ from pathlib import Path
 from typing import Any
 
 from hf_recycle.errors import UserError
-from hf_recycle.runs.recipes import read_recipe, recipe_root
+from hf_recycle.runs.recipes import read_recipe
 from hf_recycle.studies.plan import Arm, Claim, Control, FigurePlan, Removal, Study, Tuning
+from hf_recycle.utils.recipe_files import recipe_root
 from hf_recycle.utils.suggest import nearest
 
 _KEYS = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 
 import datasets
@@ -123,38 +124,15 @@ class ReproducibleDataMixin(NeuronTrainer):
 
     # ---- Epochs ----
 
-    def _run_epoch(
-        self,
-        model,
-        epoch,
-        train_dataloader,
-        steps_in_epoch,
-        num_update_steps_per_epoch,
-        trial,
-        ignore_keys_for_eval,
-        start_time,
-        resume_from_checkpoint,
-        epochs_trained,
-        steps_trained_in_current_epoch,
-    ):
-        skips = resume_from_checkpoint is not None and epoch == epochs_trained and not self.args.ignore_data_skip
-        skipped = steps_trained_in_current_epoch // self.args.gradient_accumulation_steps if skips else 0
+    def _run_epoch(self, *args, **kwargs):
+        given = inspect.signature(super()._run_epoch).bind(*args, **kwargs).arguments
+        epoch, resumes = given["epoch"], given["resume_from_checkpoint"] is not None
+        skips = resumes and epoch == given["epochs_trained"] and not self.args.ignore_data_skip
+        skipped = given["steps_trained_in_current_epoch"] // self.args.gradient_accumulation_steps if skips else 0
         self._clock.set_epoch(epoch, first_step=self.state.global_step - skipped)
         if self._deterministic:
-            set_sampler_epoch(train_dataloader, epoch)
-        super()._run_epoch(
-            model,
-            epoch,
-            train_dataloader,
-            steps_in_epoch,
-            num_update_steps_per_epoch,
-            trial,
-            ignore_keys_for_eval,
-            start_time,
-            resume_from_checkpoint,
-            epochs_trained,
-            steps_trained_in_current_epoch,
-        )
+            set_sampler_epoch(given["train_dataloader"], epoch)
+        super()._run_epoch(*args, **kwargs)
 
     def set_initial_training_values(self, args, dataloader):
         self._stream_ends_unannounced = not has_length(dataloader)

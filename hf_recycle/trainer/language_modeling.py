@@ -103,6 +103,17 @@ class LanguageModelingMixin(ReproducibleDataMixin):
         with self.compute_loss_context_manager():
             return self.compute_loss(model, inputs, num_items_in_batch=items)
 
+    def token_losses_of(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor | None:
+        """The loss of each token of one batch, float32 `(batch, sequence)`, zero where nothing is predicted; None where
+        the loss is not ours."""
+        inputs = self._prepare_inputs(send_to_device(counted(batch), self.args.device))
+        if not self._predicts(inputs):
+            return None
+        targets = self._own_task.targets(inputs["labels"])
+        with self.compute_loss_context_manager():
+            losses, _, positions = self._scores(model, inputs, targets)
+        return losses.new_zeros(targets.numel()).index_put((positions,), losses).view_as(targets)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         labels = inputs.get("labels")
         if self._wants_own_head and labels is None and self._own_task.name == "mlm":
@@ -252,7 +263,7 @@ class LanguageModelingMixin(ReproducibleDataMixin):
         return self._head
 
     def _find_chunked_head(self, model: nn.Module) -> tuple[ChunkedHead | None, str]:
-        """The head of a causal model in chunks, or None and why there is none."""
+        """The head of a causal model in chunks, or None and the reason."""
         if self._compiled:
             return None, "torch_compile compiles the whole of it"
         if self.accelerator.mixed_precision == "fp16":

@@ -36,6 +36,7 @@ from hf_recycle.speed.onednn import is_available, onednn_forwards
 from hf_recycle.speed.recomputation import recomputing_forwards
 from hf_recycle.trainer.language_modeling import LanguageModelingMixin
 from hf_recycle.trainer.muon import MuonWithAdamW, muon_arguments
+from hf_recycle.trainer.trackers import GROUP, log_histograms
 from hf_recycle.utils.forwards import Forward, replaced_forwards
 
 logger = logging.get_logger(__name__)
@@ -75,7 +76,10 @@ class RecyclingTrainer(RunStartMixin, HubMixin, CheckpointMixin, LanguageModelin
                 f"run `accelerate launch --num_processes {args.n_gpu} <your script>`, or set CUDA_VISIBLE_DEVICES=0."
             )
         self.neuron_methods = NeuronMethods(
-            loss_of=self.loss_of, attached=self.head_attached, extra_batches=self.extra_batches
+            loss_of=self.loss_of,
+            token_losses_of=self.token_losses_of,
+            attached=self.head_attached,
+            extra_batches=self.extra_batches,
         )
         self.tied_aliases = {}
         self.meter = RunMeter()
@@ -203,7 +207,7 @@ class RecyclingTrainer(RunStartMixin, HubMixin, CheckpointMixin, LanguageModelin
         `last-checkpoint` or `checkpoint-N` as folder, by default the newest one.
 
         Raises:
-            UserError: if the checkpoint can't be had from the Hub, or is not to be trusted.
+            UserError: if the checkpoint can't be downloaded from the Hub, or is not to be trusted.
         """
         try:
             checkpoint = local_checkpoint(resume_from_checkpoint, self.args)
@@ -241,8 +245,11 @@ class RecyclingTrainer(RunStartMixin, HubMixin, CheckpointMixin, LanguageModelin
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self.neuron_methods.methods and (table := self.neuron_table()) is not None:
-            logs |= self._neuron_scalars(table)
+            logs |= {f"{GROUP}/{name}": value for name, value in self._neuron_scalars(table).items()}
         super().log(logs, start_time)
+        histograms = self.neuron_methods.take_histograms()
+        if self.is_world_process_zero():
+            log_histograms(self.callback_handler.callbacks, histograms)
         self.recorder.log(self.model_step, logs)
 
     def _neuron_scalars(self, table: NeuronTable) -> dict[str, float]:

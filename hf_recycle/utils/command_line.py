@@ -21,9 +21,12 @@ class Formatter(argparse.HelpFormatter):
         return "\n\n".join(
             "\n".join(_example(line, width) for line in part.split("\n"))
             if part.startswith("  ")
-            else textwrap.fill(" ".join(part.split()), width)
+            else textwrap.fill(" ".join(part.split()), width, break_on_hyphens=False)
             for part in text.strip("\n").split("\n\n")
         )
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)  # last-checkpoint/ is one word
 
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
         name = getattr(action.type, "__name__", "str")

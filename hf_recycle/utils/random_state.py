@@ -51,7 +51,7 @@ class OwnRandomState:
         with fresh:
             pass
         assert fresh._inside is not None
-        assert self._inside is not None, "to be asked once it was left"
+        assert self._inside is not None, "to be read after it was left"
         return not all(map(_equal, fresh._inside, self._inside))
 
 

@@ -26,7 +26,18 @@ def _forked(monkeypatch):
 
 def test_a_quick_run_fills_every_row(tmp_path, capsys):
     page, numbers = tmp_path / "page.md", tmp_path / "numbers.json"
-    rows = ["step", "memory", "recycling", "smooth", "midpoint", "magnitudes", "data"]
+    rows = [
+        "step",
+        "memory",
+        "recycling",
+        "smooth",
+        "midpoint",
+        "magnitudes",
+        "probe",
+        "probe-gradients",
+        "obs",
+        "data",
+    ]
     assert main([*rows, "--quick", "--rounds", "3", "--output", str(page), "--json", str(numbers)]) == 0
     assert page.read_text() == capsys.readouterr().out
     measured = {row["name"]: row for row in json.loads(numbers.read_text())["rows"]}
@@ -39,6 +50,22 @@ def test_a_quick_run_fills_every_row(tmp_path, capsys):
     assert 0 < measured["data"]["value"]["median"] <= 1
     if sys.platform == "linux":
         assert all(mib > 1 for mib in measured["memory"]["samples"]["MiB"].values())
+
+
+def test_a_quick_run_tells_tokens_per_second_and_memory_of_two_arms(tmp_path, capsys):
+    numbers = tmp_path / "numbers.json"
+    rows = ["causal-step", "causal-memory", "muon-step", "muon-memory"]
+    assert main([*rows, "--quick", "--rounds", "2", "--json", str(numbers)]) == 0
+    assert capsys.readouterr().out.count("tokens/s") == 2
+    measured = {row["name"]: row for row in json.loads(numbers.read_text())["rows"]}
+    assert list(measured) == rows
+    assert {row["verdict"] for row in measured.values()} == {"not judged"}
+    for name, arms in (("causal", {"whole", "chunks"}), ("muon", {"adamw_torch", "muon"})):
+        seconds = measured[f"{name}-step"]["samples"]["seconds"]
+        assert {arm: len(taken) for arm, taken in seconds.items()} == dict.fromkeys(arms, 2)
+    assert measured["causal-step"]["samples"]["relative difference of losses"] < 1e-4
+    # The first step is the same model's, the others are not.
+    assert measured["muon-step"]["samples"]["relative difference of losses"] > 1e-4
 
 
 def test_a_match_tells_losses_apart_and_says_who_failed():

@@ -1,9 +1,10 @@
 """Methods that a bench switches on and off from step to step."""
 
+import pytest
 from transformers import TrainerCallback
 
 from benchmarks.contestant import OURS, Contestant, make_trainer
-from benchmarks.costs import _AT_EVERY_HUNDREDTH, _AT_EVERY_STEP
+from benchmarks.costs import _AT_EVERY_HUNDREDTH, _AT_EVERY_STEP, _AT_EVERY_THOUSANDTH
 from benchmarks.shapes import TINY
 from benchmarks.switch import SWITCHES, is_on
 from hf_recycle.methods.midpoint import Midpoint
@@ -29,7 +30,7 @@ class Switching(TrainerCallback):
 
 
 def train(method, folder, look=lambda model: None):
-    arguments = {**_AT_EVERY_STEP, **_AT_EVERY_HUNDREDTH}[method]
+    arguments = {**_AT_EVERY_STEP, **_AT_EVERY_HUNDREDTH, **_AT_EVERY_THOUSANDTH}[method]
     trainer = make_trainer(Contestant(method, OURS, TINY, arguments, method), STEPS, str(folder))
     switching = Switching(look)
     trainer.add_callback(switching)
@@ -46,8 +47,9 @@ def age(model):
     return int(NeuronTable.of(model).states[0].fade_in.age[0])
 
 
-def test_recycling_happens_at_the_steps_it_is_on(tmp_path):
-    trainer, _ = train("recycling", tmp_path)
+@pytest.mark.parametrize("method", ["recycling", *_AT_EVERY_THOUSANDTH])
+def test_recycling_happens_at_the_steps_it_is_on(method, tmp_path):
+    trainer, _ = train(method, tmp_path)
     # Never at the last step: what is recycled then is not trained.
     assert steps_of(trainer, "phase") == [s for s in ON if s < STEPS]
 

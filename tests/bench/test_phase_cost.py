@@ -31,7 +31,7 @@ def test_the_phases_that_are_measured_recycle(monkeypatch):
     threads = torch.get_num_threads()
     cost = phase_cost(TINY, repetitions=2, fraction=0.1)
     assert torch.get_num_threads() == threads
-    assert [len(block.recycled) for blocks in records for block in blocks] == [2] * TINY.layers * len(records)
+    assert [len(block.chosen) for blocks in records for block in blocks] == [2] * TINY.layers * len(records)
     assert [mode for mode, _ in resets] == ["keep", "reset"] * 3
     assert not any(resets[0][1])
     per_block = [True, True, True, False]  # of b_out no entry belongs to a neuron

@@ -4,10 +4,13 @@ import dataclasses
 
 import pytest
 import yaml
+from transformers import TrainerState
 
 from hf_recycle.cli.main import main
 from hf_recycle.hub.push.layout import checkpoint_files, model_files
+from hf_recycle.runs import announcement
 from hf_recycle.runs.configuration import CONFIG_FILE, save_configuration
+from hf_recycle.runs.launcher import LAUNCH_WORDS
 from hf_recycle.runs.parse import parse_run
 from hf_recycle.utils.yaml_loader import RecipeDumper, RecipeLoader
 
@@ -71,6 +74,25 @@ def test_no_token_is_printed_or_saved(tmp_path, capsys):
     assert TOKEN not in capsys.readouterr().out
     save_configuration(parse_run(words), tmp_path)
     assert TOKEN not in (tmp_path / CONFIG_FILE).read_text()
+
+
+def test_a_run_that_is_interrupted_at_once_has_its_recipe(tmp_path, monkeypatch):
+    arguments = parse_run(["demo", "--output_dir", str(tmp_path)])
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(announcement, "banner", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        announcement.Announcement(None, arguments).on_train_begin(arguments.training, TrainerState(), None)
+    same(arguments, parse_run([str(tmp_path / CONFIG_FILE)]))
+
+
+def test_the_saved_recipe_tells_the_command_with_its_processes(tmp_path, monkeypatch):
+    monkeypatch.setenv(LAUNCH_WORDS, "--accelerate_config zero2 --num_processes 2")
+    save_configuration(parse_run(["demo"]), tmp_path)
+    command = "hf-recycle train config.yaml --output_dir ANOTHER --accelerate_config zero2 --num_processes 2"
+    assert f"{command}\n" in (tmp_path / CONFIG_FILE).read_text()
 
 
 def test_the_saved_recipe_makes_the_same_run(recipe, tmp_path):

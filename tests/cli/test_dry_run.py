@@ -2,15 +2,19 @@
 
 import pytest
 import torch
+from support.causal import llama
+from support.tiny_runs import masked_sentences, tiny_bert
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 from transformers import BertConfig, BertForMaskedLM, Trainer, TrainingArguments
 
-from hf_recycle import RecyclingArguments
+from hf_recycle import RecyclingArguments, RecyclingTrainer
 from hf_recycle.cli.main import main
 from hf_recycle.methods.all import CALLBACKS
+from hf_recycle.mlm.chunked_head import find_chunked_head
 from hf_recycle.runs.announcement import steps_text
 from hf_recycle.runs.dry_run import planned_steps
-from hf_recycle.runs.memory import activation_bytes, optimizer_bytes_per_value
+from hf_recycle.runs.memory import activation_bytes, optimizer_bytes
 
 
 class Regression(nn.Module):
@@ -42,14 +46,44 @@ def test_as_many_steps_as_the_stock_trainer_takes(examples, settings, tmp_path):
 
 @pytest.mark.parametrize(
     ("optim", "expected"),
-    [("adamw_torch", 8), ("sgd", 0), ("adagrad", 4), ("adafactor", 4 * 2 * 64 / 64**2), ("no_such", None)],
+    [("adamw_torch", 8), ("sgd", 0), ("adagrad", 4), ("adafactor", 4 * 2 * 256 / 256**2), ("no_such", None)],
 )
 def test_what_an_optimizer_keeps(optim, expected, tmp_path):
     args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
     args.optim = optim
-    found = optimizer_bytes_per_value(args)
+    found = optimizer_bytes(args, nn.Linear(100, 100, bias=False))
     # Beside it there may be a count of steps.
-    assert found == expected if expected is None else 0 <= found - expected < 0.01
+    assert found == expected if expected is None else 0 <= found / 10_000 - expected < 0.01
+
+
+def test_what_muon_keeps(tmp_path):
+    """Against what it has kept after a step."""
+    args = RecyclingArguments(str(tmp_path), optim="muon", max_steps=1, use_cpu=True, save_strategy="no")
+    trainer = RecyclingTrainer(tiny_bert(), args, train_dataset=masked_sentences(8))
+    trainer.train()
+    state = [t for entries in trainer.optimizer.state.values() for t in entries.values()]
+    counts = sum(t.numel() * t.element_size() for t in state if t.numel() == 1)
+    kept = sum(t.numel() * t.element_size() for t in state) - counts
+    assert optimizer_bytes(trainer.args, trainer.model) == kept
+
+
+def test_what_is_kept_in_8_bits(monkeypatch, tmp_path):
+    """A tensor of the kind of torchao's: it says that it is float32, and is codes and scales."""
+
+    class In8Bits(torch.Tensor):
+        def __tensor_flatten__(self):
+            return ["codes", "scale"], []
+
+    class Optimizer(torch.optim.SGD):
+        def step(self):
+            for parameter in self.param_groups[0]["params"]:
+                entry = torch.zeros_like(parameter).detach().as_subclass(In8Bits)
+                entry.codes, entry.scale = torch.zeros(parameter.numel(), dtype=torch.uint8), torch.zeros(256)
+                self.state[parameter]["exp_avg"] = entry
+
+    monkeypatch.setattr(Trainer, "get_optimizer_cls_and_kwargs", lambda args: (Optimizer, {"lr": 1.0}))
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    assert 10_000 < optimizer_bytes(args, nn.Linear(100, 100, bias=False)) < 10_200
 
 
 class Stack(nn.Module):
@@ -81,6 +115,22 @@ def test_activations_on_shapes_are_those_of_a_computation():
     with torch.device("meta"):
         shapes = BertForMaskedLM(config)
     assert activation_bytes(shapes, (2, 16)) == activation_bytes(real, (2, 16)) > 0
+
+
+def test_what_is_kept_with_a_head_in_chunks():
+    """Against a computation."""
+    model, ids = llama(), torch.zeros((2, 16), dtype=torch.long)
+    model.set_attn_implementation("eager")
+    kept = {parameter.data_ptr(): 0 for parameter in (*model.parameters(), *model.buffers())}
+
+    def note(tensor):
+        kept.setdefault(tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes())
+        return tensor
+
+    with saved_tensors_hooks(note, lambda tensor: tensor), find_chunked_head(model).at(ids):
+        loss = model(input_ids=ids).logits
+    assert loss.dim() == 0
+    assert activation_bytes(model.to("meta"), (2, 16), in_chunks=True) == sum(kept.values())
 
 
 def test_when_methods_act(tmp_path):

@@ -13,7 +13,8 @@ from hf_recycle.runs.launcher import (
     find_accelerate_config,
     launch,
 )
-from hf_recycle.runs.recipes import recipe_names, recipe_root
+from hf_recycle.runs.recipes import recipe_names
+from hf_recycle.utils.recipe_files import recipe_root
 
 
 @pytest.fixture

@@ -50,6 +50,19 @@ def test_recipe_values_reach_all_three_classes_with_their_types(recipe):
     assert run.training.lr_scheduler_kwargs == {"min_lr": 1e-5}
 
 
+def test_a_preset_comes_before_everything_that_is_given(recipe):
+    """A default that is given wins too, and null takes an argument of the preset back to its default."""
+    path = recipe("preset: recommended\nrecycle_threshold: 0.1\n")
+    run = parse_run([path, "--recycle_fraction", "0.01", "--recycle_end", "null"])
+    assert (run.training.recycle_selection, run.training.recycle_min_share) == ("dormant", 0.2)
+    assert (run.training.recycle_threshold, run.training.recycle_fraction) == (0.1, 0.01)
+    assert run.training.recycle_end is None
+    assert run.sources["recycle_selection"].endswith("preset/recommended.yaml")
+    assert "preset" not in run.given, "the configuration that is written would change with it"
+    assert parse_run([path, "--preset", "article"]).training.recycle_selection == "low_magnitude"
+    refused(["--preset", "recomended"], "invalid choice: 'recomended'; did you mean recommended?")
+
+
 def test_flags_win_in_both_forms(recipe):
     path = recipe("seed: 1\nlearning_rate: 1e-3\nrecycle_layers: [0]\nmasked_head: true\n")
     run = parse_run(
@@ -129,7 +142,7 @@ def test_abbreviations_are_refused():
 
 def test_wrong_types_name_the_argument_and_the_recipe(recipe):
     refused(["--seed", "many"], "argument --seed: invalid int value: 'many'")
-    refused([recipe("seed: many\n")], r"recipe .*some\.yaml: argument --seed: invalid int value: 'many'")
+    refused([recipe("seed: many\n")], r"recipe .*some\.yaml: seed: invalid int value: 'many'")
     refused([recipe("seed: 1\n"), "--seed", "many"], "^argument --seed")
     refused([recipe("seed: [1, 2]\n")], r"seed=\[1, 2\] must be one value, not a list")
     refused([recipe("seed: {a: 1}\n")], "seed takes one value, not the mapping .* recipes are flat")
@@ -144,7 +157,12 @@ def test_recipes_go_before_the_arguments():
     refused(["-s", "1"], "unknown argument -s; hf-recycle train --help lists the known ones")
 
 
-def test_values_that_the_classes_refuse():
+def test_values_that_the_classes_refuse(recipe):
+    out_of_range = recipe("recycle_fraction: 2\n")
+    with pytest.raises(ValueError, match=r"^recipe .*some\.yaml: recycle_fraction=2\.0 is not allowed"):
+        parse_run([out_of_range])
+    with pytest.raises(ValueError, match=r"^recycle_fraction=3\.0 is not allowed"):
+        parse_run([out_of_range, "--recycle_fraction", "3"])
     with pytest.raises(ValueError, match="recycle_fraction"):
         parse_run(["--recycle_fraction", "2"])
     refused(["--tokenizer_vocab_size", "3"], "tokenizer_vocab_size=3 is too small")

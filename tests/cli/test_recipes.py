@@ -3,16 +3,16 @@ import itertools
 import pytest
 
 from hf_recycle.errors import UserError
-from hf_recycle.runs import recipes as module
 from hf_recycle.runs.recipes import (
     describe_recipes,
     find_recipe,
     load_recipes,
     read_recipe,
     recipe_names,
-    recipe_root,
     run_name,
 )
+from hf_recycle.utils import recipe_files
+from hf_recycle.utils.recipe_files import recipe_root
 
 
 @pytest.fixture
@@ -112,10 +112,10 @@ def test_midpoint_variants_change_one_thing(name, changed):
 
 def test_a_wheel_has_them_inside_the_package(tmp_path, monkeypatch):
     package = tmp_path / "hf_recycle"
-    (package / "runs").mkdir(parents=True)
+    (package / "utils").mkdir(parents=True)
     (package / "recipes").mkdir()
     (package / "recipes" / "mine.yaml").write_text("# My own.\nseed: 4\n")
-    monkeypatch.setattr(module, "__file__", str(package / "runs" / "recipes.py"))
+    monkeypatch.setattr(recipe_files, "__file__", str(package / "utils" / "recipe_files.py"))
     assert load_recipes(["mine"]).values == {"seed": 4}
     assert describe_recipes() == "mine  My own."
 

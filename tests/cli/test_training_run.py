@@ -86,7 +86,7 @@ def test_what_a_run_says_before_it_trains_and_how_its_folder_runs_it_again(words
     steps = sorted(set(RecyclingHistory.from_pretrained(out).events["step"]))
     for lines in (planned, said):
         assert "training 8 steps, each of 4 sequences x 32 tokens" in lines
-        assert f"recycling at {len(steps)} steps: {', '.join(map(str, steps))}" in lines
+        assert f"recycle at {len(steps)} steps: {', '.join(map(str, steps))}" in lines
         assert f"output_dir {out}" in lines
 
     assert main(["train", str(out / "config.yaml")]) == 2  # it never overwrites the run

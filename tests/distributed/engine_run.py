@@ -24,6 +24,7 @@ from support.processes import run_in_processes
 from torch._dynamo.utils import counters
 from transformers import TrainerCallback, default_data_collator
 
+from hf_recycle.records.recorder import activity_rows
 from hf_recycle.speed import onednn
 
 STEPS, MIDDLE = 10, 5
@@ -123,6 +124,7 @@ def run(
         "magnitudes": trainer.neuron_table().magnitudes(),
         "state": trainer.neuron_table().state_dict(),
         "history": [row for row in trainer.recorder.to_table().to_pylist() if row["kind"] == "phase"],
+        "activity": activity_rows(trainer.recorder.to_table()),
         "engine": trainer.accelerator.distributed_type.value,
         "products by oneDNN": multiply.call_count,
         "graphs": counters["stats"]["unique_graphs"],

@@ -112,6 +112,14 @@ METHODS = {
         "recycle_reinit": "matched_normal",
     },
     "smooth": {"recycle_steps": 3, "recycle_fraction": 0.1, "recycle_smooth_steps": 4},
+    "regularised": {
+        "recycle_steps": 3,
+        "recycle_fraction": 0.1,
+        "recycle_smooth_steps": 4,
+        "l2_init_weight": 3.0,
+        "shrink_perturb_steps": 4,
+        "shrink_perturb_keep": 0.7,
+    },
     "pruning": {
         "prune_fraction": 0.5,
         "prune_start": 2,

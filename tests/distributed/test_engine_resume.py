@@ -46,7 +46,7 @@ def runs(tmp_path_factory):
         words = []
         for run, source in runs.items():
             where, _, step = (source or "").rpartition("/")
-            words.append(f"{run}=smooth" + (f":{folder / where / f'checkpoint-{step}'}" if source else ""))
+            words.append(f"{run}=regularised" + (f":{folder / where / f'checkpoint-{step}'}" if source else ""))
         launch(engine, folder / launched, words, processes, script=SCRIPT)
     return folder
 

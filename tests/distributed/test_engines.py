@@ -16,7 +16,7 @@ SCRIPT = Path(__file__).with_name("engine_run.py")
 DISTRIBUTED = [name for name in ENGINES if name != "single"]
 # Resumed in mid-fade-in: the hardest case.
 RUNS = [
-    *(name if name != "smooth" else "smooth:resume" for name in METHODS),
+    *(name if name != "regularised" else "regularised:resume" for name in METHODS),
     "off:accumulate",
     "smooth:economical",
     *LAYOUTS,
@@ -59,6 +59,7 @@ def assert_same_outcome(expected, found, rounding=1e-5):
     (expected, expected_weights), (found, found_weights) = expected, found
     # Integers are identical, floats equal to rounding.
     assert [row["recycled"] for row in found["history"]] == [row["recycled"] for row in expected["history"]]
+    assert found["activity"] == expected["activity"]
     assert found["losses"] == pytest.approx(expected["losses"], abs=5e-6)
     assert found["evaluation"] == pytest.approx(expected["evaluation"], rel=1e-6)
     assert found["state"].keys() == expected["state"].keys()
@@ -143,7 +144,7 @@ def test_processes_that_disagree_are_stopped(word, message, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", list(ENGINES))
 def test_resume_in_mid_fade_in(engine, runs):
-    whole, resumed = outcome(runs(engine), "smooth"), outcome(runs(engine), "smooth-resumed")
+    whole, resumed = outcome(runs(engine), "regularised"), outcome(runs(engine), "regularised-resumed")
     assert (whole[0]["state"]["trainer/phases"] == 3).all()
     # These engines are deterministic on the CPU: to the bit.
     assert whole[0]["losses"] == resumed[0]["losses"]

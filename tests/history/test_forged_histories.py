@@ -42,6 +42,11 @@ def histogram(**changes):
     return [magnitude | changes]
 
 
+def activity(block="a", **metrics):
+    named = [{"name": name, "value": float(value)} for name, value in metrics.items()]
+    return [{"kind": "activity", "step": 10, "block": block, "note": "", "metrics": named}]
+
+
 BAD_HISTORIES = {
     "kind holds": rows(kind="other"),
     "kind holds .*None": rows(kind=None),
@@ -75,6 +80,12 @@ BAD_HISTORIES = {
     "no name or no": [{"kind": "log", "step": 1, "metrics": None}],
     "name of more than": [{"kind": "log", "step": 1, "metrics": [{"name": "x" * 1001, "value": 1.0}]}],
     "a note of 501 characters": rows(note="x" * 501),
+    "an activity does not say all": activity(neurons=2, dead=1),
+    "an activity counts neurons": activity(neurons=3, dead=0, dormant=0),
+    "an activity counts": activity(neurons=2, dead=2, dormant=1),
+    "an activity counts neurons that": activity(neurons=2, dead=0.5, dormant=1),
+    "an activity counts neurons that its": activity(neurons=2, dead=float("nan"), dormant=1),
+    "tells of a block 'c'": activity("c", neurons=2, dead=0, dormant=1),
 }
 
 
@@ -96,8 +107,9 @@ def test_a_forged_history(tmp_path, message):
 def test_the_rows_that_are_forged_above_are_valid_before(tmp_path):
     schema = HISTORY_SCHEMA.with_metadata({"format_version": str(FORMAT_VERSION)})
     good = rows() + rows(phase=2, step=20) + histogram() + histogram(quantiles=[], histogram=[], edges=[], note="2")
+    good += activity(neurons=2, dead=0, dormant=1)
     pq.write_table(pa.Table.from_pylist(good, schema), tmp_path / files.HISTORY_FILE)
-    assert len(read(tmp_path, BLOCKS)) == 4
+    assert len(read(tmp_path, BLOCKS)) == 5
 
 
 def test_other_columns_are_refused(tmp_path):

@@ -14,7 +14,7 @@ from hf_recycle.records import files, history
 from hf_recycle.records.file_checks import FORMAT_VERSION
 from hf_recycle.records.files import RecyclingFileError
 from hf_recycle.records.history import HistoryRecorder, RecyclingHistory, summarize
-from hf_recycle.records.recorder import QUANTILE_LEVELS
+from hf_recycle.records.recorder import QUANTILE_LEVELS, BlockRecord
 
 NAMES = ("z.layer.10", "z.layer.2", "a")  # an order that no sorting gives
 
@@ -140,7 +140,7 @@ def test_a_run_that_went_on_from_a_vanilla_checkpoint(tmp_path):
     # Recycling starts late: the history lacks the steps before, and the counts start from zero with it.
     write_run(tmp_path)
     recorder = HistoryRecorder()
-    recorder.phase(5000, 1, "encoder.layer.1", 2, 40, [3, 4])
+    recorder.phase(BlockRecord(5000, "encoder.layer.1", 2, 40, [3, 4], phase=1))
     state = {
         f"encoder.layer.{i}/{kind}": torch.zeros(40, dtype=dtype)
         for i in range(2)

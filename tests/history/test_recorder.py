@@ -10,7 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_recycle.records.history import HistoryRecorder
-from hf_recycle.records.recorder import HISTOGRAM_BINS, HISTORY_SCHEMA, QUANTILE_LEVELS, metric_values
+from hf_recycle.records.recorder import (
+    ACTIVITY_METRICS,
+    HISTOGRAM_BINS,
+    HISTORY_SCHEMA,
+    QUANTILE_LEVELS,
+    BlockRecord,
+    metric_values,
+)
 
 STEPS = st.integers(0, 2**40)
 TEXTS = st.text(st.characters(codec="utf-8"), max_size=20)
@@ -24,16 +31,19 @@ PHASES = st.tuples(
 )
 MAGNITUDES = st.tuples(st.just("magnitude"), STEPS, TEXTS, st.lists(st.floats(width=32, min_value=0), max_size=20))
 LOGS = st.tuples(st.just("log"), STEPS, st.dictionaries(TEXTS, st.floats(allow_nan=False), min_size=1, max_size=3))
-ACTIONS = st.lists(PHASES | MAGNITUDES | LOGS, max_size=12)
+ACTIVITIES = st.tuples(st.just("activity"), STEPS, TEXTS, st.lists(st.integers(0, 2**31), min_size=3, max_size=3))
+ACTIONS = st.lists(PHASES | MAGNITUDES | LOGS | ACTIVITIES, max_size=12)
 
 
 def play(recorder, actions):
     for kind, step, *rest in actions:
         if kind == "phase":
             phase, block, recycled, note = rest
-            recorder.phase(step, phase, block, len(recycled), len(recycled), recycled, note)
+            recorder.phase(BlockRecord(step, block, len(recycled), len(recycled), recycled, note, phase=phase))
         elif kind == "magnitude":
             recorder.magnitudes(step, rest[0], torch.tensor(rest[1], dtype=torch.float32))
+        elif kind == "activity":
+            recorder.activity(step, rest[0], dict(zip(ACTIVITY_METRICS, rest[1], strict=True)))
         else:
             recorder.log(step, rest[0])
     return recorder
@@ -42,8 +52,10 @@ def play(recorder, actions):
 @settings(max_examples=60, deadline=None)
 @given(ACTIONS, ACTIONS)
 def test_a_recorder_goes_on_from_its_table(before, after):
-    whole = play(HistoryRecorder(), before + after).to_table()
-    resumed = play(HistoryRecorder.from_table(play(HistoryRecorder(), before).to_table()), after).to_table()
+    once = play(HistoryRecorder(), before + after)
+    again = play(HistoryRecorder.from_table(play(HistoryRecorder(), before).to_table()), after)
+    assert once.idle_shares() == again.idle_shares()
+    whole, resumed = once.to_table(), again.to_table()
     assert whole.schema.equals(HISTORY_SCHEMA)
     assert whole.to_pylist() == resumed.to_pylist()
     assert whole["kind"].to_pylist() == [action[0] for action in before + after]
@@ -104,7 +116,7 @@ def test_logs_keep_numbers_only():
 
 def test_a_long_note_is_shortened():
     recorder = HistoryRecorder()
-    recorder.phase(1, 1, "ff", 1, 1, [0], "x" * 10_000)
+    recorder.phase(BlockRecord(1, "ff", 1, 1, [0], "x" * 10_000, phase=1))
     assert recorder.to_table()["note"].to_pylist() == ["x" * 500]
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from hf_recycle.records.files import read_stats, write_stats
 from hf_recycle.records.history import HistoryRecorder, summarize
+from hf_recycle.records.recorder import BlockRecord
 
 BLOCKS = st.dictionaries(
     st.sampled_from(["layer.0", "layer.1", "z"]), st.lists(st.integers(0, 9), min_size=1, max_size=30)
@@ -48,9 +49,9 @@ def test_losses_phases_and_magnitudes(tmp_path):
         recorder.log(step, {"loss": loss, "learning_rate": 0.1})
     recorder.log(4, {"eval_loss": 2.5, "eval_accuracy": 0.25})
     recorder.log(8, {"eval_loss": float("nan"), "eval_accuracy": 0.5})
-    recorder.phase(2, 1, "a", 1, 2, [0])
-    recorder.phase(2, 1, "b", 1, 2, [0])
-    recorder.phase(4, 2, "a", 1, 2, [0])
+    recorder.phase(BlockRecord(2, "a", 1, 2, [0], phase=1))
+    recorder.phase(BlockRecord(2, "b", 1, 2, [0], phase=1))
+    recorder.phase(BlockRecord(4, "a", 1, 2, [0], phase=2))
     counts = {"a": torch.tensor([2, 0]), "b": torch.tensor([1, 0])}
     magnitudes = {"a": torch.tensor([1.0, 3.0], dtype=torch.bfloat16), "b": torch.tensor([np.nan, np.inf])}
     stats = summarize(counts, magnitudes, recorder, step=8, extra={"tokens": 12})

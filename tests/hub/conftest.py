@@ -11,8 +11,12 @@ import huggingface_hub
 import pytest
 import transformers.utils.hub
 from hub_server import ALICE, HubServer, Store
+from publishing_runs import QUICK, make_trainer
+from pulled_runs import new_trainer
 
 from hf_recycle import RecyclingHistory
+from hf_recycle.hub.push.publisher import Publisher
+from hf_recycle.hub.push.repository import Repository
 
 _TESTS = Path(__file__).parents[1]
 
@@ -113,3 +117,38 @@ def online(hub, tmp_path, monkeypatch):
     huggingface_hub.utils.close_session()
     yield cache
     huggingface_hub.utils.close_session()
+
+
+@pytest.fixture(scope="module")
+def pulled_checkpoint(tmp_path_factory) -> Path:
+    """One of a tiny run, to be put into repositories or to be damaged."""
+    folder = tmp_path_factory.mktemp("run")
+    new_trainer(folder, max_steps=4, save_steps=4).train()
+    return folder / "checkpoint-4"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """The output folder of a finished run with two checkpoints, never published."""
+    folder = tmp_path_factory.mktemp("published") / "run"
+    trainer = make_trainer(folder, push_to_hub=False, max_steps=4, hub_token=ALICE)
+    trainer.train()
+    trainer.save_model()
+    return folder
+
+
+@pytest.fixture
+def checkpoint(run) -> Path:
+    return run / "checkpoint-4"
+
+
+@pytest.fixture
+def name(request) -> str:
+    """A repository for this test alone."""
+    return "alice/" + "".join(c if c.isalnum() else "-" for c in request.node.name).strip("-").replace("--", "-")[:90]
+
+
+@pytest.fixture
+def publisher(online, name, run) -> Publisher:
+    """Publishes that run to that repository."""
+    return Publisher(Repository(name, output_dir=run, policy=QUICK))

@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from hub_server import ALICE, ALICE_READ, BOB, INVALID, Fault
 from huggingface_hub import HfApi
-from pulled_runs import contents, new_trainer
+from pulled_runs import contents, new_trainer, pull_checkpoint
 
 from hf_recycle import RecyclingHistory
 from hf_recycle.analysis import shrink_files
@@ -22,7 +22,7 @@ from hf_recycle.data.arguments import ModelArguments
 from hf_recycle.data.model import load_config, load_model, pin_revision
 from hf_recycle.errors import UserError
 from hf_recycle.hub.address import HubAddress
-from hf_recycle.hub.pull.pull import plan, pull_checkpoint
+from hf_recycle.hub.pull.pull import plan
 from hf_recycle.records.files import RECYCLING_FILES, RecyclingFileError
 from hf_recycle.runs.run import Run
 

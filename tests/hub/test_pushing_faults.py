@@ -2,25 +2,19 @@
 
 import os
 import re
-import shlex
 import shutil
 import threading
-from pathlib import Path
 
 import pytest
 from hub_server import ALICE, ALICE_NO_WRITE, ALICE_READ, BOB, INVALID, Fault, HubServer, Store
 from publishing_runs import QUICK, make_trainer
 
 from hf_recycle.card.card import card_for
-from hf_recycle.cli.main import main
 from hf_recycle.errors import UserError
-from hf_recycle.hub.push import repository as repository_module
-from hf_recycle.hub.push.job import JOB_FILE, Push
+from hf_recycle.hub.push.job import Push
 from hf_recycle.hub.push.preflight import check_repository
 from hf_recycle.hub.push.publisher import Publisher
 from hf_recycle.hub.push.repository import Refused, Repository
-from hf_recycle.hub.push.staging import leftovers, stage
-from hf_recycle.hub.retry import RetryPolicy
 
 # Whole runs against a Hub in trouble.
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("figures_not_drawn")]
@@ -28,41 +22,11 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("figures_not_drawn")]
 COMMIT = r"POST /api/models/.*/commit/"
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Path:
-    """The output folder of a finished run with two checkpoints, never published."""
-    folder = tmp_path_factory.mktemp("published") / "run"
-    trainer = make_trainer(folder, push_to_hub=False, max_steps=4, hub_token=ALICE)
-    trainer.train()
-    trainer.save_model()
-    return folder
-
-
-@pytest.fixture
-def checkpoint(run) -> Path:
-    return run / "checkpoint-4"
-
-
-@pytest.fixture
-def name(request) -> str:
-    """A repository for this test alone."""
-    return "alice/" + "".join(c if c.isalnum() else "-" for c in request.node.name).strip("-").replace("--", "-")[:90]
-
-
-@pytest.fixture
-def publisher(online, name, run) -> Publisher:
-    return Publisher(Repository(name, output_dir=run, policy=QUICK))
-
-
-def commits(hub, name) -> list[str]:
-    return hub.store.titles(name)
-
-
 def test_everything_goes_up_in_one_commit_and_nothing_else(publisher, hub, name, checkpoint):
     publisher.submit(Push(checkpoint, name, "step 4", "and more", checkpoint="last-checkpoint", tag="step-4"))
     publisher.finish()
     assert publisher.report() == ""
-    assert commits(hub, name) == ["step 4"]
+    assert hub.store.titles(name) == ["step 4"]
     paths = hub.store.paths(name)
     here = {str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if path.is_file()}
     here -= {
@@ -120,7 +84,7 @@ def test_it_lands_once_and_whole_in_spite_of(faults, publisher, hub, name, run, 
     hub.faults.set()
     assert fired, "the fault has to have happened"
     assert publisher.report() == ""
-    assert commits(hub, name) == ["step 2", "step 4"]
+    assert hub.store.titles(name) == ["step 2", "step 4"]
     for step in (2, 4):
         for place in ("", f"checkpoint-{step}/"):
             published = hub.store.read(name, f"{place}model.safetensors", f"step-{step}")
@@ -169,7 +133,7 @@ def test_a_commit_by_someone_else_is_kept(publisher, hub, name, checkpoint, run)
     publisher.submit(Push(checkpoint, name, "step 4"))
     publisher.finish()
     assert publisher.report() == ""
-    assert commits(hub, name) == ["step 2", "made by a test", "step 4"]
+    assert hub.store.titles(name) == ["step 2", "made by a test", "step 4"]
     assert len(hub.requests(COMMIT)) == 3
     assert [entry.status for entry in hub.requests(COMMIT)] == [200, 412, 200]
     card = hub.store.read(name, "README.md").decode()
@@ -219,8 +183,46 @@ def test_a_branch_is_made_and_main_left_alone(online, hub, name, checkpoint, run
     publisher.submit(Push(checkpoint, name, "step 4", revision="runs/second"))
     publisher.finish()
     assert publisher.report() == ""
-    assert commits(hub, name) == []
+    assert hub.store.titles(name) == []
     assert hub.store.titles(name, "runs/second") == ["step 4"]
+
+
+def test_an_adapter_beside_the_full_model_is_left_alone(publisher, hub, name, checkpoint):
+    hub.store.create(name)
+    hub.store.add_files(name, {"adapter_model.safetensors": b"theirs", "adapter_config.json": b"{}"})
+    publisher.submit(Push(checkpoint, name, "step 4"))
+    publisher.finish()
+    assert hub.store.read(name, "adapter_model.safetensors") == b"theirs"
+    assert {"adapter_config.json", "model.safetensors"} <= set(hub.store.paths(name))
+
+
+def test_what_was_deleted_on_the_hub_stays_deleted(publisher, hub, name, checkpoint, run):
+    publisher.submit(Push(run / "checkpoint-2", name, "step 2"))
+    publisher.finish()
+    card = hub.store.read(name, "README.md").decode()
+    assert "pipeline_tag: fill-mask\n" in card
+    assert "- neuron-recycling\n" in card
+    edited = card.replace("pipeline_tag: fill-mask\n", "").replace("- neuron-recycling\n", "")
+    before, _, rest = edited.partition("## Limitations\n")
+    edited = before + rest[rest.index("<!-- hf_recycle:end") :]
+    hub.store.add_files(name, {"README.md": edited.encode()})
+    for folder in (checkpoint, run):
+        publisher.submit(Push(folder, name, folder.name))
+        publisher.finish()
+        now = hub.store.read(name, "README.md").decode()
+        assert "fill-mask" not in now.partition("\n---\n")[0]
+        assert "- neuron-recycling" not in now
+        assert "## Limitations\n" not in now
+        assert "after 4 optimizer steps" in now.replace(" of 4", ""), "the rest is brought up to date"
+        assert "## How to use it" in now
+
+
+def test_a_tag_that_the_hub_refuses_is_said(publisher, hub, name, checkpoint):
+    hub.faults.set([Fault("POST .*/tag/", status=403)])
+    publisher.submit(Push(checkpoint, name, "step 4", tag="step-4"))
+    publisher.finish()
+    assert hub.store.titles(name) == ["step 4"]
+    assert "is published, but its tag 'step-4' is not made: 403" in publisher.report()
 
 
 # ---- Before the first step ----
@@ -270,202 +272,6 @@ def test_refused_later_after_a_start_without_the_hub(online, hub, monkeypatch, c
     publisher.submit(Push(checkpoint, "bob/later", "step 4"))
     publisher.finish()
     assert isinstance(publisher.unpublished[0].error, Refused)
-
-
-# ---- Staged copies, and publishing them later ----
-
-
-def test_a_staged_copy_outlives_rotation_and_the_next_save(tmp_path, run):
-    checkpoint = tmp_path / "run" / "checkpoint-4"
-    shutil.copytree(run / "checkpoint-4", checkpoint)
-    for name in ("training_args.bin", "checkpoint_files.json"):  # not to be published
-        (checkpoint / name).unlink()
-    before = {path.name: path.read_bytes() for path in checkpoint.iterdir() if path.is_file()}
-    staged = stage(Push(checkpoint, "alice/x", "step 4", tag="step-4", token=ALICE), tmp_path / "run", link=True)
-    assert (staged.folder / "model.safetensors").stat().st_ino == (checkpoint / "model.safetensors").stat().st_ino
-    shutil.rmtree(checkpoint)
-    assert {path.name: path.read_bytes() for path in staged.folder.iterdir() if path.name in before} == before
-    (tmp_path / "run" / "unpublished" / "tmp-0002-checkpoint-6").mkdir()
-    (found,) = leftovers(tmp_path / "run")
-    assert (found.folder, found.tag, found.token, found.staged) == (staged.folder, "step-4", None, True)
-    assert ALICE not in (staged.folder / JOB_FILE).read_text()
-    assert [path.name for path in staged.folder.parent.iterdir()] == ["0001-checkpoint-4"]
-
-
-def test_the_command_that_is_said_publishes_it(publisher, hub, name, tmp_path, run, capsys):
-    shutil.copytree(run / "checkpoint-4", tmp_path / "run" / "checkpoint-4")
-    hub.faults.set([Fault(COMMIT, status=403)])
-    push = Push(tmp_path / "run" / "checkpoint-4", name, "step 4", checkpoint="checkpoint-4", tag="step-4")
-    publisher.submit(stage(push, tmp_path / "run", link=True))
-    publisher.finish()
-    (failed,) = publisher.unpublished
-    assert failed.push.command in publisher.report()
-    words = failed.push.command.split()
-    assert words[:2] == ["hf-recycle", "push"]
-    hub.faults.set()
-    assert main(words[1:]) == 0
-    assert commits(hub, name) == ["step 4"]
-    assert "checkpoint-4/optimizer.pt" in hub.store.paths(name, "step-4")
-    assert not (tmp_path / "run" / "unpublished").exists()
-    assert "commit" in capsys.readouterr().out
-
-
-def test_an_older_copy_is_published_as_its_folder_without_touching_the_newer_model(
-    publisher, hub, name, tmp_path, run, capsys
-):
-    """Step 2 is given up, step 4 lands, and then the command that the report gives is run."""
-    shutil.copytree(run, copy := tmp_path / "run")
-    for step in (2, 4):
-        hub.faults.set([Fault(COMMIT, status=403)] if step == 2 else [])
-        push = Push(copy / f"checkpoint-{step}", name, f"step {step}", checkpoint=f"checkpoint-{step}", always=True)
-        publisher.submit(stage(push.to(tag=f"step-{step}"), copy, link=True))
-        publisher.finish()
-    (failed,) = publisher.unpublished
-    root = {path: hub.store.read(name, path) for path in hub.store.paths(name)}
-    hub.faults.set(lost := [Fault(COMMIT, "lose_response", times=1)])  # done, but it does not learn of it
-    assert main(failed.push.command.split()[1:]) == 0
-    assert lost[0].fired
-    assert not (copy / "unpublished").exists()
-    now = {path: hub.store.read(name, path) for path in hub.store.paths(name)}
-    assert {path: content for path, content in now.items() if not path.startswith("checkpoint-2/")} == root
-    state = (run / "checkpoint-2" / "optimizer.pt").read_bytes()
-    assert now["checkpoint-2/optimizer.pt"] == state
-    repository = hub.store.repositories["model", name]
-    assert set(repository.branches) == {"main"}
-    assert set(repository.tags) == {"step-4"}
-
-
-def test_an_older_copy_without_a_folder_of_its_own_is_refused_in_a_sentence(
-    publisher, hub, name, tmp_path, run, capsys
-):
-    shutil.copytree(run, copy := tmp_path / "run")
-    for step in (2, 4):
-        hub.faults.set([Fault(COMMIT, status=403)] if step == 2 else [])
-        push = Push(copy / f"checkpoint-{step}", name, f"step {step}", checkpoint="last-checkpoint", always=True)
-        publisher.submit(stage(push, copy, link=True))
-        publisher.finish()
-    command = publisher.unpublished[0].push.command
-    assert command in publisher.report()
-    words = command.split()[2:]
-    assert words[-2:] == ["--revision", "checkpoint-2"]
-    assert main(["push", *words[:-2]]) == 2
-    assert "holds a newer model" in capsys.readouterr().err
-    assert main(["push", *words]) == 0
-    assert commits(hub, name) == ["step 4"]
-    assert hub.store.titles(name, "checkpoint-2") == ["step 4", "step 2"]
-
-
-def test_an_adapter_beside_the_full_model_is_left_alone(publisher, hub, name, checkpoint):
-    hub.store.create(name)
-    hub.store.add_files(name, {"adapter_model.safetensors": b"theirs", "adapter_config.json": b"{}"})
-    publisher.submit(Push(checkpoint, name, "step 4"))
-    publisher.finish()
-    assert hub.store.read(name, "adapter_model.safetensors") == b"theirs"
-    assert {"adapter_config.json", "model.safetensors"} <= set(hub.store.paths(name))
-
-
-def test_what_was_deleted_on_the_hub_stays_deleted(publisher, hub, name, checkpoint, run):
-    publisher.submit(Push(run / "checkpoint-2", name, "step 2"))
-    publisher.finish()
-    card = hub.store.read(name, "README.md").decode()
-    assert "pipeline_tag: fill-mask\n" in card
-    assert "- neuron-recycling\n" in card
-    edited = card.replace("pipeline_tag: fill-mask\n", "").replace("- neuron-recycling\n", "")
-    before, _, rest = edited.partition("## Limitations\n")
-    edited = before + rest[rest.index("<!-- hf_recycle:end") :]
-    hub.store.add_files(name, {"README.md": edited.encode()})
-    for folder in (checkpoint, run):
-        publisher.submit(Push(folder, name, folder.name))
-        publisher.finish()
-        now = hub.store.read(name, "README.md").decode()
-        assert "fill-mask" not in now.partition("\n---\n")[0]
-        assert "- neuron-recycling" not in now
-        assert "## Limitations\n" not in now
-        assert "after 4 optimizer steps" in now.replace(" of 4", ""), "the rest is brought up to date"
-        assert "## How to use it" in now
-
-
-def test_a_tag_that_the_hub_refuses_is_said(publisher, hub, name, checkpoint):
-    hub.faults.set([Fault("POST .*/tag/", status=403)])
-    publisher.submit(Push(checkpoint, name, "step 4", tag="step-4"))
-    publisher.finish()
-    assert commits(hub, name) == ["step 4"]
-    assert "is published, but its tag 'step-4' is not made: 403" in publisher.report()
-
-
-def test_pushing_by_hand(online, hub, name, run, capsys):
-    assert main(["push", str(run), name, "--tag", "--private", "--resumable", "--commit_message", "my words"]) == 0
-    assert commits(hub, name) == ["my words"]
-    repository = hub.store.repositories["model", name]
-    assert repository.private
-    assert "step 4, loss" in repository.commits[repository.branches["main"]].message
-    assert "last-checkpoint/optimizer.pt" in hub.store.paths(name, "step-4")
-    assert main(["push", str(run), name, "--revision", "dev"]) == 0
-    assert hub.store.titles(name, "dev")[-1].startswith("step 4, loss")
-
-
-@pytest.mark.parametrize(
-    ("folder", "repo", "token", "says"),
-    [
-        ("nowhere", "alice/x", ALICE, "does not exist"),
-        (".", "alice/x", ALICE, "no weights"),
-        ("run", "alice/x--y", ALICE, "REPO='alice/x--y'"),
-        ("run", "bob/new", ALICE, "bob/new"),
-        ("run", "alice/x", INVALID, "401"),
-        ("run", "alice/x", None, "hf auth login"),
-    ],
-)
-def test_a_mistake_by_hand_is_one_sentence(online, run, tmp_path, monkeypatch, capsys, folder, repo, token, says):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "run").symlink_to(run)
-    monkeypatch.delenv("HF_TOKEN")
-    if token:
-        monkeypatch.setenv("HF_TOKEN", token)
-    assert main(["push", folder, repo]) == 2
-    said = capsys.readouterr().err.strip()
-    error = said.splitlines()[-1]
-    assert error.startswith("error: ")
-    assert says in error
-    assert said.count(says) == error.count(says), "said once"
-    assert not re.search(r"\w\.\.( |$)", error)
-
-
-def test_what_was_to_be_private_is_published_privately_later(online, hub, name, tmp_path, run):
-    checkpoint = tmp_path / "run" / "checkpoint-4"
-    shutil.copytree(run / "checkpoint-4", checkpoint)
-    wanted = Push(checkpoint, name, "step 4", private=True)
-    for push, suffix in [(wanted, "-1"), (stage(wanted, tmp_path / "run", link=True), "-2")]:
-        words = shlex.split(push.to(repo_id=name + suffix).command)
-        assert main(words[1:]) == 0
-        assert hub.store.repositories["model", name + suffix].private
-
-
-def test_the_card_names_the_repository_it_is_published_in(online, hub, name, run):
-    """Wherever it was written for; what was written by hand stays."""
-    local = (run / "checkpoint-4" / "README.md").read_text()
-    assert f"hf://{name}" not in local
-    assert main(["push", str(run / "checkpoint-4"), name.removeprefix("alice/")]) == 0
-    card = hub.store.read(name, "README.md").decode()
-    assert f'from_pretrained("{name}")' in card
-    assert f"hf://{name}" in card
-    assert f"hf-recycle analyze {name}" in card
-    assert "path/to/this/folder" not in card
-    assert "figures/" not in local
-    for path in re.findall(r"figures/\w+\.png", card):
-        assert hub.store.read(name, path)
-    assert (run / "checkpoint-4" / "README.md").read_text() == local
-    again = name + "-again"
-    assert main(["push", str(run / "checkpoint-4"), again]) == 0
-    assert name not in hub.store.read(again, "README.md").decode().replace(again, "")
-
-
-def test_a_hub_that_is_away_is_status_1(online, run, monkeypatch, capsys):
-    import huggingface_hub
-
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr(repository_module, "RetryPolicy", lambda: RetryPolicy(first=0.01, last_patience=1.0))
-    assert main(["push", str(run), "alice/away"]) == 1
-    assert "was not published" in capsys.readouterr().err
 
 
 def test_bobs_token_is_bobs(online, hub, run, monkeypatch):

@@ -1,8 +1,6 @@
 """How long a Hub in trouble holds a run up, at the start and at the end, whatever the client would wait for."""
 
 import hashlib
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -11,6 +9,7 @@ import pytest
 import torch
 from hub_server import Fault
 from huggingface_hub.utils import get_session
+from publishing_runs import QUICK
 from transformers import BertConfig, BertForMaskedLM
 
 from hf_recycle.hub.push.job import Push
@@ -21,8 +20,8 @@ from hf_recycle.hub.retry import RetryPolicy
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content:DeprecationWarning")  # the client's own
 
-# A second and a half stands for the sixty of the shipped policy.
-PATIENCE = RetryPolicy(first=0.02, longest=0.5, start_patience=1.0, patience=30.0, last_patience=1.5)
+# Half a second stands for the sixty of the shipped policy.
+PATIENCE = RetryPolicy(first=0.02, longest=0.2, start_patience=0.5, patience=30.0, last_patience=0.5)
 FOREVER = 10_000.0
 TROUBLE = {
     "answers 429 and asks for five minutes": {"status": 429, "retry_after": 300},
@@ -77,6 +76,7 @@ def test_at_the_end_the_patience_is_kept(online, hub, folder, request, trouble, 
     assert f"hf-recycle push {folder} {name}" in publisher.report()
 
     hub.faults.set()
+    publisher.policy = QUICK  # which has time for it on a busy machine too
     publisher.submit(Push(folder, name, "step 4", checkpoint="last-checkpoint", tag="step-4"))
     publisher.finish()
     assert publisher.report() == ""
@@ -108,7 +108,8 @@ from hf_recycle.cli.main import main
 from hf_recycle.hub.push import repository
 from hf_recycle.hub.push.publisher import Publisher
 from hf_recycle.hub.retry import RetryPolicy
-repository.RetryPolicy = lambda: RetryPolicy(first=0.02, last_patience=5.0)
+policy = RetryPolicy(first=0.02, last_patience=float(sys.argv.pop()))
+repository.RetryPolicy = lambda: policy
 finish = Publisher.finish
 def timed(publisher):
     began = time.monotonic()
@@ -125,7 +126,7 @@ def test_files_go_up_by_xet_and_a_silent_xet_store_holds_nobody_up_either(
 ):
     """hf_xet can keep its store in a folder."""
     monkeypatch.setattr(hub.routes, "cas", f"local://{tmp_path / 'cas'}")
-    done = run_python(PUSH, hub_environment(HF_HUB_DISABLE_XET="0"), str(folder), "alice/xet", "--tag", "first")
+    done = run_python(PUSH, hub_environment(HF_HUB_DISABLE_XET="0"), str(folder), "alice/xet", "--tag", "first", "30")
     assert "published" in done.stdout
     assert hub.requests("xet-write-token")
     assert not hub.requests("PUT /_lfs|objects/batch")
@@ -137,8 +138,8 @@ def test_files_go_up_by_xet_and_a_silent_xet_store_holds_nobody_up_either(
 
     hub.faults.set([Fault("xet-write-token", "delay", delay=FOREVER)])
     environment = hub_environment(HF_HUB_DISABLE_XET="0")
-    done = run_python(PUSH, environment, str(folder), "alice/xet-silent", status=1)
-    assert float(done.stdout.split()[-1]) < 5 + 3
+    done = run_python(PUSH, environment, str(folder), "alice/xet-silent", "2", status=1)
+    assert float(done.stdout.split()[-1]) < 2 + 3
     assert hub.requests("xet-silent/preupload"), "it got as far as the upload"
     assert "the Hub did not answer in time" in done.stderr
 
@@ -146,8 +147,8 @@ def test_files_go_up_by_xet_and_a_silent_xet_store_holds_nobody_up_either(
 @pytest.mark.slow
 def test_a_slow_upload_is_waited_for(online, hub, folder):
     """In all it takes longer than the patience, though each of its parts, model and state, does not."""
-    hub.faults.set([Fault("PUT /_lfs", "delay", delay=2.0)])
-    publisher = Publisher(Repository("alice/slow", policy=RetryPolicy(first=0.02, last_patience=3.5)))
+    hub.faults.set([Fault("PUT /_lfs", "delay", delay=1.2)])
+    publisher = Publisher(Repository("alice/slow", policy=RetryPolicy(first=0.02, last_patience=2.2)))
     publisher.submit(Push(folder, "alice/slow", "step 4", checkpoint="last-checkpoint"))
     publisher.finish()
     assert publisher.report() == ""
@@ -171,16 +172,3 @@ def test_requests_of_others_meanwhile_are_left_to_the_client(online, hub, folder
     assert [item.path for item in HfApi().list_repo_tree("alice/other")] == [".gitattributes"]
     assert {"connect": None, "read": None, "write": None, "pool": None} in seen
     publisher.abandon(grace=0.1)
-
-
-def test_the_package_is_imported_without_what_only_some_of_it_needs():
-    code = """
-import sys
-class Nothing:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("httpx2", "psutil", "matplotlib", "deepspeed"):
-            raise ImportError(name)
-sys.meta_path.insert(0, Nothing())
-import hf_recycle
-"""
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -16,4 +16,5 @@ def statistics(d_ff: int, d_model: int, seed: int = 0) -> dict[str, torch.Tensor
         "taylor": torch.rand(d_ff, generator=generator, dtype=torch.float64),
         "in_gradient": torch.rand(d_ff, generator=generator, dtype=torch.float64),
         "descent": torch.randn(d_model, d_model, generator=generator),
+        "token_inputs": torch.randn(d_model, d_model, generator=generator),
     }

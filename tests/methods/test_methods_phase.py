@@ -38,7 +38,7 @@ class Run:
             **{"gather": self.gather, **kwargs},
         )
 
-    def gather(self, blocks, names, step):
+    def gather(self, blocks, names, step, count):
         sizes = [(self.table.blocks[i].num_neurons, self.table.blocks[i].out_slice.width) for i in blocks]
         found = [made_up.statistics(*size, seed=100 * step + i) for i, size in zip(blocks, sizes, strict=True)]
         return [{name: each[name] for name in names} for each in found]
@@ -72,10 +72,10 @@ def test_every_criterion_with_every_reinitialization(plain_net, selection, reini
     assert [record.block for record in records] == ["blocks.0", "blocks.1"]
     for position, record in enumerate(records):
         assert (record.step, record.phase, record.requested, record.eligible, record.note) == (10, 1, 4, 40, "")
-        assert len(record.recycled) == 4
-        assert record.recycled == sorted(set(record.recycled))
+        assert len(record.chosen) == 4
+        assert record.chosen == sorted(set(record.chosen))
         chosen = torch.zeros(40, dtype=torch.bool)
-        chosen[record.recycled] = True
+        chosen[record.chosen] = True
         state, name = run.table.states[position], record.block
         for key, dim in (("first.weight", 0), ("first.bias", 0), ("second.weight", 1)):
             new, old = model.state_dict()[f"{name}.{key}"], before[f"{name}.{key}"]
@@ -100,7 +100,7 @@ def test_low_magnitude_takes_the_smallest(plain_net):
         for name, m in neuron_magnitudes(model).items()
     }
     run = Run(model, fraction=0.1)
-    assert {record.block: record.recycled for record in run.phase()} == expected
+    assert {record.block: record.chosen for record in run.phase()} == expected
 
 
 def test_global_scope_takes_the_smallest_of_all(plain_net):
@@ -114,9 +114,9 @@ def test_global_scope_takes_the_smallest_of_all(plain_net):
     for _, name, i in everyone[:12]:
         expected[name] = sorted([*expected[name], i])
     records = Run(model, fraction=0.1, scope="global").phase()
-    assert {record.block: record.recycled for record in records} == expected
+    assert {record.block: record.chosen for record in records} == expected
     assert len(set(map(len, expected.values()))) > 1, "layers must differ, else this test shows nothing"
-    assert [record.requested for record in records] == [len(record.recycled) for record in records]
+    assert [record.requested for record in records] == [len(record.chosen) for record in records]
 
 
 def test_layers_subset(plain_net):
@@ -132,7 +132,7 @@ def test_layers_subset(plain_net):
 
 def test_global_scope_of_a_subset_counts_its_own_neurons(plain_net):
     run = Run(plain_net(d_ff=20, layers=4), fraction=0.2, layers=[1, 3], scope="global")
-    assert sum(len(record.recycled) for record in run.phase()) == 8
+    assert sum(len(record.chosen) for record in run.phase()) == 8
 
 
 def test_the_same_choices_whichever_other_layers_take_part(plain_net):
@@ -159,11 +159,11 @@ def test_immunity_by_brute_force(plain_net, selection, immunity):
             recent = set().union(*history[-immunity:]) if immunity else set()
             assert record.phase == number + 1
             assert record.eligible == 30 - len(recent)
-            assert not recent & set(record.recycled)
+            assert not recent & set(record.chosen)
             for gap, earlier in enumerate(reversed(history), start=1):
-                if earlier & set(record.recycled):
+                if earlier & set(record.chosen):
                     soonest = min(soonest, gap)
-            history.append(set(record.recycled))
+            history.append(set(record.chosen))
     # Not one phase longer either: some neuron comes back at the first phase it may.
     assert soonest == immunity + 1
 
@@ -195,9 +195,9 @@ def test_shortfall_is_recorded_and_dropped(plain_net):
     for _ in range(6):
         (record,) = run.phase()
         assert record.requested == 6
-        assert len(record.recycled) == min(6, record.eligible)
-        assert bool(record.note) == (len(record.recycled) < 6)
-        found.append((record.eligible, len(record.recycled)))
+        assert len(record.chosen) == min(6, record.eligible)
+        assert bool(record.note) == (len(record.chosen) < 6)
+        found.append((record.eligible, len(record.chosen)))
     assert found == [(20, 6), (14, 6), (8, 6), (2, 2), (6, 6), (6, 6)]
 
 
@@ -205,7 +205,7 @@ def test_note_of_a_shortfall(plain_net):
     run = Run(plain_net(d_ff=20, layers=2), fraction=1.0, immunity=1)
     assert all(record.note == "" for record in run.phase())
     for record in run.phase():
-        assert (record.requested, record.eligible, record.recycled) == (20, 0, [])
+        assert (record.requested, record.eligible, record.chosen) == (20, 0, [])
         assert record.note == "too few eligible neurons"
 
 
@@ -213,7 +213,7 @@ def test_note_of_a_global_shortfall(plain_net):
     run = Run(plain_net(d_ff=20, layers=2), fraction=0.75, immunity=1, scope="global")
     run.phase()
     records = run.phase()
-    assert sum(len(record.recycled) for record in records) == 10
+    assert sum(len(record.chosen) for record in records) == 10
     assert {record.note for record in records} == {"10 of 30 requested over all blocks: too few eligible neurons"}
 
 
@@ -223,8 +223,8 @@ def test_neurons_in_transition_are_not_eligible(plain_net):
     for expected in (20, 15, 10, 5, 0):
         (record,) = run.phase()
         assert record.eligible == expected
-        assert not seen & set(record.recycled)
-        seen |= set(record.recycled)
+        assert not seen & set(record.chosen)
+        seen |= set(record.chosen)
     assert run.table.fading_in == 20
 
 
@@ -234,13 +234,62 @@ def test_pruned_neurons_are_not_eligible(plain_net):
     for state, off in zip(run.table.states, (3, 5), strict=True):
         state.pruned[off:] = True
     records = run.phase()
-    assert [(record.eligible, record.recycled) for record in records] == [(3, [0, 1, 2]), (5, [0, 1, 2, 3, 4])]
+    assert [(record.eligible, record.chosen) for record in records] == [(3, [0, 1, 2]), (5, [0, 1, 2, 3, 4])]
+
+
+def test_split_without_enough_neurons_to_share_with_is_refused_in_that_layer(plain_net):
+    run = Run(plain_net(), fraction=0.5, reinit="split", selection="random")
+    run.table.states[1].pruned[4:] = True
+    run.table.states[1].counts[:] = 0
+    before = snapshot(run.model)
+    whole, short = run.phase()
+    assert (len(whole.chosen), whole.note) == (10, "")
+    assert (short.chosen, short.note) == ([], "split has 0 neurons to share with 4 newborns")
+    assert all(torch.equal(run.model.state_dict()[name], value) for name, value in before.items() if "blocks.1" in name)
+
+
+def test_maturity_counts_the_steps_that_the_optimizer_took(plain_net):
+    """Phases are 10 steps of the Trainer apart; of the ten before the third, the optimizer skipped six."""
+    run = Run(plain_net(d_ff=20, layers=1), fraction=0.25, maturity=15)
+    first, second = run.phase()[0], run.phase()[0]
+    assert not set(first.chosen) & set(second.chosen)
+    run.table.skipped_steps = 6
+    assert run.phase()[0].eligible == 20 - 10, "14 and 4 steps old"
+    run.table.load_state_dict(run.table.state_dict())
+    assert run.phase()[0].eligible == 20 - 5 - 5, "24, 14 and 10 steps old"
+
+
+# ---- A share that has to be found first ----
+
+
+def test_nothing_is_recycled_before_the_share_is_found(plain_net):
+    """Over all layers: 8 of 40 neurons; and from then on whatever there is."""
+    run = Run(plain_net(), fraction=0.5, threshold=0.0, min_share=0.2, reinit="zero_out")
+    settle = dict.fromkeys(("in", "in.bias", "out"), 0.0)
+
+    def die(layer, index):
+        block = run.table.blocks[layer]
+        values = block.read(torch.tensor(index))
+        block.write(torch.tensor(index), {role: torch.full_like(values[role], settle[role]) for role in values})
+
+    die(0, [3, 5, 6, 7])
+    die(1, [1, 2, 4])
+    before = snapshot(run.model)
+    records = run.phase()
+    note = "left alone: 17.5% of the neurons are at or below recycle_threshold=0, fewer than recycle_min_share=0.2"
+    assert [(record.chosen, record.requested, record.note) for record in records] == [([], 0, note)] * 2
+    assert unchanged(run.model, before)
+    die(1, [8])
+    assert [record.chosen for record in run.phase()] == [[3, 5, 6, 7], [1, 2, 4, 8]]
+    run.settings.threshold = 1e-30
+    die(0, [9])
+    assert 9 in run.phase()[0].chosen
 
 
 def test_a_phase_without_quota_is_a_phase(plain_net):
     """0.02 of 20 is 0.4: phases 3, 5, 8, 10 take one; the others take none and still age immunity."""
     run = Run(plain_net(d_ff=20, layers=1), fraction=0.02)
-    taken = [len(run.phase()[0].recycled) for _ in range(10)]
+    taken = [len(run.phase()[0].chosen) for _ in range(10)]
     assert taken == [0, 0, 1, 0, 1, 0, 0, 1, 0, 1]
     assert run.table.phases == 10
 
@@ -260,7 +309,7 @@ def test_non_finite_magnitudes_skip_the_phase(plain_net, poison, smooth_steps):
     before = {name: value.clone() for name, value in model.state_dict().items() if name != "blocks.1.second.weight"}
     moments = [s["exp_avg_sq"].clone() for s in optimizer.state.values()]
     records = run.phase()
-    assert [record.recycled for record in records] == [[], []]
+    assert [record.chosen for record in records] == [[], []]
     assert [record.requested for record in records] == [4, 4]
     assert {record.note for record in records} == {"skipped: some magnitudes are not finite"}
     after = model.state_dict()
@@ -277,7 +326,7 @@ def test_a_non_finite_loss_skips_the_phase(plain_net):
     before = snapshot(model)
     records = run.phase(loss_is_finite=False)
     assert {record.note for record in records} == {"skipped: the loss is not finite"}
-    assert [record.recycled for record in records] == [[], []]
+    assert [record.chosen for record in records] == [[], []]
     assert unchanged(model, before)
     assert run.table.phases == 0
     # The next one works, and it is the first.
@@ -290,7 +339,7 @@ def test_a_skipped_phase_says_what_it_would_have_taken(plain_net):
     requested = [[record.requested for record in run.phase(loss_is_finite=False)] for _ in range(4)]
     assert requested == [[0, 0], [0, 0], [1, 1], [0, 0]]
     records = Run(plain_net(d_ff=20, layers=3), fraction=0.1, scope="global").phase(loss_is_finite=False)
-    assert [(record.requested, record.eligible, record.recycled) for record in records] == [(0, 20, [])] * 3
+    assert [(record.requested, record.eligible, record.chosen) for record in records] == [(0, 20, [])] * 3
     assert {record.note for record in records} == {"skipped: the loss is not finite (6 requested over all blocks)"}
 
 
@@ -299,7 +348,7 @@ def test_a_skipped_phase_does_not_use_up_immunity(plain_net):
     (first,) = run.phase()
     run.phase(loss_is_finite=False)
     (third,) = run.phase()
-    assert not set(first.recycled) & set(third.recycled)
+    assert not set(first.chosen) & set(third.chosen)
     assert third.eligible == 15
 
 
@@ -324,7 +373,7 @@ def test_the_global_generator_is_neither_used_nor_disturbed(plain_net, reinit, s
 def test_the_seed_and_the_step_decide(plain_net):
     def chosen(phases=1, **settings):
         run = Run(plain_net(d_ff=200, layers=2), fraction=0.1, selection="random", **settings)
-        return [[record.recycled for record in run.phase()] for _ in range(phases)]
+        return [[record.chosen for record in run.phase()] for _ in range(phases)]
 
     assert chosen(seed=1) == chosen(seed=1)
     assert chosen(seed=1) != chosen(seed=2)
@@ -354,8 +403,8 @@ def test_optimizer_state_of_the_chosen(plain_net, mode, smooth_steps):
     run = Run(model, optimizer, fraction=0.2, optimizer_state=mode, smooth_steps=smooth_steps)
     (record,) = run.phase()
     expected = {i: [2.0, float(i)] for i in range(20)}
-    others = [i for i in range(20) if i not in record.recycled]
-    for i in record.recycled:
+    others = [i for i in range(20) if i not in record.chosen]
+    for i in record.chosen:
         if mode != "keep":
             expected[i] = [0.0, sum(others) / len(others) if mode == "reset" else 0.0]
     state = optimizer.state[weight]

@@ -206,6 +206,42 @@ def test_gradmax_gives_the_out_columns_the_largest_gradient(view):
     assert len(draw(view, "gradmax", index=INDEX[:60])[role]) == 60, "more than there are directions"
 
 
+@over_families
+def test_sample_is_on_at_the_tokens_that_were_drawn(view):
+    """A fifth as long as the others; where tokens run out, from the initial distribution."""
+    inputs = made_up.statistics(256, 32, seed=5)["token_inputs"]
+    drawn, fresh = draw(view, "sample", index=INDEX[:40]), draw(view, "zero_out", index=INDEX[:40])
+    others = torch.tensor([i for i in range(256) if i not in INDEX[:40].tolist()])
+    rows = [role for role in view.weight_roles if role != "out"]
+    norms = torch.cat([drawn[role] for role in rows], dim=1).norm(dim=1)
+    torch.testing.assert_close(norms, 0.2 * view.norms()[0][others].mean().expand(40), rtol=1e-5, atol=0)
+    for role in rows:
+        cosine = torch.cosine_similarity(drawn[role][:32], inputs, dim=1)
+        torch.testing.assert_close(cosine, torch.ones(32), rtol=1e-5, atol=0)
+        assert torch.cosine_similarity(drawn[role][32:], fresh[role][32:], dim=1).min() > 0.99999
+    for role in view.bias_roles:
+        assert drawn[role][:32].abs().max() == 0
+    assert drawn["out"].abs().max() == 0
+    assert not view.is_dictionary
+
+
+def test_sample_gives_a_dictionary_unit_out_columns():
+    class Autoencoder(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder, self.decoder = torch.nn.Linear(6, 20), torch.nn.Linear(20, 6)
+            self.threshold = torch.nn.Parameter(torch.zeros(20))
+
+    model = Autoencoder()
+    view = BlockView(model, find_feed_forwards(model, "encoder -> decoder")[0])
+    assert view.is_dictionary
+    inputs = made_up.statistics(20, 6)["token_inputs"]
+    drawn = draw(view, "sample", torch.tensor([4, 9, 2]), statistics={"token_inputs": inputs})
+    torch.testing.assert_close(drawn["out"], torch.nn.functional.normalize(inputs[:3], dim=1))
+    model.readout = torch.nn.Linear(6, 6)
+    assert not view.is_dictionary
+
+
 # ---- immunity and seeds, the two smallest methods ----
 
 

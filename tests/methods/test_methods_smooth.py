@@ -117,15 +117,15 @@ def test_fifty_steps_of_clipped_adamw(state, skipped):
             before = [p.detach().clone() for p in model.parameters()]
             schedule = PhaseSchedule(1, step, STEPS, STEPS + 1, settings.fraction)
             (record,) = run_phase(table, settings, schedule, step, smooth_steps=SMOOTH, optimizer=optimizer)
-            assert len(record.recycled) == 3
+            assert len(record.chosen) == 3
             # Right after the phase the weights are still the old ones, exactly.
             assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
             fade_in = table.states[0].fade_in
             fresh = fade_in.age == 0
-            assert fade_in.index[fresh].tolist() == record.recycled
+            assert fade_in.index[fresh].tolist() == record.chosen
             _, new = fade_in.lines(table.blocks[0])
             values = {role: v[fresh] for role, v in new.items()}
-            explicit.recycle(torch.tensor(record.recycled), values, state)
+            explicit.recycle(torch.tensor(record.chosen), values, state)
         if table.states[0].fade_in is not None:
             ages_together.add(len(table.states[0].fade_in.age.unique()))
         for parameter, expected in zip(model.parameters(), explicit.effective().values(), strict=True):
@@ -141,8 +141,8 @@ def start(model, age=0, smooth_steps=4):
     settings = RecyclingSettings(steps=1, fraction=2 / 12, seed=0)
     schedule = PhaseSchedule(1, 1, 10, 100, 0.1667)
     (record,) = run_phase(table, settings, schedule, 1, smooth_steps=smooth_steps)
-    assert len(record.recycled) == 2
-    return table, torch.tensor(record.recycled)
+    assert len(record.chosen) == 2
+    return table, torch.tensor(record.chosen)
 
 
 def test_alpha_reaches_one_after_exactly_the_steps_asked_for():

@@ -46,7 +46,8 @@ def slice_of(
     values = torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float64) + 0.1
     attribute = "weight" if len(shape) == (2 if expert is None else 3) else "bias"
     holder.register_parameter(attribute, nn.Parameter(values.to(dtype)))
-    return NeuronSlice("in", holder, attribute, dim, offset, length, stride, expert)
+    role = "in" if attribute == "weight" else "in.bias"
+    return NeuronSlice(role, holder, attribute, dim, offset, length, stride, expert)
 
 
 def places(piece: NeuronSlice) -> Iterator[tuple[int, int, tuple[int, ...]]]:

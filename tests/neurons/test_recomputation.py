@@ -8,6 +8,7 @@ from types import MethodType
 
 import pytest
 import torch
+from support.causal import llama
 from support.families import FAMILIES
 from torch import nn
 from torch._dynamo.utils import counters
@@ -89,6 +90,16 @@ def test_what_is_kept_until_the_backward_pass(activation, kept):
     assert_same_gradients(model, twin)
     del loss, losses
     assert (watched.held(), watched_twin.held()) == (0, 0)
+
+
+def test_a_gated_block_keeps_its_activations():
+    """Beside its pre-activations, the out-projection's input is one of two factors."""
+    model = llama()
+    watched = Watched(model)
+    with recomputed(model):
+        loss = loss_of(model, {"input_ids": torch.arange(12).view(2, 6)})
+    assert watched.held() == 2
+    del loss
 
 
 def test_nothing_but_the_activations_is_replaced():

@@ -33,7 +33,8 @@ def slice_of(values: Tensor, dim: int = 0, offset: int = 0, length: int | None =
     holder = nn.Module()
     attribute = "weight" if values.dim() == 2 else "bias"
     holder.register_parameter(attribute, nn.Parameter(values.clone()))
-    return NeuronSlice("in", holder, attribute, dim, offset, values.shape[dim] if length is None else length)
+    role = "in" if attribute == "weight" else "in.bias"
+    return NeuronSlice(role, holder, attribute, dim, offset, values.shape[dim] if length is None else length)
 
 
 def slice_of_expert(values: Tensor, expert: int, dim: int = 0, offset: int = 0, stride: int = 1) -> NeuronSlice:
@@ -41,7 +42,8 @@ def slice_of_expert(values: Tensor, expert: int, dim: int = 0, offset: int = 0, 
     attribute = "weight" if values.dim() == 3 else "bias"
     holder.register_parameter(attribute, nn.Parameter(values.clone()))
     length = (values.shape[1 + dim] - offset + stride - 1) // stride
-    return NeuronSlice("in", holder, attribute, dim, offset, length, stride, expert)
+    role = "in" if attribute == "weight" else "in.bias"
+    return NeuronSlice(role, holder, attribute, dim, offset, length, stride, expert)
 
 
 def distributed(piece: NeuronSlice, mesh: DeviceMesh, placements) -> NeuronSlice:

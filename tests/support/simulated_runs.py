@@ -7,6 +7,7 @@ import torch
 
 from hf_recycle.records import files
 from hf_recycle.records.history import HistoryRecorder, RecyclingHistory, summarize
+from hf_recycle.records.recorder import BlockRecord
 
 
 def write_run(
@@ -41,7 +42,7 @@ def write_run(
             if 1 <= phase <= phases:
                 k = max(1, d_ff // 10)
                 chosen = np.argsort(values[name])[:k] if favourites else rng.permutation(d_ff)[:k]
-                recorder.phase(step, phase, name, k, d_ff, chosen.tolist())
+                recorder.phase(BlockRecord(step, name, k, d_ff, chosen.tolist(), phase=phase))
                 values[name][chosen] = np.abs(rng.normal(0.3, 0.02, k))
                 state[name]["counts"][chosen] += 1
                 state[name]["last_phase"][chosen] = phase

@@ -9,6 +9,7 @@ from transformers import default_data_collator
 
 from hf_recycle.methods import pruning
 from hf_recycle.methods.recycling import callback
+from hf_recycle.methods.registry import REINITIALIZATIONS
 
 DORMANT = {"recycle_selection": "dormant", "recycle_threshold": 0.025, "recycle_probe_batches": 2}
 FIXED = {"data": masked_sentences(), "collator": default_data_collator}
@@ -29,16 +30,20 @@ def batch_loss(model):
         return float(model.eval()(**default_data_collator(rows)).loss)
 
 
+def neurons_of(block):
+    return block.read(torch.arange(block.num_neurons))
+
+
 @pytest.fixture
 def at_phases(monkeypatch):
-    """Loss on a fixed batch before and after each phase, and the state dict after it."""
+    """Loss on a fixed batch before and after each phase, the neurons of each block after it, and its records."""
     seen, run_phase = [], callback.run_phase
 
     def watched(table, *args, **kwargs):
         model = table.views[0]._fresh.model
         training, before = model.training, batch_loss(model)
         records = run_phase(table, *args, **kwargs)
-        seen.append((before, batch_loss(model), {k: v.clone() for k, v in model.state_dict().items()}, records))
+        seen.append((before, batch_loss(model), list(map(neurons_of, table.blocks)), records))
         model.train(training)
         return records
 
@@ -46,20 +51,33 @@ def at_phases(monkeypatch):
     return seen
 
 
-def test_dead_neurons_are_found_and_reborn_without_a_change_of_the_loss(train, at_phases):
-    """All 16 dead ones of each layer and no other, the last layer's too; the loss stays to the bit; then they learn."""
-    settings = {"recycle_steps": 3, "recycle_fraction": 0.5, "recycle_reinit": "zero_out", "max_steps": 6}
-    trainer = train(model=half_dead(), **DORMANT, **settings, **FIXED)
-    [(before, after, weights, records)] = at_phases
-    assert [record.recycled for record in records] == [list(range(16))] * 2
+@pytest.mark.parametrize("reinit", ["zero_out", "gradmax", "sample"])
+def test_dead_neurons_are_found_and_reborn_without_a_change_of_the_loss(train, at_phases, reinit):
+    """All 16 dead ones of each layer and no other, the last layer's too; the loss stays to the bit."""
+    settings = {"recycle_steps": 3, "recycle_fraction": 0.5, "recycle_reinit": reinit, "max_steps": 4}
+    train(model=half_dead(), **DORMANT, **settings, **FIXED)
+    [(before, after, neurons, records)] = at_phases
+    assert [record.chosen for record in records] == [list(range(16))] * 2
     assert [record.requested for record in records] == [16, 16]
     assert after == before
-    for number, layer in enumerate(trainer.model.bert.encoder.layer):
-        out = weights[f"bert.encoder.layer.{number}.output.dense.weight"]
-        assert out[:, :16].abs().max() == 0
-        assert (layer.output.dense.weight != 0)[:, :16].any(dim=0).all()
-        rows = weights[f"bert.encoder.layer.{number}.intermediate.dense.weight"][:16]
-        assert (layer.intermediate.dense.weight[:16] != rows).any(dim=1).all()
+    for block in neurons:
+        assert block["out"][:16].abs().max() == 0
+        assert (block["in"][:16].norm(dim=1) > 0).all()
+
+
+@pytest.mark.parametrize("build", [lambda: tiny_bert(0.0), tiny_modernbert], ids=["ungated", "gated"])
+@pytest.mark.parametrize("reinit", list(REINITIALIZATIONS))
+def test_newborns_get_gradients_and_move(train, at_phases, build, reinit):
+    """Every one of them, in every part."""
+    settings = {"recycle_steps": 3, "recycle_fraction": 0.25, "recycle_reinit": reinit, "recycle_probe_batches": 2}
+    trainer = train(model=build(), max_steps=6, weight_decay=0, **settings, **FIXED)
+    [(_, _, neurons, records)] = at_phases
+    for block, born, record in zip(trainer.neuron_table().blocks, neurons, records, strict=True):
+        assert len(record.chosen) == block.num_neurons // 4
+        now = neurons_of(block)
+        for role, values in born.items():
+            changed = (now[role] != values)[record.chosen].reshape(len(record.chosen), -1)
+            assert changed.any(1).all(), role
 
 
 def test_nothing_is_recycled_where_nothing_is_dormant(train):
@@ -99,23 +117,25 @@ def test_maturity_spares_newborns_for_so_many_steps(train):
     assert first == fourth, "six steps old"
 
 
-@pytest.mark.parametrize("build", [half_dead, tiny_modernbert], ids=["ungated", "gated"])
-def test_split_keeps_the_loss_beyond_what_was_taken_away(train, at_phases, build):
+@pytest.mark.parametrize(
+    ("reinit", "gated"), [("split", False), *((name, True) for name in ("split", "zero_out", "gradmax", "sample"))]
+)
+def test_births_keep_the_loss_beyond_what_was_taken_away(train, at_phases, reinit, gated):
     """The newborns' places held dead or idle neurons, so that nothing was taken away."""
-    model = build()
-    if build is tiny_modernbert:
+    model = tiny_modernbert() if gated else half_dead()
+    if gated:
         for layer in model.model.layers:
             with torch.no_grad():
                 layer.mlp.Wo.weight[:, :6] = 0
-    settings = {"recycle_steps": 3, "recycle_fraction": 0.25, "recycle_reinit": "split", "max_steps": 4}
-    idle = {"recycle_selection": "low_magnitude", "learning_rate": 0.0} if build is tiny_modernbert else DORMANT
+    settings = {"recycle_steps": 3, "recycle_fraction": 0.25, "recycle_reinit": reinit, "max_steps": 4}
+    idle = {"recycle_selection": "low_magnitude", "learning_rate": 0.0} if gated else DORMANT
     train(model=model, **settings, **idle, **FIXED)
     before, after, _, records = at_phases[0]
-    assert all(record.recycled for record in records)
+    assert all(record.chosen for record in records)
     assert after == pytest.approx(before, rel=1e-6)
 
 
-@pytest.mark.parametrize("reinit", ["zero_out", "split", "gradmax"])
+@pytest.mark.parametrize("reinit", list(REINITIALIZATIONS))
 def test_births_fade_in(train, at_phases, reinit):
     """Right after the phase the model computes as before; when the fade-in is over, newborns have learned."""
     settings = {"recycle_steps": 3, "recycle_end": 3, "recycle_fraction": 0.25, "recycle_smooth_steps": 4}
@@ -124,7 +144,7 @@ def test_births_fade_in(train, at_phases, reinit):
     assert after == before
     assert trainer.neuron_table().fading_in == 0
     for block, record in zip(trainer.neuron_table().blocks, records, strict=True):
-        assert (block.read(torch.tensor(record.recycled))["out"].abs().amax(1) > 0).all()
+        assert (block.read(torch.tensor(record.chosen))["out"].abs().amax(1) > 0).all()
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ from hf_recycle.errors import UserError
             r"offload_optimizer.device='nvme'",
         ),
         ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, r"offload_param.device='nvme'"),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"ratio": 0.3}}}, r"offload_optimizer.ratio=0.3"),
         ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 8}}, r"zero_hpz_partition_size=8"),
         ({"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}, r"zero_quantized_weights=True"),
         ({"zero_optimization": {"stage": 1}, "tensor_parallel": {"autotp_size": 2}}, r"autotp_size=2"),

@@ -72,7 +72,7 @@ def test_resume_is_exact(train):
     assert type(whole.optimizer.optimizer) is MuonWithAdamW
     # Two phases of 3 and 3 of 32 neurons in 2 layers: 16 numbers of momentum each in and out, two moments of the bias.
     assert whole.neuron_table().optimizer_entries_reset == 6 * 2 * (16 + 16 + 2)
-    assert whole.state.log_history[-2]["optimizer_entries_reset"] == 6 * 2 * (16 + 16 + 2)
+    assert whole.state.log_history[-2]["recycling/optimizer_entries_reset"] == 6 * 2 * (16 + 16 + 2)
 
 
 def test_the_recycled_lines_of_the_momentum_are_cleared(arguments):

@@ -236,6 +236,8 @@ NO_WAY = {
         ({"midpoint_weight": 0.1}, "midpoint_weight=0.1"),
         ({"prune_fraction": 0.5, "prune_steps": 1}, "prune_fraction=0.5"),
         ({"overtrain_steps": 2, "overtrain_batches": 1}, "overtrain_steps=2"),
+        ({"l2_init_weight": 0.5}, "l2_init_weight=0.5"),
+        ({"shrink_perturb_steps": 2}, "shrink_perturb_steps=2"),
     ],
 )
 @pytest.mark.parametrize("name", NO_WAY)
@@ -269,6 +271,12 @@ def test_unknown_entries_of_a_subclass_are_refused_at_the_first_step(run):
         )
         with pytest.raises(ValueError, match=f"AdamWithMore of more: its state {what}"):
             run(cls, **PLAIN | {"recycle_steps": 5})
+
+
+def test_a_phase_that_finds_nothing_to_reset_is_an_error(run, monkeypatch):
+    monkeypatch.setattr("hf_recycle.methods.recycling.phase.reset_state", lambda *_: 0)
+    with pytest.raises(ValueError, match=r"with AdamW: nothing of its state was found to reset after neurons were rec"):
+        run(**PLAIN)
 
 
 class MatricesOnly(torch.optim.Muon):

@@ -9,7 +9,8 @@ from transformers import default_data_collator
 from hf_recycle.methods import probe as probe_module
 from hf_recycle.methods.magnitudes import Magnitudes
 from hf_recycle.methods.probe import Probe
-from hf_recycle.methods.registry import GRADIENTS, STATISTICS
+from hf_recycle.methods.recycling.selection import Signals
+from hf_recycle.methods.registry import CRITERIA, GRADIENTS, STATISTICS, by_weights
 
 WATCHED = {"recycle_steps": 1, "recycle_selection": "fisher", "recycle_probe_batches": 2, "recycle_reinit": "gradmax"}
 
@@ -82,6 +83,10 @@ def naive(trainer, batches, autocast):
     return found
 
 
+def batches_of(probe, step):
+    return [batch for _, batch in probe._batches_of(step)]
+
+
 def _lines(piece):
     """The gradient of the rows of the in-projection."""
     return piece.parameter.grad.narrow(0, piece.offset, piece.length).double()
@@ -91,11 +96,11 @@ def _lines(piece):
 @pytest.mark.parametrize(
     "setting", [{}, {"activation_checkpointing": True}, {"bf16": True}], ids=["plain", "ckpt", "bf16"]
 )
-def test_statistics_against_a_naive_loop(probed, build, setting):
+def test_statistics_and_scores_against_a_naive_loop(probed, build, setting):
     """With the head on masked positions in training, where the last block is computed there only."""
     trainer, probe = probed(build(), **setting)
-    found = probe.gather([0, 1], list(STATISTICS), step=7)
-    expected = naive(trainer, list(probe._batches_of(7)), autocast="bf16" in setting)
+    found = probe.gather([0, 1], sorted(STATISTICS.keys() - {"token_inputs"}), step=7)
+    expected = naive(trainer, batches_of(probe, 7), autocast="bf16" in setting)
     tolerance = {"rtol": 3e-2, "atol": 3e-5} if "bf16" in setting else {"rtol": 1e-4, "atol": 1e-9}
     for mine, theirs in zip(found, expected, strict=True):
         for name, values in theirs.items():
@@ -103,6 +108,14 @@ def test_statistics_against_a_naive_loop(probed, build, setting):
             torch.testing.assert_close(
                 mine[name].double(), values, **tolerance, msg=lambda text, name=name: f"{name}: {text}"
             )
+    for block, *sides in zip(trainer.neuron_table().blocks, found, expected, strict=True):
+        for name in set(CRITERIA) - set(by_weights(CRITERIA)):
+            scores = [
+                CRITERIA[name](Signals(block.magnitudes().detach(), lambda: None, block.out_columns, side))
+                for side in sides
+            ]
+            assert scores[1].std() > 0
+            torch.testing.assert_close(*scores, rtol=10 * tolerance["rtol"], atol=0, msg=lambda t, n=name: f"{n}: {t}")
 
 
 def test_padding_is_left_out(probed):
@@ -115,7 +128,7 @@ def test_padding_is_left_out(probed):
     trainer, probe = probed(tiny_bert(), data=rows)
     names = ["mean_abs", "cross_moment", "taylor"]
     [found] = probe.gather([1], names, step=3)
-    expected = naive(trainer, list(probe._batches_of(3)), autocast=False)[1]
+    expected = naive(trainer, batches_of(probe, 3), autocast=False)[1]
     for name in names:
         torch.testing.assert_close(found[name].double(), expected[name], rtol=1e-4, atol=1e-9)
 
@@ -173,12 +186,12 @@ def test_too_large_moments_are_refused_with_their_bytes(train, monkeypatch):
     zeros = torch.zeros
 
     def limited(*size, **kwargs):
-        if len(size) == 2 and size[0] * size[1] == 32 * 32:
-            raise RuntimeError("not enough memory: you tried to allocate 4096 bytes.")
+        if len(size) == 2 and size[0] * size[1] == 7 * 32 * 32:
+            raise RuntimeError("not enough memory: you tried to allocate 28672 bytes.")
         return zeros(*size, **kwargs)
 
     monkeypatch.setattr("hf_recycle.methods.probe.torch.zeros", limited)
     with pytest.raises(
-        ValueError, match=r"no room on cpu for the 4,096 bytes of the moments of bert\.encoder\.layer\.0"
+        ValueError, match=r"no room on cpu for the 28,672 bytes of the moments of bert\.encoder\.layer\.0"
     ):
         train(recycle_steps=2, recycle_selection="obs")

@@ -209,15 +209,15 @@ def test_scalars_reach_the_log_history_and_the_trackers(arguments, tmp_path):
     trainer.train()
     row = next(row for row in trainer.state.log_history if row["step"] == 7 and "loss" in row)
     # Two phases by step 7, at 3 and 6: ⌊3.2⌋ + (⌊6.4⌋ − ⌊3.2⌋) neurons of each of two blocks.
-    assert row["neurons_recycled"] == 12
-    assert row["neurons_ever_recycled_share"] == 12 / 64
-    assert row["neurons_immune"] == 6
-    assert row["neurons_fading_in"] == 6
-    assert row["magnitude_p10"] <= row["magnitude_p50"] <= row["magnitude_p90"]
-    assert row["midpoint_loss"] > 0
+    assert row["recycling/neurons_recycled"] == 12
+    assert row["recycling/neurons_ever_recycled_share"] == 12 / 64
+    assert row["recycling/neurons_immune"] == 6
+    assert row["recycling/neurons_fading_in"] == 6
+    assert row["recycling/magnitude_p10"] <= row["recycling/magnitude_p50"] <= row["recycling/magnitude_p90"]
+    assert row["recycling/midpoint_loss"] > 0
     [folder] = {path.parent for path in tmp_path.rglob("events.out.tfevents*")}
     events = EventAccumulator(str(folder)).Reload()
-    assert [event.value for event in events.Scalars("train/neurons_recycled")][:7] == [0, 0, 6, 6, 6, 12, 12]
+    assert [event.value for event in events.Scalars("train/recycling/neurons_recycled")][:7] == [0, 0, 6, 6, 6, 12, 12]
 
 
 def test_everything_off_logs_nothing_more(arguments):

@@ -322,6 +322,17 @@ def test_a_plain_loss_is_that_of_one_large_batch(build, masked_head, arguments):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=name)
 
 
+def test_the_stock_trainer_inflates_the_loss_of_bert_by_accumulation_steps(arguments):
+    """As README says of this version of transformers."""
+    found = []
+    for size, steps in ((12, 1), (4, 3)):
+        settings = COMMON | {"max_steps": 1, "per_device_train_batch_size": size, "gradient_accumulation_steps": steps}
+        trainer = Trainer(tiny_bert(0.0), arguments(**settings), train_dataset=masked_sentences(12))
+        trainer.train()
+        found.append(losses(trainer)[0])
+    assert found[1] / found[0] == pytest.approx(3, rel=0.05)  # and a mean of means
+
+
 @pytest.mark.parametrize("build", [pretraining, lambda: Wrapper(tiny_bert())], ids=["BertForPreTraining", "a wrapper"])
 def test_a_known_loss_with_more_to_it_is_a_mean_over_accumulated_batches(build, arguments):
     data = [{**row, "next_sentence_label": i % 2} for i, row in enumerate(masked_sentences(12))]

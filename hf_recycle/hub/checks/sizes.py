@@ -22,6 +22,7 @@ _MOST = {
     "trainer_state.json": 64 * _MIB,  # a long run logs a lot
     "recycling_config.json": 4 * _MIB,
     "recycling_stats.json": 16 * _MIB,
+    "recycling_ceiling.json": 4 * _MIB,
     "recycling_history.parquet": 1024 * _MIB,
     "rng_state*.pth": 4 * _MIB,  # 15 KiB, and 16 bytes for each accelerator
     "scheduler.pt": 4 * _MIB,

@@ -49,7 +49,7 @@ class Pull:
         """Downloads what is not in the cache yet and checks all of it; returns the checkpoint's folder there.
 
         Raises:
-            UserError: a file can't be had, or is damaged or hostile.
+            UserError: a file can't be downloaded, or is damaged or hostile.
         """
         with explained(self.address):
             snapshot = insist(
@@ -97,11 +97,6 @@ def plan(address: HubAddress, token: str | None = None, trust_pickled: bool = Fa
         raise UserError(f"{address}: the checkpoint {folder} lacks {missing[0]}; name another one, or push it again")
     check_sizes(pinned, {name: sizes[f"{folder}/{name}"] for name in names}, _free())
     return Pull(pinned, tuple(f"{folder}/{name}" for name in names), trust_pickled)
-
-
-def pull_checkpoint(text: str, token: str | None = None, trust_pickled: bool = False) -> Path:
-    """The local folder of the checkpoint at `hf://user/repo[@revision][/folder]`; see `plan` and `Pull.fetch`."""
-    return plan(HubAddress.parse(text), token, trust_pickled).fetch(token)
 
 
 def is_pulled(folder: str | os.PathLike[str]) -> bool:

@@ -1,4 +1,4 @@
-"""A push: what is to be published, and where."""
+"""A push: what goes to the Hub, and where."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Push:
         return self.checkpoint is not None and self.checkpoint.startswith("checkpoint-")
 
     def save(self, folder: Path) -> None:
-        """Notes in a staged folder what it is for."""
+        """Writes into a staged folder what it is for."""
         values = {key: value for key, value in asdict(self).items() if key in _STORED}
         Path(folder, JOB_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 

@@ -9,6 +9,7 @@ import re
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
+from hf_recycle.records.ceiling_file import CEILING_FILE
 from hf_recycle.records.files import RECYCLING_FILES
 
 CARD = "README.md"
@@ -20,7 +21,7 @@ _PICKLED = re.compile(rf"pytorch_model{_SHARDS}\.bin|pytorch_model\.bin\.index\.
 _WEIGHTS = (_MODEL, _ADAPTER, _PICKLED)
 # Configurations, and what transformers' tokenizers and processors save (their VOCAB_FILES_NAMES).
 _DESCRIPTIONS = {
-    *("config.json", "generation_config.json", "adapter_config.json", CARD, *RECYCLING_FILES),
+    *("config.json", "generation_config.json", "adapter_config.json", CARD, CEILING_FILE, *RECYCLING_FILES),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "bpe.codes", "entity_vocab.json", "normalizer.json"),
     *("tokenizer.model", "sentencepiece.model", "sentencepiece.bpe.model", "spiece.model", "spm.model"),
@@ -29,7 +30,7 @@ _DESCRIPTIONS = {
     *("audio_tokenizer_config.json", "chat_template.jinja", "chat_template.json"),
 }
 _IN_FOLDERS = re.compile(
-    r"figures/(loss|recycle_counts|ages|magnitudes)\.png|additional_chat_templates/[A-Za-z0-9_-]+\.jinja"
+    r"figures/(loss|recycle_counts|ages|magnitudes|ceiling)\.png|additional_chat_templates/[A-Za-z0-9_-]+\.jinja"
 )
 # What only resuming needs: the Trainer's files, and the shards of torch.distributed.checkpoint and DeepSpeed.
 _STATE = re.compile(

@@ -38,7 +38,7 @@ class HubMixin(NeuronTrainer):
     Attributes:
         push_policy: how patiently; a class attribute, to be overridden.
         publisher: on process 0 of a run that publishes; None elsewhere.
-        card_words: what `create_model_card` was told.
+        card_words: the arguments that `create_model_card` was called with.
     """
 
     push_policy = RetryPolicy()

@@ -1,4 +1,4 @@
-"""When to overtrain."""
+"""The method `Overtraining`: when neurons are overtrained, and on which batches; and its public callback."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any

@@ -17,8 +17,9 @@ class Block(Protocol):
     """What a reinitialization may know of a block. Values are `{role: (n, width)}`, biases `(n,)`."""
 
     num_neurons: int
+    is_dictionary: bool
+    """Whether the model is this block and vectors, such as a sparse autoencoder, whose out-columns are what it learns."""
     weight_roles: Sequence[str]
-
     bias_roles: Sequence[str]
 
     def sample_initial(
@@ -152,6 +153,24 @@ def gradmax(block: Block, index: Tensor, generator: torch.Generator, options: Op
     return Birth(_scaled_to_others(block, values, index, options))
 
 
+@REINITIALIZATIONS.register
+@needs("token_inputs")
+def sample(block: Block, index: Tensor, generator: torch.Generator, options: Options) -> Birth:
+    """in-rows along inputs of tokens drawn by their loss, a fifth as long as the others'; out-columns zero
+
+    In a sparse autoencoder the out-columns are the same directions (Bricken et al. 2023, "Towards monosemanticity").
+    """
+    values = _without_outputs(block, len(index), generator)
+    inputs = options.statistics["token_inputs"][: len(index)].cpu().float()
+    directions = torch.nn.functional.normalize(inputs, dim=1)
+    for role in values:
+        if role in block.bias_roles:
+            values[role][: len(directions)] = 0  # so that each is on at its token
+        elif role != "out" or block.is_dictionary:
+            values[role][: len(directions)] = directions
+    return Birth(_scaled_to_others(block, values, index, options, share=0.2))
+
+
 def _others(block: Block, index: Tensor, options: Options) -> Tensor:
     if options.others is not None:
         return options.others
@@ -166,12 +185,14 @@ def _without_outputs(block: Block, n: int, generator: torch.Generator) -> dict[s
     return block.sample_initial(n, generator, roles) | {"out": torch.zeros(n, block.width("out"))}
 
 
-def _scaled_to_others(block: Block, values: dict[str, Tensor], index: Tensor, options: Options) -> dict[str, Tensor]:
-    """`values` with in-rows as long as those of the other neurons are on average, where there are others."""
+def _scaled_to_others(
+    block: Block, values: dict[str, Tensor], index: Tensor, options: Options, share: float = 1.0
+) -> dict[str, Tensor]:
+    """`values` with in-rows `share` times as long as those of the other neurons on average, where there are others."""
     others = _others(block, index, options)
     if not len(others):
         return values
-    length = block.norms()[0].cpu().double()[others].mean()
+    length = share * block.norms()[0].cpu().double()[others].mean()
     roles = [role for role in block.weight_roles if role != "out"]
     norms = torch.cat([values[role].double() for role in roles], dim=1).norm(dim=1, keepdim=True)
     factor = torch.where(norms > 0, length / norms, 0.0)

@@ -1,4 +1,4 @@
-"""When to recycle."""
+"""The method `Recycling`: when selection phases happen, and what fades in between; and its public callback."""
 
 from collections.abc import Sequence
 
@@ -23,6 +23,7 @@ from hf_recycle.methods.settings import RecyclingSettings
 from hf_recycle.neurons.blocks import FeedForward
 from hf_recycle.neurons.optimizer_state import check_can_reset, check_optimizer, check_state, check_was_reset
 from hf_recycle.neurons.table import NeuronTable
+from hf_recycle.records.recorder import LEFT_ALONE
 from hf_recycle.utils.seeds import generator_for
 
 logger = logging.get_logger(__name__)
@@ -53,7 +54,7 @@ class Recycling(Method[RecyclingSettings]):
         self.probe = (
             Probe(run, resolved(settings.seed), settings.probe_batches, wanted, "recycling") if wanted else None
         )
-        self._gradients_scaled = self._state_checked = False
+        self._gradients_scaled = self._state_checked = self._said_left_alone = False
         self._check_weights()
         self._check_initial_distribution()
         if self.smooth_steps:
@@ -100,6 +101,7 @@ class Recycling(Method[RecyclingSettings]):
                 "matched_normal": view.bias_roles,
                 "zero_out": inner,
                 "gradmax": inner,
+                "sample": inner,
             }
             roles = drawn.get(self.settings.reinit, [])
             view.sample_initial(1, generator_for(0, 0, index, "check"), roles)
@@ -158,17 +160,19 @@ class Recycling(Method[RecyclingSettings]):
             optimizer=self.run.optimizer,
             loss_is_finite=info.loss_is_finite(),
             frozen=self.run.frozen(),
-            gather=None if self.probe is None else self.probe.gather,
+            gather=None if self.probe is None else self.probe.noting(info.step),
         )
         for record in records:
-            self.run.recorder.phase(**vars(record))
-        recycled = {record.block for record in records if record.recycled}
+            self.run.recorder.phase(record)
+        recycled = {record.block for record in records if record.chosen}
         if recycled and self.settings.optimizer_state != "keep":
             count = self.table.optimizer_entries_reset - reset_before
             check_was_reset(self.run.optimizer, [b for b in self.table.blocks if b.name in recycled], count)
             logger.info(f"Step {info.step}: {count} entries of the optimizer's state were reset.")
         for note in {record.note for record in records if record.note}:
-            logger.warning(f"Step {info.step}: {note}.")
+            if not (note.startswith(LEFT_ALONE) and self._said_left_alone):
+                logger.warning(f"Step {info.step}: {note}.")
+            self._said_left_alone |= note.startswith(LEFT_ALONE)
 
     def stop(self) -> None:
         for hook in self._hooks:

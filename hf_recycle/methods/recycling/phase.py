@@ -1,7 +1,6 @@
 """One selection phase: choose neurons, give them new weights, note what was done."""
 
 from collections.abc import Collection
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -20,34 +19,8 @@ from hf_recycle.neurons.blocks import magnitudes_of
 from hf_recycle.neurons.magnitudes import on_cpu
 from hf_recycle.neurons.optimizer_state import reset_state
 from hf_recycle.neurons.table import BlockState, NeuronTable
-from hf_recycle.records.recorder import SKIPPED
+from hf_recycle.records.recorder import LEFT_ALONE, SKIPPED, BlockRecord
 from hf_recycle.utils.seeds import generator_for
-
-
-@dataclass(frozen=True)
-class PhaseRecord:
-    """What a phase did in one block.
-
-    Attributes:
-        step: of the Trainer.
-        phase: number of the phase, from 1 (of a skipped phase: the number it would have had).
-        block: name of the block.
-        requested: neurons that the settings ask for, also of a skipped phase (in global scope: those of this block
-            that were chosen).
-        eligible: neurons that could be chosen.
-        recycled: indices of the chosen neurons, ascending.
-        note: why fewer were recycled than requested, or empty.
-        edits: what else was changed, or empty.
-    """
-
-    step: int
-    phase: int
-    block: str
-    requested: int
-    eligible: int
-    recycled: list[int]
-    note: str = ""
-    edits: str = ""
 
 
 def needs_of_settings(settings: RecyclingSettings) -> dict[str, str]:
@@ -72,7 +45,7 @@ def run_phase(
     loss_is_finite: bool = True,
     frozen: Collection[int] = (),
     gather: Gather | None = None,
-) -> list[PhaseRecord]:
+) -> list[BlockRecord]:
     """Runs the selection phase right after step `step` of the Trainer.
 
     A non-finite loss, magnitude or statistic skips the whole phase: nothing is written, and the records say why. A
@@ -104,14 +77,15 @@ def run_phase(
         by_size = {size: schedule.quota(optimizer_steps, size) for size in {len(values) for values in magnitudes}}
         quotas = [by_size[len(values)] for values in magnitudes]
     states = [table.states[block_index] for block_index in block_indices]
-    eligible = _eligible(states, phase, step, settings)
+    eligible = _eligible(states, phase, optimizer_steps, settings)
 
     reason = _reason_to_skip(magnitudes, loss_is_finite)
     names = needs_of_settings(settings)
     statistics: list[Statistics] = [{} for _ in block_indices]
+    limits = quotas if settings.scope == "layer" else quotas * len(block_indices)
     if names and not reason:
         assert gather is not None, f"{', '.join(names)} can't be known without a probe"
-        statistics = gather(block_indices, names, optimizer_steps)
+        statistics = gather(block_indices, names, optimizer_steps, max(limits))
         if not all(value.isfinite().all() for each in statistics for value in each.values()):
             reason = f"{SKIPPED}some statistics of the extra batches are not finite"
     if reason:
@@ -119,11 +93,10 @@ def run_phase(
         if settings.scope == "global":
             requested, reason = [0] * len(block_indices), f"{reason} ({quotas[0]} requested over all blocks)"
         return left_out + [
-            PhaseRecord(step, phase, table.blocks[block_index].name, request, int(mask.count_nonzero()), [], reason)
-            for block_index, request, mask in zip(block_indices, requested, eligible, strict=True)
+            BlockRecord(step, table.blocks[number].name, request, int(mask.count_nonzero()), [], reason, phase=phase)
+            for number, request, mask in zip(block_indices, requested, eligible, strict=True)
         ]
 
-    limits = quotas if settings.scope == "layer" else quotas * len(block_indices)
     # The last block last: if activations are multiplied with each other, which is known of one block at a time, that is
     # where the folds begin.
     scores = [
@@ -156,6 +129,12 @@ def run_phase(
         short = ["too few eligible neurons" if len(c) < q else "" for c, q in zip(chosen, quotas, strict=True)]
         notes = [each or note for each, note in zip(refused, short, strict=True)]
 
+    if settings.reinit == "split":
+        for place, (index, state) in enumerate(zip(chosen, states, strict=True)):
+            if len(index) > (sources := len(_others(state, index))):
+                notes[place] = f"split has {sources} neurons to share with {len(index)} newborns"
+                chosen[place] = index[:0]
+
     table.phases = phase
     checksum = ReplicaChecksum()
     checksum.note(chosen)
@@ -169,37 +148,46 @@ def run_phase(
     ):
         checksum.note(_recycle(table, block_index, index, settings, generator, smooth_steps, optimizer, known))
     for block_index, index in zip(block_indices, chosen, strict=True):
-        table.states[block_index].note(index, phase, step)
+        table.states[block_index].note(index, phase, step, table.skipped_steps)
     checksum.check(f"the neurons recycled at step {step}", table.blocks[block_indices[0]].out_slice.device)
     edits = [FOLDED[settings.fold] if len(index) else "" for index in chosen]
     columns = block_indices, requested, eligible, chosen, notes, edits
     return left_out + [
-        PhaseRecord(step, phase, table.blocks[number].name, request, int(mask.count_nonzero()), index.tolist(), *said)
-        for number, request, mask, index, *said in zip(*columns, strict=True)
+        BlockRecord(
+            step, table.blocks[number].name, request, int(mask.count_nonzero()), index.tolist(), note, edit, phase
+        )
+        for number, request, mask, index, note, edit in zip(*columns, strict=True)
     ]
 
 
-def _left_out(table: NeuronTable, block_indices: list[int], step: int, nothing: bool) -> list[PhaseRecord]:
+def _left_out(table: NeuronTable, block_indices: list[int], step: int, nothing: bool) -> list[BlockRecord]:
     """Records of blocks that the next phase leaves out; a phase that has `nothing` else is skipped."""
     note = f"{SKIPPED if nothing else ''}the weights of some blocks are frozen"
     phase = table.phases + 1
-    return [PhaseRecord(step, phase, table.blocks[block_index].name, 0, 0, [], note) for block_index in block_indices]
+    return [BlockRecord(step, table.blocks[number].name, 0, 0, [], note, phase=phase) for number in block_indices]
 
 
-def _eligible(states: list[BlockState], phase: int, step: int, settings: RecyclingSettings) -> list[Tensor]:
+def _eligible(states: list[BlockState], phase: int, optimizer_steps: int, settings: RecyclingSettings) -> list[Tensor]:
     """Which neurons may be chosen, bool `(d_ff,)` for each block."""
     excluded = torch.cat([state.pruned for state in states])
     last_phase = torch.cat([state.last_phase for state in states])
     if settings.immunity:
         excluded |= is_immune(last_phase, phase, settings.immunity)
     if settings.maturity:
-        young = step - torch.cat([state.last_step for state in states]) < settings.maturity
-        excluded |= young & (last_phase > 0)
+        born = torch.cat([state.last_step - state.skipped_steps for state in states])
+        excluded |= (optimizer_steps - born < settings.maturity) & (last_phase > 0)
     eligible = list((~excluded).split([state.num_neurons for state in states]))
     for mask, state in zip(eligible, states, strict=True):
         if state.fade_in is not None:
             mask[state.fade_in.index] = False
     return eligible
+
+
+def _others(state: BlockState, index: Tensor) -> Tensor:
+    """Indices of the neurons that are neither reborn now, nor pruned or fading in."""
+    others = ~(state.pruned | state.fading_in())
+    others[index] = False
+    return others.nonzero().flatten()
 
 
 def _apply_threshold(
@@ -212,16 +200,32 @@ def _apply_threshold(
 ) -> tuple[list[str], list[int]]:
     """Takes those above the threshold out of `eligible`, and lowers what is requested to what is left; also, for each
     block, why none of it may be recycled, or empty."""
-    refused = []
+    refused, healthy = [], _healthy(settings, threshold, scores, states)
     for values, mask, state in zip(scores, eligible, states, strict=True):
         below = values <= threshold
         takes_all = bool((below | state.pruned).all())
-        refused.append(f"the threshold {threshold:g} would take every neuron of a layer" if takes_all else "")
-        mask &= below & (not takes_all)
+        every = f"the threshold {threshold:g} would take every neuron of a layer" if takes_all else ""
+        refused.append(healthy or every)
+        mask &= below & (not refused[-1])
     left = [int(mask.count_nonzero()) for mask in eligible]
     if settings.scope == "global":
         left = [sum(left)]
     return refused, [min(*pair) for pair in zip(quotas, left, strict=True)]
+
+
+def _healthy(settings: RecyclingSettings, threshold: float, scores: list[Tensor], states: list[BlockState]) -> str:
+    """Why a model of which nothing was recycled yet is left alone, or empty."""
+    if not settings.min_share or any(state.counts.any() for state in states):
+        return ""
+    standing = ~torch.cat([state.pruned for state in states])
+    below = (torch.cat(scores) <= threshold) & standing
+    share = int(below.sum()) / max(int(standing.sum()), 1)
+    if share >= settings.min_share:
+        return ""
+    return (
+        f"{LEFT_ALONE}{100 * share:.1f}% of the neurons are at or below recycle_threshold={threshold:g}, fewer than "
+        f"recycle_min_share={settings.min_share:g}"
+    )
 
 
 def _reason_to_skip(magnitudes: list[Tensor], loss_is_finite: bool) -> str:
@@ -247,9 +251,7 @@ def _recycle(
     if not len(index):
         return []
     block, state = table.blocks[block_index], table.states[block_index]
-    others = ~(state.pruned | state.fading_in())
-    others[index] = False
-    others = others.nonzero().flatten()
+    others = _others(state, index)
     folded = fold(settings.fold, block, statistics, index, others)
     options = Options(settings.noise_scale, others, statistics)
     birth = REINITIALIZATIONS[settings.reinit](table.views[block_index], index, generator, options)

@@ -27,7 +27,7 @@ class Signals:
         read_out_columns: gives `out_columns`.
         statistics: what the criterion says by `needs` that it looks at, see `registry.STATISTICS`.
         eligible: bool `(d_ff,)`, the neurons that may be chosen; None: all.
-        count: how many are to be chosen, at most.
+        count: how many may be chosen at most.
     """
 
     magnitudes: Tensor

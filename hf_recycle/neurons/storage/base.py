@@ -71,6 +71,11 @@ class Storage:
                 return number
         return -1
 
+    def stepped(self, piece: ParameterSlice, optimizer) -> Tensor:
+        """The tensor that the optimizer has in its groups for the parameter; with separate masters, it steps many
+        parameters as one."""
+        return piece.parameter
+
     # ---- Written once ----
 
     def norms(self, pieces: Sequence[ParameterSlice], dtype: torch.dtype) -> list[Tensor]:

@@ -60,7 +60,7 @@ def _is_for_numpy(memory: Tensor, index: Tensor, count: int) -> bool:
 def whole(piece: ParameterSlice, tensor: torch.Tensor) -> list[Tile]:
     """The one tile of a tensor laid out like the slice's parameter."""
     part = _part(piece, tensor)
-    if piece.is_bias:
+    if part.dim() == 1:
         part = part.unsqueeze(1)
     return [Tile(part.T if piece.dim else part, 0, 0, has_all_neurons=True)]
 
@@ -70,8 +70,8 @@ def _part(piece: ParameterSlice, tensor: torch.Tensor) -> torch.Tensor:
     tensor = tensor.detach()
     if piece.expert is not None:
         tensor = tensor[piece.expert]
-    elif tensor.dim() > 2:
-        tensor = tensor.flatten(1)
+    elif tensor.dim() != 2:
+        tensor = tensor.view(len(tensor), -1) if tensor.dim() > 2 else tensor.view(-1)
     if tensor.shape[piece.dim] == piece.length:
         return tensor
     if piece.stride == 1:

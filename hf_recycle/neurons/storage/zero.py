@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO.
+"""Parameters that DeepSpeed ZeRO has sharded: float32 masters and copies that the model computes with.
 
 The optimizer updates float32 masters, flattened and cut over processes; the model computes with copies. Stages 1 and 2
 keep a whole copy of the model on each process, stage 3 a partition of it. In both, a process holds of each parameter
@@ -44,6 +44,9 @@ class ReplicatedZeroStorage(ZeroStorage):
     def group_of(self, piece: ParameterSlice, optimizer) -> int:
         return of_deepspeed.replicated_group(optimizer, piece.parameter)
 
+    def stepped(self, piece: ParameterSlice, optimizer) -> Tensor:
+        return of_deepspeed.replicated_masters(optimizer, piece.parameter)
+
     def publish(self, piece: ParameterSlice, index: Tensor) -> None:
         self.write_forward(piece, index, self.read(piece, index))
 
@@ -84,6 +87,9 @@ class PartitionedZeroStorage(ZeroStorage):
 
     def group_of(self, piece: ParameterSlice, optimizer) -> int:
         return of_deepspeed.partitioned_group(piece.parameter)
+
+    def stepped(self, piece: ParameterSlice, optimizer) -> Tensor:
+        return of_deepspeed.partitioned_masters(piece.parameter)
 
     def publish(self, piece: ParameterSlice, index: Tensor) -> None:
         self.write_forward(piece, index, self.read(piece, index))

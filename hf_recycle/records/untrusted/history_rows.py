@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 from hf_recycle.records.file_checks import MAX_NAME, fail
 from hf_recycle.records.history_checks import block_codes, list_column, no_nulls, with_widths
 from hf_recycle.records.recorder import (
+    ACTIVITY_METRICS,
     HISTOGRAM_BINS,
     MAX_NOTE,
     OVERTRAINING_METRICS,
@@ -38,6 +39,7 @@ def check_rows(path: Path, table: pa.Table, blocks: Blocks) -> None:
     _check_magnitudes(path, rows_of_kind(table, "magnitude"), blocks)
     _check_logs(path, rows_of_kind(table, "log"))
     _check_overtrainings(path, table)
+    _check_activities(path, table, blocks)
 
 
 def _check_phases(path: Path, rows: pa.Table, blocks: Blocks) -> None:
@@ -128,6 +130,20 @@ def _check_overtrainings(path: Path, table: pa.Table) -> None:
         values = found[name][1]
         if not (np.isfinite(values) & (values >= 0) & (values < 2**53) & (values % 1 == 0)).all():
             fail(path, f"{name} of an overtraining is not a whole number from 0")
+
+
+def _check_activities(path: Path, table: pa.Table, blocks: Blocks) -> None:
+    rows = rows_of_kind(table, "activity")
+    block_codes(path, rows, blocks)
+    _check_logs(path, rows)
+    found = metric_values(table, "activity")
+    if any(len(found.get(name, ((), ()))[1]) != len(rows) for name in ACTIVITY_METRICS):
+        fail(path, "an activity does not say all that is recorded of it")
+    if len(rows):
+        neurons, dead, dormant = (found[name][1] for name in ACTIVITY_METRICS)
+        ascending = (dead >= 0) & (dead <= dormant) & (dormant <= neurons) & (neurons <= rows["width"].to_numpy())
+        if not (ascending & (dead % 1 == 0) & (dormant % 1 == 0) & (neurons % 1 == 0)).all():
+            fail(path, "an activity counts neurons that its block does not have")
 
 
 def _check_notes(path: Path, rows: pa.Table) -> None:
