@@ -6,11 +6,11 @@
 #   benchmarks/device.sh TEXT [OUTPUT]            TEXT: a file to train on (.txt, .jsonl, ...), some MB of English
 #   SMALL=1 benchmarks/device.sh TEXT [OUTPUT]    the same on a CPU, tiny: whether the script works, and nothing else
 #
-# PYTHON: the interpreter (default: .venv/bin/python). Every part goes on where it was stopped, and one that fails does not
+# BIN: the folder of python, hf-recycle and accelerate (default: .venv/bin). Every part goes on where it was stopped, and one that fails does not
 # stop the others; the exit status says whether one did.
 set -u
 cd "$(dirname "$0")/.."
-text=$(realpath "${1:?name a text file}") output=$(realpath -m "${2:-runs/device}") python=${PYTHON:-.venv/bin/python}
+text=$(realpath "${1:?name a text file}") output=$(realpath -m "${2:-runs/device}") bin=${BIN:-.venv/bin}
 status=0
 mkdir -p "$output"
 
@@ -36,8 +36,8 @@ part() { # NAME COMMAND...: runs it, and notes how it ended
 }
 
 nvidia-smi --query-gpu=name,memory.total --format=csv,noheader 2>/dev/null || echo "no GPU"
-part study "$python" -m hf_recycle study recipes/studies/device.yaml --train_file "$text" "${shape[@]}" --output "$output/study"
-part rows "$python" -m benchmarks "${rows[@]}" --output "$output/rows.md"
-part fsdp2 "$python" -m accelerate.commands.launch "${launch[@]}" -m hf_recycle.train scale/article preset/recommended \
+part study "$bin/hf-recycle" study recipes/studies/device.yaml --train_file "$text" "${shape[@]}" --output "$output/study"
+part rows "$bin/python" -m benchmarks "${rows[@]}" --output "$output/rows.md"
+part fsdp2 "$bin/accelerate" launch "${launch[@]}" -m hf_recycle.train scale/article preset/recommended \
     --train_file "$text" "${shape[@]}" --max_steps 20 --eval_strategy no --save_strategy no --output_dir "$output/fsdp2"
 exit $status

@@ -90,12 +90,16 @@ def _run(options: argparse.Namespace) -> int:
     names = [study.name for study in studies]
     if len(set(names)) < len(names):
         raise UserError(f"two of the studies are called {max(names, key=names.count)!r}; their reports need two names")
-    _check_runs(studies)
+    check_runs(studies)
     return max(_study(study, options) for study in studies)
 
 
-def _check_runs(studies: Sequence[Study]) -> None:
-    """Reads the arguments of every arm as a run would, so that a mistake in the last one is found now."""
+def check_runs(studies: Sequence[Study]) -> None:
+    """Reads the arguments of every arm as a run would, so that a mistake in the last one is found now.
+
+    Raises:
+        UserError: as a run would, with the study and the arm.
+    """
     import tempfile
 
     import yaml

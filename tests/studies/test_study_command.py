@@ -206,6 +206,51 @@ def test_an_interrupted_study_goes_on_as_if_nothing_had_happened(done, tmp_path,
     assert one["tokens"] > 0
 
 
+FACTS = """\
+title: Facts
+seeds: 2
+baseline: dead
+control: {lower: alive, higher: dead}
+tuning: {grid: {learning_rate: [1e-5, 1e-2]}, seeds: [9]}
+recipes: facts
+settings:
+  {facts_keys: 16, facts_values: 8, facts_tasks: 2, facts_epochs: 20, train_sampling_strategy: sequential,
+  per_device_train_batch_size: 128, max_steps: 80, warmup_steps: 5, logging_steps: 40, eval_strategy: steps,
+  eval_steps: 40, save_strategy: "no", dead_fraction: 0.75}
+arms:
+  dead: {}
+  alive: {settings: {dead_fraction: 0}}
+removal: {arm: alive, criteria: [obs, random], folds: [none, least_squares], shares: [0.5]}
+claims: [{says: Living neurons help, lower: alive, than: dead}]
+figures:
+  - {kind: tasks, title: Tasks}
+  - {kind: dead, title: Dead}
+statements: []
+"""
+
+
+@pytest.mark.slow
+def test_a_real_study_of_facts_is_tuned_and_judged(tmp_path, shared_cache, capsys):
+    path, output = tmp_path / "facts.yaml", tmp_path / "out"
+    path.write_text(FACTS)
+    assert main(["study", str(path), "--output", str(output), "--jobs", "2"]) == 0
+    assert "4 of 4 done" in capsys.readouterr().out
+    page = (output / "facts" / "report.md").read_text()
+    # The low rate learns nothing in 80 steps, and is tried on seed 9 alone.
+    assert page.count("**learning_rate=0.01: ") == 2
+    used = [json.loads(file.read_text())["settings"] for file in output.glob("runs/*/study_result.json")]
+    assert sorted({(each["seed"], each["learning_rate"]) for each in used}) == [
+        (1, 1e-2),
+        (2, 1e-2),
+        (9, 1e-5),
+        (9, 1e-2),
+    ]
+    assert re.search(r"\| Living neurons help \| \*\*(holds|not shown at this scale|can't tell)\*\*", page)
+    assert re.search(r"\| obs, least_squares \| \+\d\.\d{4} \[", page)
+    assert "not drawn" not in page
+    assert {file.name for file in (output / "facts" / "figures").glob("*.svg")} == {"01-tasks.svg", "02-dead.svg"}
+
+
 def running(folder):
     """Processes that write into the folder."""
     found = []
