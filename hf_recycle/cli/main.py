@@ -23,6 +23,9 @@ COMMANDS = ("train", "analyze", "shrink", "resize", "study", "report", "push", "
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 1 if it failed, 2 for what the user can mend, told in one line, 130
     and 143 after Ctrl-C and SIGTERM, 141 if what reads the output has ended, such as `head`."""
+    # Threads that wait for others sleep. By default they spin, which holds the core that the others need: where other
+    # programs work too, steps take tens of times as long (docs/speed.md).
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     words = list(sys.argv[1:] if argv is None else argv)
     parser = make_parser()
     if "_ARGCOMPLETE" in os.environ:
