@@ -11,7 +11,6 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 from pages import NOT_RUN, PAGES, ROOT, blocks, commands
-
 from transformers import AutoModelForMaskedLM
 
 from hf_recycle import RecyclingHistory, neuron_magnitudes
