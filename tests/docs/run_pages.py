@@ -40,7 +40,9 @@ def run_page(page: str) -> None:
         if block.language == "python":
             exec(compile(block.code, where, "exec"), names)
         for words in commands(block) if block.language == "bash" else ():
-            assert words[0] == "hf-recycle", f"{where}: only hf-recycle is run here; mark the block: {shlex.join(words)}"
+            assert words[0] == "hf-recycle", (
+                f"{where}: only hf-recycle is run here; mark the block: {shlex.join(words)}"
+            )
             assert main(words[1:]) == 0, shlex.join(words)
 
 
