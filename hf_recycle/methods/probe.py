@@ -108,7 +108,7 @@ class Probe:
     def _draw_tokens(self, indices: Sequence[int], count: int, step: int) -> list[Tensor]:
         run, argument = self._run, self._wanted["token_inputs"]
         blocks = [run.table.blocks[index] for index in indices]
-        draw = TokenDraw(blocks, count, self._seed, step, argument)
+        draw = TokenDraw(blocks, max(count, 1), self._seed, step, argument)
         hooks = [
             block.in_slices[0].module.register_forward_pre_hook(_Hook(partial(draw.see, number)))
             for number, block in enumerate(blocks)
@@ -391,8 +391,8 @@ def _square(size: int, device: torch.device, block: FeedForward, times: int = 1)
         return torch.zeros(times * size, size, device=device)
     except (RuntimeError, torch.OutOfMemoryError) as error:
         raise ValueError(
-            f"there is no room on {device} for the {4 * times * size**2:,} bytes of the moments of {block.name}: choose a "
-            "criterion and a fold that need none, such as flap with mean."
+            f"there is no room on {device} for the {4 * times * size**2:,} bytes of the moments of {block.name}: "
+            "choose a criterion and a fold that need none, such as flap with mean."
         ) from error
 
 
