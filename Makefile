@@ -4,6 +4,7 @@ PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
 CONSTRAINTS := constraints.txt
+PIP = $(BIN)/pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 # Two processes' worth of threads fight over two cores; each test process gets one.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
@@ -13,26 +14,38 @@ TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
 
-# torch first and pinned: an unpinned torch pulls gigabytes of CUDA packages.
+# What a user needs. torch first and pinned: an unpinned torch pulls gigabytes of CUDA packages.
 $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) torch
-	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) --editable '.[test,lint,tensorboard]'
+	@echo "Installing PyTorch (200 MB) ..."
+	@$(PIP) --upgrade pip
+	@$(PIP) torch
+	@echo "Installing hf-recycle with transformers and datasets ..."
+	@$(PIP) --editable .
+	touch $@
+
+# What the tests and the checks of style need beside it.
+$(VENV)/.developer: $(VENV)/.installed
+	@echo "Installing what tests and lint need ..."
+	@$(PIP) --editable '.[test,lint,tensorboard]'
 	# Without its compiled kernels, which a CPU has no use for; its setup imports torch, hence no build isolation.
-	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) setuptools wheel ninja
-	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --constraint $(CONSTRAINTS) --no-build-isolation deepspeed
+	@$(PIP) setuptools wheel ninja
+	DS_BUILD_OPS=0 $(PIP) --no-build-isolation deepspeed
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.installed
+	@$(PIP) --editable '.[docs]'
 	touch $@
 
 .PHONY: install
-install: $(VENV)/.installed ## Make the virtual environment
+install: $(VENV)/.developer ## Make the virtual environment, with all that tests and lint need
 
 .PHONY: demo
-demo: install ## Pretrain a small BERT with neuron recycling on the built-in corpus (minutes on two cores)
-	$(BIN)/hf-recycle train demo
+demo: $(VENV)/.installed ## Pretrain a small BERT with neuron recycling on the built-in corpus (minutes on two cores)
+	$(BIN)/hf-recycle train demo --resume_from_checkpoint true
 
 .PHONY: cycle
-cycle: install ## Show the vicious cycle, and how immunity and matched_normal break it
+cycle: $(VENV)/.installed ## Show the vicious cycle, and how immunity and matched_normal break it
 	$(BIN)/hf-recycle train vicious-cycle --output_dir runs/cycle-plain
 	$(BIN)/hf-recycle train vicious-cycle --recycle_immunity 6 --output_dir runs/cycle-immunity
 	$(BIN)/hf-recycle train vicious-cycle --recycle_reinit matched_normal --output_dir runs/cycle-matched-normal
@@ -57,12 +70,20 @@ format: install ## Format the code
 	$(BIN)/ruff format .
 
 .PHONY: bench
-bench: install ## Measure speed and memory against the stock Trainer (twenty minutes on two idle cores)
+bench: $(VENV)/.installed ## Measure speed and memory against the stock Trainer (twenty minutes on two idle cores)
 	$(BIN)/python -m benchmarks $(ROWS)
 
 .PHONY: wheel
-wheel: install ## Build the wheel into dist/
+wheel: $(VENV)/.installed ## Build the wheel into dist/
 	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
+
+.PHONY: reference
+reference: $(VENV)/.installed ## Renew the pages of arguments, methods and commands from the code
+	$(BIN)/python docs/reference.py
+
+.PHONY: docs
+docs: $(VENV)/.docs ## Build the documentation site into build/site; a warning is an error
+	$(BIN)/zensical build --clean --strict --config-file mkdocs.yml
 
 .PHONY: clean
 clean: ## Remove the virtual environment and what was built

@@ -67,8 +67,9 @@ class Probe:
             found = self.gather(blocks, names, optimizer_steps, count)
             table = self._run.table
             for index, statistics in zip(blocks, found, strict=True):
-                if statistics["mean_abs"].isfinite().all():
-                    activity = Activity.of(statistics["mean_abs"], table.states[index].pruned)
+                mean_abs = statistics.get("mean_abs")
+                if mean_abs is not None and mean_abs.isfinite().all():
+                    activity = Activity.of(mean_abs, table.states[index].pruned)
                     self._run.recorder.activity(step, table.blocks[index].name, vars(activity))
             return found
 
@@ -78,17 +79,18 @@ class Probe:
         """Statistics `names` of the blocks of index `blocks`, after optimizer step `step`; on every process the same.
         `count`: how many tokens are drawn for "token_inputs".
 
-        To be called on every process. "mean_abs", by which dead neurons are told, always comes too: next to the pass
-        itself its sum costs nothing. "cross_moment" is not computed before it is looked up, with the weights as they
+        To be called on every process. "mean_abs", by which dead neurons are told, comes with all that takes a pass: its
+        sum is a hundredth of one. "cross_moment" is not computed before it is looked up, with the weights as they
         are then, and kept for one block at a time; its diagonal, "second_moment", comes with the rest, so that what is
         finite can be told.
         """
         run = self._run
         scaler = getattr(run.optimizer, "scaler", None) if not GRADIENTS.isdisjoint(names) else None
+        at_blocks = set(names) - {"token_inputs"}
         found = gather_statistics(
             run.model,
             [run.table.blocks[index] for index in blocks],
-            {*names, "mean_abs"} - {"token_inputs"},
+            {*at_blocks, "mean_abs"} if at_blocks else at_blocks,
             lambda: (batch for _, batch in self._batches_of(step)),
             loss_of=run.loss_of or model_loss,
             device=run.args.device,

@@ -31,7 +31,7 @@ from hf_recycle.runs.launcher import LAUNCH_WORDS
 from hf_recycle.runs.parse import RunArguments
 from hf_recycle.runs.stages import StageEnd, as_wide_as, check_stages, first_stage
 from hf_recycle.trainer.trainer import RecyclingTrainer
-from hf_recycle.utils.command_words import without
+from hf_recycle.utils.command_words import our_command, path_from_here, without
 from hf_recycle.utils.whole_files import write_bytes
 
 
@@ -129,7 +129,7 @@ class Run:
             "--resume_from_checkpoint true",
         ]
         command = " ".join(filter(None, parts))
-        return f"go on from the last checkpoint with: hf-recycle train {command}"
+        return f"go on from the last checkpoint with: {our_command()} train {command}"
 
 
 def prepare_data(
@@ -262,13 +262,15 @@ def _report(folder: Path, floor: float | None, auto_class: str) -> None:
     # Drawing needs matplotlib, which the other processes need not load.
     from hf_recycle.plots.run import figure_pictures
     from hf_recycle.records.history import RecyclingHistory
-    from hf_recycle.runs.summary import summary_text
+    from hf_recycle.runs.summary import next_steps, summary_text
 
     history = RecyclingHistory.of_own_run(folder)
     pictures = figure_pictures(history, unigram_entropy=floor)
     (folder / "figures").mkdir(exist_ok=True)
     for name, picture in pictures.items():  # as PNG they came with the card
         write_bytes((folder / "figures" / name).with_suffix(".svg"), picture)
-    print(summary_text(history, unigram_entropy=floor, model_folder=str(folder), auto_class=auto_class))
+    shown = path_from_here(folder)
+    print(summary_text(history, unigram_entropy=floor, model_folder=shown, auto_class=auto_class))
     if pictures:
-        print(f"figures: {folder / 'figures'}")
+        print(f"Figures: {shown}/figures")
+    print(next_steps(shown))

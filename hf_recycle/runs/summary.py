@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 
 import numpy as np
 
@@ -10,6 +11,7 @@ from hf_recycle.records.history import RecyclingHistory
 from hf_recycle.records.naming import short_names
 from hf_recycle.records.recorder import QUANTILE_LEVELS
 from hf_recycle.records.times import group_times
+from hf_recycle.utils.command_words import our_command, path_word
 
 _BAR = 40
 _TIMES = 8
@@ -133,3 +135,15 @@ def _loading(folder: str | None, auto_class: str) -> list[str]:
         f"  from transformers import {auto_class}",
         f"  model = {auto_class}.from_pretrained({folder!r})",
     ]
+
+
+def next_steps(folder: str) -> str:
+    """Commands that look further into a run, as they can be pasted where the user stands."""
+    us, run = our_command(), path_word(folder)
+    steps = {
+        "which neurons are small, dead or alike": ["analyze", run, "--output", f"{run}/analysis"],
+        "the same model without 30% of its neurons": ["shrink", run, "--fraction", "0.3", "--output", f"{run}-small"],
+        "all of the run as one page": ["report", run, "--output", f"{run}/report.html"],
+    }
+    lines = [line for what, words in steps.items() for line in (f"  # {what}", f"  {shlex.join([us, *words])}")]
+    return "\n".join(["Next:", *lines])

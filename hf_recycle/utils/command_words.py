@@ -1,8 +1,26 @@
 """Words of commands that are shown to be copied."""
 
 import os
+import shutil
+import sys
 from collections.abc import Container, Sequence
 from pathlib import Path
+
+
+def our_command() -> str:
+    """`hf-recycle` as it works where the user stands: by its path unless its virtual environment is active."""
+    own = Path(sys.executable).with_name("hf-recycle")
+    found = shutil.which(own.name)
+    if not own.is_file() or (found is not None and Path(found).absolute() == own.absolute()):
+        return own.name
+    path = path_from_here(own)
+    return path if os.sep in path else f".{os.sep}{path}"
+
+
+def path_from_here(path: str | os.PathLike[str]) -> str:
+    """A path relative to the working directory where it lies below that."""
+    path = Path(path).absolute()
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def path_word(path: str | os.PathLike[str]) -> str:

@@ -54,8 +54,6 @@ def test_a_quick_run_tells_tokens_per_second_and_memory_of_two_arms(tmp_path, ca
         seconds = measured[f"{name}-step"]["samples"]["seconds"]
         assert {arm: len(taken) for arm, taken in seconds.items()} == dict.fromkeys(arms, 2)
     assert measured["causal-step"]["samples"]["relative difference of losses"] < 1e-4
-    # The first step is the same model's, the others are not.
-    assert measured["muon-step"]["samples"]["relative difference of losses"] > 1e-4
 
 
 def test_a_match_tells_losses_apart_and_says_who_failed():

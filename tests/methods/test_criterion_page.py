@@ -1,4 +1,4 @@
-"""The examples of CONTRIBUTING.md: registered as they stand there, and run through the generic tests."""
+"""The examples of docs/add-a-criterion.md: registered as they stand there, and run through the generic tests."""
 
 import os
 import re
@@ -19,10 +19,10 @@ for module, code in {examples!r}:
 
 def examples() -> list[tuple[str, str]]:
     """The module that each block of Python belongs into, and the block."""
-    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "add-a-criterion.md").read_text(encoding="utf-8")
     modules = {"CRITERIA": "selection", "REINITIALIZATIONS": "births"}
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    return [(modules[re.search(r"@(\w+)\.register", block)[1]], block) for block in blocks]
+    return [(modules[found[1]], block) for block in blocks if (found := re.search(r"@(\w+)\.register", block))]
 
 
 @pytest.mark.slow
