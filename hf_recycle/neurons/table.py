@@ -84,7 +84,7 @@ class BlockView:
     @property
     def is_dictionary(self) -> bool:
         mine = set(map(id, self.block.parameters()))
-        return all(id(each) in mine or len(full_shape(each)) < 2 for each in self._fresh.model.parameters())
+        return all(id(each) in mine or len(full_shape(each)) < 2 for each in self.fresh.model.parameters())
 
     @property
     def weight_roles(self) -> list[str]:
