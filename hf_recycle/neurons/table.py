@@ -51,8 +51,8 @@ class BlockState:
         return self.counts.shape[0]
 
     def note(self, index: Tensor, phase: int, step: int, skipped_steps: int) -> None:
-        """Neurons `index` `(n,)` were recycled in phase number `phase`, after step `step` of the Trainer, `skipped_steps`
-        of which the optimizer did not take."""
+        """Neurons `index` `(n,)` were recycled in phase number `phase`, after step `step` of the Trainer; the optimizer
+        had skipped `skipped_steps` of them."""
         self.counts.index_add_(0, index, torch.ones_like(index, dtype=self.counts.dtype))
         self.last_phase.index_fill_(0, index, phase)
         self.last_step.index_fill_(0, index, step)
