@@ -1,6 +1,6 @@
 """Which feed-forward neurons of a model are small? A table of its layers, and the share of small neurons as a figure.
 
-    python examples/analyze_model.py google/bert_uncased_L-2_H-128_A-2 figures
+python examples/analyze_model.py google/bert_uncased_L-2_H-128_A-2 figures
 """
 
 import sys

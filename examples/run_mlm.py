@@ -27,7 +27,9 @@ class ScriptArguments:
     train_file: str = field(metadata={"help": "A text file, a paragraph a line."})
     tokenizer_name: str = field(default="bert-base-uncased", metadata={"help": "A tokenizer: of the Hub, or a folder."})
     max_seq_length: int = field(default=128, metadata={"help": "Tokens of a sequence."})
-    hidden_size: int = field(default=256, metadata={"help": "Width of the model; its feed-forward layers are 4 times as wide."})
+    hidden_size: int = field(
+        default=256, metadata={"help": "Width of the model; its feed-forward layers are 4 times as wide."}
+    )
     num_hidden_layers: int = field(default=4, metadata={"help": "Layers of the model."})
 
 

@@ -38,7 +38,7 @@ def check_training_numbers(arguments: TrainingArguments) -> None:
 @dataclass(repr=False)
 class RecyclingArguments(OwnArguments, TrainingArguments):
     """Arguments of a `RecyclingTrainer`: every field of `transformers.TrainingArguments`, and those of
-    `OwnArguments`, which the README lists.
+    `OwnArguments`, which docs/arguments.md lists.
 
     Numbers of steps are integers, or fractions below 1 of the whole training, as `save_steps`; None or 0 turns a method
     off. A value that is not allowed raises a `ValueError` that names the field, the value and what is allowed.

@@ -1,22 +1,16 @@
-"""A run as one HTML page that needs nothing beside it: no script, no file, no network.
-
-Its figures are SVG inside the page: sharp at any size, with values that show when a pointer rests on them and a box to
-enlarge each. A library for plots would do no more for them, and adds one to five megabytes of script to every page.
-"""
+"""A run as one HTML page that needs nothing beside it: no file, no network."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
-
-from markupsafe import Markup
 
 from hf_recycle.card.citation import CITATION
 from hf_recycle.card.comparisons import comparisons
 from hf_recycle.card.facts import FIGURES, block_columns
 from hf_recycle.card.limitations import limitations
 from hf_recycle.card.templates import load_template
+from hf_recycle.card.zoom import Zoom, inline_svg
 
 
 def render_report(facts: Mapping[str, Any], pictures: Mapping[str, bytes], title: str) -> str:
@@ -30,16 +24,12 @@ def render_report(facts: Mapping[str, Any], pictures: Mapping[str, bytes], title
     shown = {name: what for name, what in FIGURES.items() if name in pictures}
     page = load_template("report.html.jinja").render(
         facts={**facts, "figures": shown},
-        pictures={name: _inside(picture) for name, picture in pictures.items()},
+        pictures={name: inline_svg(picture) for name, picture in pictures.items()},
         title=title,
         columns=block_columns(facts),
         comparisons=comparisons(facts),
         limitations=limitations(facts),
         citation=CITATION,
+        zoom=Zoom(),
     )
     return page.lstrip()
-
-
-def _inside(picture: bytes) -> Markup:
-    """An SVG of ours as an element of a page, which needs no names of XML."""
-    return Markup(re.sub(r' xmlns(:\w+)?="[^"]*"|<\?xml.*?\?>\s*', "", picture.decode("utf-8")))

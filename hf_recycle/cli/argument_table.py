@@ -1,6 +1,6 @@
-"""The README's table of arguments, made from the settings.
+"""The table of docs/arguments.md, made from the settings.
 
-`python -m hf_recycle.cli.argument_table README.md` renews it.
+`python -m hf_recycle.cli.argument_table docs/arguments.md` renews it; `make reference` does all such pages.
 """
 
 import dataclasses

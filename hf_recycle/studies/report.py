@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import math
 import os
 import platform
@@ -15,6 +14,7 @@ import jinja2
 import numpy as np
 import torch
 
+from hf_recycle.card.zoom import Zoom, inline_svg
 from hf_recycle.plots.style import save
 from hf_recycle.records.files import package_version, write_bytes
 from hf_recycle.studies.figures import FIGURES
@@ -130,6 +130,7 @@ def write_report(
         "not_drawn": not_drawn,
         "command": command,
         "machine": _machine(jobs),
+        "zoom": Zoom(),
         **_settings(results),
     }
     environment = jinja2.Environment(
@@ -142,7 +143,7 @@ def write_report(
     environment.filters |= {"difference": _difference, "number": _number, "cell": _cell, "shares": _shares}
     markdown, page = folder / "report.md", folder / "report.html"
     linked = [(title, f"figures/{path.name}") for title, path in figures]
-    inlined = [(title, _data_uri(path.with_suffix(".svg"))) for title, path in figures]
+    inlined = [(title, inline_svg(path.with_suffix(".svg").read_bytes())) for title, path in figures]
     for path, template, drawn in ((markdown, "report.md.jinja", linked), (page, "report.html.jinja", inlined)):
         write_bytes(path, environment.get_template(template).render(content, figures=drawn).encode("utf-8"))
     return [markdown, page]
@@ -218,10 +219,6 @@ def _shares(shares: dict[int, float] | None) -> str:
 def _cell(text: object) -> str:
     """A text that stays in its cell of a Markdown table."""
     return str(text).replace("|", "\\|").replace("\n", " ")
-
-
-def _data_uri(path: Path) -> str:
-    return "data:image/svg+xml;base64," + base64.b64encode(path.read_bytes()).decode()
 
 
 def summary_table(rows: Sequence[ArmRow]) -> str:

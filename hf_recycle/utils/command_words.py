@@ -13,7 +13,8 @@ def our_command() -> str:
     found = shutil.which(own.name)
     if not own.is_file() or (found is not None and Path(found).absolute() == own.absolute()):
         return own.name
-    return path_from_here(own)
+    path = path_from_here(own)
+    return path if os.sep in path else f".{os.sep}{path}"
 
 
 def path_from_here(path: str | os.PathLike[str]) -> str:

@@ -116,6 +116,11 @@ def test_gradmax_without_a_text_is_refused(family_named):
         resize_model(ModelNeurons(model, blocks), values_for(model, blocks, 64), ResizeSettings(birth="gradmax"))
 
 
+def test_a_birth_that_draws_tokens_is_refused(family_named, perturb):
+    with pytest.raises(UserError, match="birth='sample' draws tokens while a model is trained"):
+        resized(subject(family_named("bert"), perturb), 64, birth="sample")
+
+
 def test_blocks_of_several_widths_need_a_part():
     from test_shrinking import fields_apart
 

@@ -1,4 +1,4 @@
-"""`ff_stages` on the command line: stages of different widths, one after another, and interrupted ones."""
+"""Other widths on the command line: `hf-recycle resize`, and stages one after another, also interrupted ones."""
 
 import json
 from pathlib import Path
@@ -38,6 +38,46 @@ def width(folder) -> int:
 def rates(folder) -> list[float]:
     rows = json.loads(Path(folder, "trainer_state.json").read_text())["log_history"]
     return [row["learning_rate"] for row in rows if "learning_rate" in row]
+
+
+@pytest.mark.slow
+def test_a_resized_checkpoint_goes_on_by_the_recipe_of_its_run(words, tmp_path, capsys):
+    plain = [*words, "--ff_stages", "null", "--max_steps", "8"]
+    assert main(plain) == 0
+    resize = ["resize", str(tmp_path / "out" / "checkpoint-4"), "--width", "48", "--birth", "gradmax", "--json"]
+    resize += ["--eval_file", str(tmp_path / "train.txt"), "--output", str(tmp_path / "wide" / "checkpoint-4")]
+    capsys.readouterr()
+    assert main(resize) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["widths"] == {"bert.encoder.layer.0": [32, 48]}
+    assert told["losses"][0] == pytest.approx(told["losses"][1], abs=1e-5)
+    plain[plain.index("--output_dir") + 1] = str(tmp_path / "wide")
+    assert main([*plain, "--resume_from_checkpoint", "true", "--dry_run"]) == 0
+    assert "1 feed-forward block x 48 neurons" in capsys.readouterr().out
+    assert main([*plain, "--resume_from_checkpoint", "true"]) == 0
+    assert width(tmp_path / "wide") == 48
+    assert rates(tmp_path / "wide") == rates(tmp_path / "out")
+    assert main(resize) == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ([], "width is missing"),
+        (["--width", "8"], "output is missing"),
+        (["--width", "8", "--output", "new", "--birth", "spilt"], "birth='spilt' is unknown; did you mean split?"),
+        (["--width", "8", "--output", "new", "--criterion", "fisher"], "criterion='fisher' looks at what neurons do"),
+        (["--width", "8", "--output", "new"], "'nowhere' is no folder; name a checkpoint-N folder of a run"),
+    ],
+)
+def test_mistakes_in_resize_are_one_line(more, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["resize", "nowhere", *more]) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
-"""Runs the code of pages in a folder: `python run_pages.py PAGE ...`, in a process of its own, because pages register things.
+"""Runs the code of pages: `python run_pages.py PAGE ...`, in a process of its own, because pages register things.
 
-Each page has a namespace with what a script of the reader's would have made before: a model, its data and its tokenizer. The
-folder has `runs/demo`, and links to the folders of the repository that pages name.
+Each page has a namespace with what a script of the reader's would have made before: a model, its data and its
+tokenizer. The working directory has `runs/demo`, and the folders of the repository that pages name.
 """
 
 import shlex
@@ -16,7 +16,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer, DataCollatorForLan
 from hf_recycle.cli.main import main
 
 sys.path.insert(0, str(Path(__file__).parent))
-from pages import blocks, commands  # noqa: E402
+from pages import blocks, commands
 
 
 def of_the_reader() -> dict:
@@ -40,7 +40,9 @@ def run_page(page: str) -> None:
         if block.language == "python":
             exec(compile(block.code, where, "exec"), names)
         for words in commands(block) if block.language == "bash" else ():
-            assert words[0] == "hf-recycle", f"{where}: only hf-recycle is run here; mark the block: {shlex.join(words)}"
+            assert words[0] == "hf-recycle", (
+                f"{where}: only hf-recycle is run here; mark the block: {shlex.join(words)}"
+            )
             assert main(words[1:]) == 0, shlex.join(words)
 
 

@@ -1,4 +1,4 @@
-"""Every code block of README and docs runs, or says why not and is still a command of ours; generated pages are renewed."""
+"""Every code block of README and docs runs, or says why not and is still a command of ours; generated pages are new."""
 
 import os
 import re
@@ -11,7 +11,6 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 from pages import NOT_RUN, PAGES, ROOT, blocks, commands
-
 from transformers import AutoModelForMaskedLM
 
 from hf_recycle import RecyclingHistory, neuron_magnitudes
@@ -103,11 +102,11 @@ def test_the_code_of_the_pages_runs(folder):
 def test_the_example_script_recycles(folder):
     (folder / "my.txt").write_text("the list is returned\na string is a sequence\n" * 16)
     words = "--train_file my.txt --tokenizer_name runs/demo --hidden_size 16 --num_hidden_layers 1 --output_dir script "
-    words += "--max_steps 8 --recycle_steps 2 --recycle_fraction 0.1 --recycle_immunity 1 --use_cpu"
+    words += "--max_steps 8 --recycle_steps 2 --recycle_fraction 0.125 --recycle_immunity 1 --use_cpu"
     _run(folder, "examples/run_mlm.py", *words.split())
     history = RecyclingHistory.from_pretrained(folder / "script")
     assert history.events["step"].unique().tolist() == [2, 4, 6]
-    assert sum(counts.sum() for counts in history.counts.values()) == 3 * 6
+    assert sum(counts.sum() for counts in history.counts.values()) == 3 * 8
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
-"""`hf-recycle report`: one page that is whole, valid, needs nothing beside it and runs nothing."""
+"""`hf-recycle report`: one page that is whole, valid, needs nothing beside it and runs one script, which is ours."""
 
 import base64
+import hashlib
 import re
 from html.parser import HTMLParser
 
@@ -69,10 +70,27 @@ def test_the_page_holds_everything_itself(tmp_path):
     used = re.findall(r"""(?:url\(|xlink:href="|for=")#?([\w.-]+)""", re.sub(r'"data:[^"]*', "", text))
     assert set(used) <= set(ids)
     assert "evaluation loss at step 30: " in page.text  # where a pointer rests
-    assert {"script", "link", "iframe", "a"}.isdisjoint(tag for tag, _ in page.elements)
-    assert "http" not in text.replace("http-equiv", "").replace(ADDRESS, "")
+    assert {"link", "iframe", "a"}.isdisjoint(tag for tag, _ in page.elements)
+    without_script = re.sub(r"<script>.*?</script>", "", text, flags=re.DOTALL)
+    assert "http" not in without_script.replace("http-equiv", "").replace(ADDRESS, "")
     assert page.text.count("my-run") == 2  # in the title and in the heading
     assert any("width=device-width" in meta.get("content", "") for meta in page.all("meta"))
+
+
+def test_the_only_script_that_a_browser_runs_is_the_zoom(tmp_path):
+    write_run(tmp_path)
+    text, page = page_of(tmp_path, tmp_path)
+    [script] = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)
+    assert page.all("script") == [{}]
+    [policy] = [meta["content"] for meta in page.all("meta") if "http-equiv" in meta]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert policy.split("; ") == [
+        "default-src 'none'",
+        "img-src data:",
+        "style-src 'unsafe-inline'",
+        f"script-src 'sha256-{digest}'",
+    ]
+    assert len(script) < 16_000
 
 
 def test_what_a_stranger_wrote_stays_text(tmp_path):
@@ -81,7 +99,7 @@ def test_what_a_stranger_wrote_stays_text(tmp_path):
     facts |= {"hardware": {"device": HOSTILE}, "versions": {HOSTILE: HOSTILE}, "base_model": {"name": HOSTILE}}
     files.write_config(tmp_path, files.read_config(tmp_path) | {"run": facts})
     _, page = page_of(tmp_path, tmp_path)
-    assert not page.all("script")
+    assert page.all("script") == [{}]  # ours
     assert not page.all("img")
     assert all(image["xlink:href"].startswith("data:") for image in page.all("image"))
     assert not [attributes for _, attributes in page.elements if "onload" in attributes]

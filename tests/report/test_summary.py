@@ -3,6 +3,8 @@
 import itertools
 import math
 import re
+import shlex
+import sys
 
 import numpy as np
 import pytest
@@ -10,9 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.simulated_runs import write_run
 
+from hf_recycle.cli.main import make_parser
 from hf_recycle.records.naming import short_names
 from hf_recycle.records.times import group_times
-from hf_recycle.runs.summary import summary_text
+from hf_recycle.runs.summary import next_steps, summary_text
+from hf_recycle.utils.command_words import our_command
 
 
 def test_losses_and_neurons(tmp_path):
@@ -53,6 +57,32 @@ def test_the_lines_that_load_the_model_are_python(tmp_path):
     assert loaded == ["a folder/with 'quotes'"]
     assert "AutoModelForMaskedLM" in summary_text(history, model_folder="x")
     assert "from_pretrained" not in summary_text(history)
+
+
+def test_what_to_type_next_are_commands_of_ours(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    lines = next_steps("runs/it's a run").splitlines()
+    commands = [shlex.split(line) for line in lines[1:] if not line.startswith("  #")]
+    assert len(commands) == 3
+    for words in commands:
+        assert make_parser().parse_args(words[1:])
+        assert "runs/it's a run" in words
+
+
+def test_the_command_is_named_by_its_path_unless_its_environment_is_active(tmp_path, monkeypatch):
+    folder = tmp_path / ".venv" / "bin"
+    folder.mkdir(parents=True)
+    (folder / "hf-recycle").touch(mode=0o755)
+    monkeypatch.setattr(sys, "executable", str(folder / "python"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", "/usr/bin")
+    assert our_command() == ".venv/bin/hf-recycle"
+    monkeypatch.chdir(folder)
+    assert our_command() == "./hf-recycle"
+    monkeypatch.setenv("PATH", str(folder))
+    assert our_command() == "hf-recycle"
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    assert our_command() == "hf-recycle"
 
 
 @pytest.mark.parametrize(
