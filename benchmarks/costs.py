@@ -95,7 +95,7 @@ BENCHES = (
         (
             Row(
                 "probe",
-                "recycling by activity (dormant), 8 extra batches each 1,000 steps",
+                "recycling by activity (dormant), a phase every 1,000 steps",
                 Target(0.01, False, "cost"),
             ),
             Row("probe-gradients", "the same by gradients (fisher)", Target(0.03, False, "cost")),

@@ -31,9 +31,9 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    # With `--dist loadfile` one worker does all tests of a module, whose launches they share: those that start real
-    # processes take longest and begin.
-    folders = ("distributed", "studies", "bench", "cli")
+    # With `--dist loadfile` one worker does all tests of a module, whose launches they share. The longest modules
+    # begin: those that start real processes, then whole trainings; so both workers end together.
+    folders = ("distributed", "studies", "bench", "cli", "trainer")
     items.sort(key=lambda item: (*folders, item.path.parent.name).index(item.path.parent.name))
 
 

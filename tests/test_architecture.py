@@ -74,7 +74,7 @@ def test_only_what_users_import_lies_at_the_top():
     ("statement", "without"),
     [
         ("import hf_recycle", ("torch", "huggingface_hub", "httpx2", "psutil", "matplotlib", "deepspeed", "pandas")),
-        ("import hf_recycle.trainer.trainer", ("matplotlib", "deepspeed")),
+        pytest.param("import hf_recycle.trainer.trainer", ("matplotlib", "deepspeed"), marks=pytest.mark.slow),
         ("import hf_recycle.methods.settings", ("torch", "transformers")),
     ],
 )

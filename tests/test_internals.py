@@ -24,6 +24,7 @@ from accelerate.state import AcceleratorState
 from datasets import iterable_dataset
 from datasets.distributed import split_dataset_by_node
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM, PreTrainedModel, Trainer
 
 from hf_recycle.internals import of_accelerate, of_datasets, of_python, of_torch, of_transformers
@@ -214,6 +215,12 @@ def test_a_rebuilt_module_has_the_names_without_values_and_no_hooks():
     assert fresh[0].bias is None
     assert fresh[1].running_var.eq(0).all()
     assert model[0].weight.ne(0).all()
+
+
+def test_a_rebuilt_module_has_the_class_from_before_fsdp2():
+    layer = nn.Linear(2, 3)
+    layer.__class__ = type("FSDPLinear", (FSDPModule, nn.Linear), {})  # as fully_shard does
+    assert type(of_torch.rebuilt(layer, vars(layer), torch.zeros_like, nn.Identity)) is nn.Linear
 
 
 # ---- transformers, accelerate, datasets, Python ----

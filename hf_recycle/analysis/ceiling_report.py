@@ -83,7 +83,9 @@ def _command(found: Ceiling) -> list[str]:
     free = found.shrinkable
     if not free.cost.is_noise:
         return []
-    words = ["hf-recycle", "shrink", found.label, "--fraction", f"{free.share:g}", "--criterion", CRITERION]
+    revision = found.revision or ""
+    model = f"hf://{found.label.replace(revision[:8], revision, 1)}" if revision else found.label
+    words = ["hf-recycle", "shrink", model, "--fraction", f"{free.share:g}", "--criterion", CRITERION]
     return ["  " + shlex.join([*words, "--fold", FOLD, "--eval_file", found.text, "--output", "small"])]
 
 

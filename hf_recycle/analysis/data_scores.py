@@ -56,6 +56,8 @@ class ModelNeurons:
         if not names:
             return [{} for _ in self.blocks]
         argument = next(iter(names.values()))
+        if "token_inputs" in names:
+            raise UserError(f"{argument} draws tokens while a model is trained; pass another one, such as zero_out")
         if not self._batches:
             raise UserError(_without_data(argument))
         try:

@@ -273,11 +273,11 @@ def _tensors(saved: dict[str, Any]) -> list[Tensor]:
 
 def _resized_files(content: FileSet, blocks: list[FeedForward], resized: Resized, step: int) -> FileSet:
     tensors = dict(content.tensors)
-    phase = max(int(tensors.get("trainer/phases", torch.zeros(1))), 1)
+    phases, skipped = (int(tensors.get(f"trainer/{name}", torch.zeros(1))) for name in ("phases", "skipped_steps"))
     recorder = HistoryRecorder.from_table(content.history)
     sizes = {block.name: block.num_neurons for block in resized.blocks}
     for block, former in zip(blocks, resized.former, strict=True):
-        _resize_state(tensors, block.name, former, phase, step)
+        _resize_state(tensors, block.name, former, max(phases, 1), step, skipped)
         recorder.resize(step, block.name, block.num_neurons, former.tolist(), resized.note)
     config = {
         **content.config,
@@ -289,7 +289,6 @@ def _resized_files(content: FileSet, blocks: list[FeedForward], resized: Resized
     names = [each["name"] for each in config["blocks"]]
     magnitudes = dict(zip(sizes, on_cpu(magnitudes_of(resized.blocks)), strict=True))
     immunity = config["arguments"].get("recycle_immunity") or 0
-    phases = int(tensors.get("trainer/phases", torch.zeros(1)))
     stats = summarize(
         {name: tensors[f"{name}/counts"] for name in names},
         magnitudes,
@@ -303,17 +302,22 @@ def _resized_files(content: FileSet, blocks: list[FeedForward], resized: Resized
     return FileSet(config, tensors, recorder.to_table(), stats)
 
 
-def _resize_state(tensors: dict[str, Tensor], name: str, former: Tensor, phase: int, step: int) -> None:
+def _resize_state(
+    tensors: dict[str, Tensor], name: str, former: Tensor, phase: int, step: int, skipped_steps: int
+) -> None:
     """Changes, in place, what a checkpoint knows of the neurons of one block. Those that are added were born now: they
     are as immune, and as young, as if a phase had just recycled them."""
-    born = {"counts": 0, "last_phase": phase, "last_step": step, "pruned": False}
+    born = {"counts": 0, "last_phase": phase, "last_step": step, "skipped_steps": skipped_steps, "pruned": False}
     before = len(tensors[f"{name}/counts"])
+    if skipped_steps:
+        tensors.setdefault(f"{name}/skipped_steps", torch.zeros(before, dtype=torch.int64))
     for kind, value in born.items():
         key = f"{name}/{kind}"
         if key in tensors:
             tensors[key] = tensors[key][former].masked_fill(former < 0, value)
-    if f"{name}/pruned" in tensors and not tensors[f"{name}/pruned"].any():
-        del tensors[f"{name}/pruned"]
+    for key in (f"{name}/pruned", f"{name}/skipped_steps"):
+        if key in tensors and not tensors[key].any():
+            del tensors[key]
     places = torch.full((before,), -1)
     places[former[former >= 0]] = (former >= 0).nonzero().flatten()
     lines = {key: tensors.pop(key) for key in [*tensors] if key.startswith(f"{name}/fade_in/")}

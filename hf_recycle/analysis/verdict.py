@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hf_recycle.methods.activity import WORTH_RECYCLING
+from hf_recycle.methods.presets import preset_values
 
 HALF = 0.5
 """The share of neurons whose removal the rule looks at."""
@@ -86,7 +87,8 @@ def judge(neurons: int, dead: int, dormant: int, half: Cost) -> Verdict:
             RECYCLE,
             (
                 f"Recycle: {idle}, at least the {level} from which it is worth it.",
-                f"`preset: recommended` would recycle these {dormant:,} neurons.",
+                "`preset: recommended` would recycle them, "
+                f"at most {100 * preset_values('recommended')['recycle_fraction']:g}% of a layer in each phase.",
             ),
         )
     left_alone = "`preset: recommended` would leave this model alone."

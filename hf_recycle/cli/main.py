@@ -5,6 +5,7 @@ A command is a module of this folder with three names: `HELP`, what it does in a
 """
 
 import os
+import select
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -21,7 +22,7 @@ COMMANDS = ("train", "analyze", "shrink", "resize", "study", "report", "push", "
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 1 if it failed, 2 for what the user can mend, told in one line, 130
-    and 143 after Ctrl-C and SIGTERM."""
+    and 143 after Ctrl-C and SIGTERM, 141 if what reads the output has ended, such as `head`."""
     # Threads that wait for others sleep. By default they spin, which holds the core that the others need: where other
     # programs work too, steps take tens of times as long (docs/speed.md).
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -39,13 +40,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         options.words = words[1:]
         set_verbosity(options)
         with sigterm_as_interrupt():
-            return options.run(options)
+            status = options.run(options)
+        sys.stdout.flush()
+        return status
     except SystemExit as stop:  # --help, --version
         return int(stop.code or 0)
+    except BrokenPipeError:
+        if not _reader_has_gone():
+            raise
+        # Python flushes the output once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except UserError as error:
         return complain(error)
     except KeyboardInterrupt as stop:
         return 143 if isinstance(stop, Terminated) else 130
+
+
+def _reader_has_gone() -> bool:
+    """Whether what reads the standard output, such as `head`, has ended."""
+    if not hasattr(select, "poll"):  # Windows
+        return False
+    poll = select.poll()
+    poll.register(sys.stdout, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def make_parser() -> Parser:

@@ -6,7 +6,8 @@ import argparse
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,9 @@ from hf_recycle.utils.command_line import Parser, completed_by
 
 if TYPE_CHECKING:
     from hf_recycle.studies.plan import Study
+    from hf_recycle.studies.results import StudyResults
+    from hf_recycle.studies.runner import StudyRunner
+    from hf_recycle.studies.tuning import Tuned
 
 HELP = "Run experiments over seeds and report on them."
 
@@ -86,20 +90,26 @@ def _run(options: argparse.Namespace) -> int:
     names = [study.name for study in studies]
     if len(set(names)) < len(names):
         raise UserError(f"two of the studies are called {max(names, key=names.count)!r}; their reports need two names")
-    _check_runs(studies)
+    check_runs(studies)
     return max(_study(study, options) for study in studies)
 
 
-def _check_runs(studies: Sequence[Study]) -> None:
-    """Reads the arguments of every arm as a run would, so that a mistake in the last one is found now."""
+def check_runs(studies: Sequence[Study]) -> None:
+    """Reads the arguments of every arm as a run would, so that a mistake in the last one is found now.
+
+    Raises:
+        UserError: as a run would, with the study and the arm.
+    """
     import tempfile
 
     import yaml
 
     from hf_recycle.runs.parse import parse_run
+    from hf_recycle.studies.tuning import tuning_study
 
     with tempfile.TemporaryDirectory() as folder:
         for study in studies:
+            study = study if study.tuning is None else tuning_study(study)
             for run in study.changed(seeds=study.seeds[:1]).runs():
                 path = Path(folder, "settings.yaml")
                 path.write_text(yaml.safe_dump({"output_dir": folder, **run.settings}))
@@ -113,37 +123,50 @@ def _check_runs(studies: Sequence[Study]) -> None:
 
 
 def _study(study: Study, options: argparse.Namespace) -> int:
-    """Runs one study and reports on it; returns the exit status."""
+    """Tunes the arms of one study, runs them and reports on them; returns the exit status."""
     from hf_recycle.studies.report import arm_rows, summary_table, write_report
-    from hf_recycle.studies.results import StudyResults, load_result
     from hf_recycle.studies.runner import StudyRunner
+    from hf_recycle.studies.tuning import choose, tuning_study
     from hf_recycle.studies.verdicts import HOLDS, control
 
     no_progress_bars()
     output = Path(options.output)
     jobs, devices = _places(options.jobs)
-    say = (lambda line: None) if options.quiet else print
+    say = (lambda line: None) if options.quiet else partial(print, flush=True)
     runner = StudyRunner(output / "runs", jobs, devices, say)
-    planned = study.runs()
-    failures: dict[tuple[str, int], str] = {}
-    if options.report_only:
-        found = {(run.arm, run.seed): load_result(run, runner.folder_of(run)) for run in planned}
-        results = {key: result for key, result in found.items() if result is not None}
-    else:
-        say(f"{study.title}: {len(planned)} run{'s' * (len(planned) > 1)}, {jobs} at a time")
-        results, failures = runner.run(planned)
+    tuned: list[Tuned] = []
+    if study.tuning is not None:
+        found = _results(tuning_study(study), runner, options.report_only, say)
+        if found.missing():
+            print(f"{study.title}: tuning is not finished; leave out --report_only to go on with it", file=sys.stderr)
+            return 1
+        study, tuned = choose(study, found)
+    outcome = _results(study, runner, options.report_only, say)
+    failures = outcome.failures
     for (arm, seed), words in failures.items():
         print(f"failed: {arm}, seed {seed}: {words}", file=sys.stderr)
-    if not results:
+    if not outcome.runs:
         print(f"{study.title}: no run is finished", file=sys.stderr)
         return 1
-    outcome = StudyResults(study, results, failures)
-    pages = write_report(outcome, output / study.name, shlex.join(["hf-recycle", "study", *options.words]), jobs)
+    command = shlex.join(["hf-recycle", "study", *options.words])
+    pages = write_report(outcome, output / study.name, command, jobs, tuned)
     print(summary_table(arm_rows(outcome)))
     if study.control is not None and control(outcome).verdict != HOLDS:
         print(f"positive control does not separate, so of losses nothing can be told: {control(outcome).measured}")
     print(f"report: {pages[0]} and {pages[1]}")
     return 1 if failures else 0
+
+
+def _results(study: Study, runner: StudyRunner, report_only: bool, say: Callable[[str], None]) -> StudyResults:
+    """Does the runs of a study that are not done yet, or with `report_only` none of them."""
+    from hf_recycle.studies.results import StudyResults, load_result
+
+    planned = study.runs()
+    if report_only:
+        found = {(run.arm, run.seed): load_result(run, runner.folder_of(run)) for run in planned}
+        return StudyResults(study, {key: result for key, result in found.items() if result is not None}, {})
+    say(f"{study.title}: {len(planned)} run{'s' * (len(planned) > 1)}, {runner.jobs} at a time")
+    return StudyResults(study, *runner.run(planned))
 
 
 def _places(jobs: int | None) -> tuple[int, list[str]]:

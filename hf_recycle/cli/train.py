@@ -100,6 +100,12 @@ def _has_stages(options: argparse.Namespace) -> bool:
 def _train_stages(options: argparse.Namespace, launched_by: dict[str, Any]) -> int:
     from hf_recycle.cli.stages import train_in_stages
 
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError(
+            "ff_stages are launched one after another by hf-recycle train itself: start it with --accelerate_config in "
+            "place of accelerate launch or torchrun"
+        )
+
     def train(checkpoint: str | None) -> int:
         words = without(options.words, ["resume_from_checkpoint"])
         if checkpoint is not None:

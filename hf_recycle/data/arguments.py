@@ -29,6 +29,11 @@ class ModelArguments:
     ff_factor: float = _argument(
         1.0, "Multiplies the feed-forward neurons of a model from scratch; 0 leaves none of them."
     )
+    dead_fraction: float = _argument(
+        0.0,
+        "Share of each layer's feed-forward neurons that a model from scratch begins with dead: their in-biases are "
+        "-10. For studies of revival.",
+    )
     ff_stages: dict | None = _argument(
         None,
         "Widths over training: from which step on (below 1: share of the training) which share of the feed-forward "
@@ -68,6 +73,13 @@ class ModelArguments:
         if self.model_name_or_path and self.ff_factor != 1:
             raise UserError(
                 f"ff_factor={self.ff_factor} changes a model built from scratch, but "
+                f"model_name_or_path={self.model_name_or_path!r} names a trained one; set one of them to null"
+            )
+        if not 0 <= self.dead_fraction <= 1:
+            raise UserError(f"dead_fraction={self.dead_fraction} must lie between 0 and 1")
+        if self.model_name_or_path and self.dead_fraction:
+            raise UserError(
+                f"dead_fraction={self.dead_fraction} changes a model built from scratch, but "
                 f"model_name_or_path={self.model_name_or_path!r} names a trained one; set one of them to null"
             )
         if self.model_name_or_path and self.config_overrides:

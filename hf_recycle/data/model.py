@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import HfApi
 from transformers import (
     CONFIG_MAPPING,
@@ -23,7 +24,10 @@ from hf_recycle.hub.fetch import check_small_files, fetch_file
 from hf_recycle.hub.retry import RetryPolicy, insist, say
 from hf_recycle.internals.of_transformers import has_class_for, note_commit
 from hf_recycle.mlm.tasks import TASKS
+from hf_recycle.neurons.find import find_feed_forwards
 from hf_recycle.utils.suggest import nearest
+
+_DEAD_BIAS = -10.0
 
 logger = logging.get_logger(__name__)
 
@@ -56,7 +60,9 @@ def load_model(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase, ma
         raise UserError(f"a {config.model_type} model cannot be trained with task={arguments.task!r}; {hint}")
     try:
         if scratch:
-            return auto_class.from_config(config)
+            model = auto_class.from_config(config)
+            _begin_dead(model, arguments.dead_fraction)
+            return model
         model = auto_class.from_pretrained(
             str(arguments.model_name_or_path),
             config=config,
@@ -183,6 +189,22 @@ def scale_width(config: PreTrainedConfig, factor: float) -> None:
             f"ff_factor={factor} of {field}={width} is not a whole number of neurons; choose another factor"
         )
     setattr(config, field, int(width * factor))
+
+
+@torch.no_grad()
+def _begin_dead(model: PreTrainedModel, fraction: float) -> None:
+    """Lets the first neurons of every layer begin dead: with an in-bias so low that they never fire.
+
+    Raises:
+        UserError: a block has no in-biases.
+    """
+    if not fraction:
+        return
+    for block in find_feed_forwards(model):
+        biases = [piece for piece in block.slices if piece.role == "in.bias"]
+        if not biases:
+            raise UserError(f"dead_fraction={fraction} lowers in-biases, and {block.name} has none; leave it out")
+        biases[0].parameter[: round(fraction * block.num_neurons)] = _DEAD_BIAS
 
 
 def _check_fit(

@@ -119,7 +119,8 @@ def rebuilt(
     tensor: Callable[[Tensor], Tensor],
     child: Callable[[nn.Module], nn.Module],
 ) -> nn.Module:
-    """A module of the class of `module`, made without its constructor and without hooks.
+    """A module of the class of `module` (of the one that FSDP2 has made its own of), made without its constructor and
+    without hooks.
 
     `copy.deepcopy` would copy all that modules keep beside tensors, which may be anything.
 
@@ -128,7 +129,9 @@ def rebuilt(
         tensor: its parameters and buffers, from those of `module`.
         child: its children, from those of `module`.
     """
-    fresh = module.__class__.__new__(module.__class__)
+    cls = module.__class__
+    cls = cls.__mro__[getattr(cls, "_orig_cls_mro_index", 0)]
+    fresh = cls.__new__(cls)
     fresh.__dict__.update({name: {} if name.endswith("_hooks") else value for name, value in attributes.items()})
     for kind, make in (("_parameters", tensor), ("_buffers", tensor), ("_modules", child)):
         # Names without a value stay: a layer without a bias has the name "bias".

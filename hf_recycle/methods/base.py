@@ -37,8 +37,8 @@ class Run:
         watch: which steps the optimizer takes.
         train_dataloader: the Trainer's.
         loss_of: the loss of a batch, to be averaged over processes; None: the one that the model returns.
-        token_losses_of: the loss of each token of a batch, `(batch, sequence)`, zero where nothing is predicted; None, also
-            as its answer: those that the model returns.
+        token_losses_of: the loss of each token of a batch, `(batch, sequence)`, zero where nothing is predicted; None,
+            also as its answer: those that the model returns.
         attached: within this context, the backward pass of `loss_of` may compute parts of the forward pass again.
         extra_batches: extra batches of the training data, by their seed and the argument that asks for them; None: over
             the data of the loader.

@@ -67,8 +67,9 @@ class Probe:
             found = self.gather(blocks, names, optimizer_steps, count)
             table = self._run.table
             for index, statistics in zip(blocks, found, strict=True):
-                if statistics["mean_abs"].isfinite().all():
-                    activity = Activity.of(statistics["mean_abs"], table.states[index].pruned)
+                mean_abs = statistics.get("mean_abs")
+                if mean_abs is not None and mean_abs.isfinite().all():
+                    activity = Activity.of(mean_abs, table.states[index].pruned)
                     self._run.recorder.activity(step, table.blocks[index].name, vars(activity))
             return found
 
@@ -78,17 +79,18 @@ class Probe:
         """Statistics `names` of the blocks of index `blocks`, after optimizer step `step`; on every process the same.
         `count`: how many tokens are drawn for "token_inputs".
 
-        To be called on every process. "mean_abs", by which dead neurons are told, always comes too: next to the pass
-        itself its sum costs nothing. "cross_moment" is not computed before it is looked up, with the weights as they
+        To be called on every process. "mean_abs", by which dead neurons are told, comes with all that takes a pass: its
+        sum is a hundredth of one. "cross_moment" is not computed before it is looked up, with the weights as they
         are then, and kept for one block at a time; its diagonal, "second_moment", comes with the rest, so that what is
         finite can be told.
         """
         run = self._run
         scaler = getattr(run.optimizer, "scaler", None) if not GRADIENTS.isdisjoint(names) else None
+        at_blocks = set(names) - {"token_inputs"}
         found = gather_statistics(
             run.model,
             [run.table.blocks[index] for index in blocks],
-            {*names, "mean_abs"} - {"token_inputs"},
+            {*at_blocks, "mean_abs"} if at_blocks else at_blocks,
             lambda: (batch for _, batch in self._batches_of(step)),
             loss_of=run.loss_of or model_loss,
             device=run.args.device,
@@ -106,7 +108,7 @@ class Probe:
     def _draw_tokens(self, indices: Sequence[int], count: int, step: int) -> list[Tensor]:
         run, argument = self._run, self._wanted["token_inputs"]
         blocks = [run.table.blocks[index] for index in indices]
-        draw = TokenDraw(blocks, count, self._seed, step, argument)
+        draw = TokenDraw(blocks, max(count, 1), self._seed, step, argument)
         hooks = [
             block.in_slices[0].module.register_forward_pre_hook(_Hook(partial(draw.see, number)))
             for number, block in enumerate(blocks)
@@ -389,8 +391,8 @@ def _square(size: int, device: torch.device, block: FeedForward, times: int = 1)
         return torch.zeros(times * size, size, device=device)
     except (RuntimeError, torch.OutOfMemoryError) as error:
         raise ValueError(
-            f"there is no room on {device} for the {4 * times * size**2:,} bytes of the moments of {block.name}: choose a "
-            "criterion and a fold that need none, such as flap with mean."
+            f"there is no room on {device} for the {4 * times * size**2:,} bytes of the moments of {block.name}: "
+            "choose a criterion and a fold that need none, such as flap with mean."
         ) from error
 
 

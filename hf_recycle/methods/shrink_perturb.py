@@ -12,7 +12,6 @@ from hf_recycle.methods.coordinator import NeuronCallback
 from hf_recycle.methods.schedule import resolved
 from hf_recycle.methods.settings import ShrinkPerturbSettings
 from hf_recycle.neurons.blocks import FeedForward, NeuronSlice, whole_slices
-from hf_recycle.neurons.initial import FreshModules
 from hf_recycle.neurons.optimizer_state import check_optimizer
 from hf_recycle.neurons.storage import Fragments
 from hf_recycle.neurons.table import BlockState
@@ -28,11 +27,10 @@ class ShrinkPerturb(Method[ShrinkPerturbSettings]):
         super().start(run, settings)
         self._every = resolved(settings.steps)
         check_optimizer(run.optimizer, "shrink_perturb_steps", self._every)
-        self._model = extract_model_from_parallel(run.model, keep_torch_compile=False)
-        slices = whole_slices(self._model, (name for name, _ in self._model.named_parameters()))
+        model = extract_model_from_parallel(run.model, keep_torch_compile=False)
+        slices = whole_slices(model, (name for name, _ in model.named_parameters()))
         self._slices = {name: piece for name, piece in slices.items() if run.watch.is_optimized(piece)}
-        self._fresh = FreshModules(self._model)
-        recipes = self._fresh.recipes("")
+        recipes = self.table.fresh.recipes("")
         for name in self._slices:
             path, _, attribute = name.rpartition(".")
             if recipes[path, attribute] == []:
@@ -52,7 +50,7 @@ class ShrinkPerturb(Method[ShrinkPerturbSettings]):
         kept = [lines for pair in zip(self.table.blocks, self.table.states, strict=True) for lines in _fading_in(*pair)]
         generator = generator_for(resolved(self.settings.seed), info.optimizer_steps, 0, "shrink and perturb")
         seed, keep = int(torch.randint(2**62, (), generator=generator)), self.settings.keep
-        with self._fresh.instance("", seed=seed) as model:
+        with self.table.fresh.instance("", seed=seed) as model:
             fresh = dict(model.named_parameters(remove_duplicate=False))
             for name, piece in self._slices.items():
                 if piece.parameter.requires_grad:

@@ -1,7 +1,7 @@
 """Inputs of feed-forward blocks at tokens drawn in proportion to their loss, for births that begin with them.
 
-Tokens are drawn without replacement, batch by batch: the ones that stay are those of the least −log(u) / loss, where u is
-uniform in (0, 1) (Efraimidis & Spirakis 2006). u belongs to the sample, so that it does not matter which process sees it.
+Tokens are drawn without replacement, batch by batch: the ones that stay are those of the least −log(u) / loss, where u
+is uniform in (0, 1) (Efraimidis & Spirakis 2006). u belongs to the sample: it does not matter which process sees it.
 """
 
 from collections.abc import Mapping
@@ -90,8 +90,8 @@ class TokenDraw:
         return -torch.log1p(-torch.rand(tokens, dtype=torch.float64, generator=generator))
 
     def drawn(self) -> list[Tensor]:
-        """For each block the inputs at the tokens drawn, float32 `(n, d_model)` on its device, in the order of the draw;
-        to be called on every process, on which they are the same."""
+        """For each block the inputs at the tokens drawn, float32 `(n, d_model)` on its device, in the order of the
+        draw; to be called on every process, on which they are the same."""
         several = dist.is_available() and dist.is_initialized()
         rank, processes = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
         # Every process fills in its own part, and a sum puts the parts together.

@@ -76,6 +76,10 @@ class FreshModules:
         assert model is not None, "whoever draws fresh weights keeps the model"
         return model
 
+    def learn(self) -> None:
+        """Learns what the modules are now: FSDP2 makes others of them, and ties them in another way."""
+        _ = self._hollow
+
     @cached_property
     def _hollow(self) -> nn.Module:
         return _hollow_copy(self.model, {})

@@ -51,8 +51,8 @@ class BlockState:
         return self.counts.shape[0]
 
     def note(self, index: Tensor, phase: int, step: int, skipped_steps: int) -> None:
-        """Neurons `index` `(n,)` were recycled in phase number `phase`, after step `step` of the Trainer, `skipped_steps`
-        of which the optimizer did not take."""
+        """Neurons `index` `(n,)` were recycled in phase number `phase`, after step `step` of the Trainer; the optimizer
+        had skipped `skipped_steps` of them."""
         self.counts.index_add_(0, index, torch.ones_like(index, dtype=self.counts.dtype))
         self.last_phase.index_fill_(0, index, phase)
         self.last_step.index_fill_(0, index, step)
@@ -71,15 +71,11 @@ class BlockView:
 
     def __init__(self, model: nn.Module, block: FeedForward, fresh: FreshModules | None = None):
         self.block = block
-        self._fresh = FreshModules(model) if fresh is None else fresh
+        self.fresh = FreshModules(model) if fresh is None else fresh
 
     @cached_property
     def distribution(self) -> InitialDistribution:
-        return InitialDistribution(self._fresh, self.block)
-
-    def learn_distribution(self) -> None:
-        """Learns the initial distribution now; a model that is sharded already has forgotten it."""
-        _ = self.distribution
+        return InitialDistribution(self.fresh, self.block)
 
     @property
     def num_neurons(self) -> int:
@@ -88,7 +84,7 @@ class BlockView:
     @property
     def is_dictionary(self) -> bool:
         mine = set(map(id, self.block.parameters()))
-        return all(id(each) in mine or len(full_shape(each)) < 2 for each in self._fresh.model.parameters())
+        return all(id(each) in mine or len(full_shape(each)) < 2 for each in self.fresh.model.parameters())
 
     @property
     def weight_roles(self) -> list[str]:
@@ -178,6 +174,11 @@ class NeuronTable:
             views = [BlockView(model, block, fresh) for block in found.blocks]
             table = _tables[model] = cls(found.blocks, views, pattern, ff_blocks)
         return table
+
+    @property
+    def fresh(self) -> FreshModules:
+        """Fresh instances of the model's modules."""
+        return self.views[0].fresh
 
     @staticmethod
     def forget_unless(model: nn.Module, pattern: str | None, ff_blocks: str | None) -> None:

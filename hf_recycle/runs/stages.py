@@ -13,7 +13,6 @@ from hf_recycle.neurons.find import find_feed_forwards
 from hf_recycle.neurons.width import rebuilt, width_fields
 from hf_recycle.records.files import CONFIG_FILE, read_config, read_history
 from hf_recycle.records.recorder import rows_of_kind
-from hf_recycle.runs.launcher import LAUNCH_WORDS
 from hf_recycle.runs.parse import RunArguments
 
 
@@ -60,15 +59,9 @@ def check_stages(arguments: RunArguments) -> None:
         if getattr(args, name):
             raise UserError(f"{name}={getattr(args, name)!r} can't be used with ff_stages: resizing needs a checkpoint "
                             "of one process, DDP or FSDP2, with its optimizer and without initial weights")  # fmt: skip
-    processes = os.environ.get("WORLD_SIZE", "1")
-    if processes != "1" and not os.environ.get(LAUNCH_WORDS):
-        raise UserError(
-            "ff_stages are launched one after another by hf-recycle train itself: start it with --accelerate_config in "
-            "place of accelerate launch or torchrun"
-        )
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("1", "true"):
         raise UserError("ff_stages can't be used with DeepSpeed, whose checkpoints can't be resized: use ddp or fsdp2")
-    if os.environ.get("LOCAL_WORLD_SIZE", processes) != processes:
+    if os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE"):
         raise UserError("ff_stages can't be used on several machines; resize by hand with hf-recycle resize")
 
 

@@ -24,11 +24,13 @@ from hf_recycle.plots.style import (
     line_style,
     new_figure,
     one_panel,
+    percent,
     rows_of_panels,
     set_title,
 )
 from hf_recycle.plots.svg import hover
 from hf_recycle.studies.inference import paired_difference
+from hf_recycle.studies.measures import pairs_of, task_ends
 from hf_recycle.studies.plan import FigurePlan
 from hf_recycle.studies.results import RunResult, StudyResults
 from hf_recycle.utils.registry import Registry
@@ -103,20 +105,20 @@ def _cut_off_the_start(panel: Axes) -> None:
 
 @FIGURES.register
 def differences(results: StudyResults, plan: FigurePlan) -> Figure | None:
-    """difference of the final evaluation loss from the baseline: each seed, and the 95% interval of the mean"""
+    """difference of the study's measure from the baseline: each seed, and the 95% interval of the mean"""
     base = results.study.baseline
     arms = [arm for arm in _present(results, plan) if arm != base and results.paired(arm, base)] if base else []
     if base is None or not arms:
         return None
-    name = f"evaluation loss minus that of {clip(base, 2.5)} (nats)"
+    name = f"loss minus that of {clip(base, 2.5)} (nats)"
     figure, panel = one_panel(1.5 + 0.25 * len(arms), plan.title, name, "")
     panel.axvline(0, color=GREY, lw=1)
     for row, arm in enumerate(arms):
-        pairs = results.paired(arm, base)
-        values = [one.eval_loss - two.eval_loss for one, two in pairs]
-        found = paired_difference([one.eval_loss for one, _ in pairs], [two.eval_loss for _, two in pairs])
+        pairs = pairs_of(results, arm, base)
+        values, seeds = [one - two for one, two in pairs], [run.seed for run, _ in results.paired(arm, base)]
+        found = paired_difference(*zip(*pairs, strict=True))
         (dots,) = panel.plot(values, [row] * len(values), "o", color=BLUE, mfc="white", ms=4, label="one seed")
-        hover(dots, [f"seed {one.seed}: {value:+.4f}" for (one, _), value in zip(pairs, values, strict=True)])
+        hover(dots, [f"seed {seed}: {value:+.4f}" for seed, value in zip(seeds, values, strict=True)])
         if found.low is not None and found.high is not None:
             panel.plot([found.low, found.high], [row, row], "-", color=VERMILION, lw=1.8, label="95% interval")
         panel.plot([found.mean], [row], "|", color=VERMILION, ms=12, mew=2, label="mean")
@@ -124,6 +126,26 @@ def differences(results: StudyResults, plan: FigurePlan) -> Figure | None:
             add_legend(figure, panel)
     panel.set_yticks(range(len(arms)), [clip(arm, 1.8) for arm in arms])
     panel.set_ylim(len(arms) - 0.5, -0.5)
+    return figure
+
+
+@FIGURES.register
+def tasks(results: StudyResults, plan: FigurePlan) -> Figure | None:
+    """of tasks in a row, the training loss at the end of each: median over seeds, with a thin line for each seed"""
+    runs = {arm: results.of(arm) for arm in _present(results, plan)}
+    ends = {
+        arm: [task_ends(run) for run in found] for arm, found in runs.items() if found[0].settings.get("facts_tasks")
+    }
+    if not ends:
+        return None
+    figure, panel = one_panel(4.2, plan.title, "task", "training loss at its end (nats)")
+    styles = _styles(results, plan)
+    for arm, curves in ends.items():
+        numbers, values = range(1, len(curves[0]) + 1), np.array(curves)
+        (line,) = panel.plot(numbers, np.median(values, 0), label=arm, **styles[arm])
+        hover(line, [f"{arm}, task {task}: {value:.4f}" for task, value in enumerate(np.median(values, 0), start=1)])
+        panel.plot(numbers, values.T, **{**styles[arm], **_SEED})
+    add_legend(figure, panel)
     return figure
 
 
@@ -188,6 +210,26 @@ def prune_curves(results: StudyResults, plan: FigurePlan) -> Figure | None:
         if runs:
             models[arm] = [(curves.shares, curves.losses) for curves in runs]
     return prune_curves_figure(models, plan.title, LOSS_AXIS) if models else None
+
+
+@FIGURES.register
+def dead(results: StudyResults, plan: FigurePlan) -> Figure | None:
+    """share of the neurons of final models that never fire on the validation data: every seed"""
+    # Late: this brings models and the Trainer, which reading a study can do without.
+    from hf_recycle.studies.one_shot import dead_share
+
+    runs = {arm: [run for run in results.of(arm) if run.history is not None] for arm in _present(results, plan)}
+    shares = {arm: [dead_share(run) for run in found] for arm, found in runs.items() if found}
+    if not shares:
+        return None
+    figure, panel = one_panel(1.5 + 0.25 * len(shares), plan.title, "neurons that never fire", "")
+    for row, (arm, values) in enumerate(shares.items()):
+        (dots,) = panel.plot(values, [row] * len(values), "o", color=BLUE, mfc="white", ms=4)
+        hover(dots, [f"{arm}: {percent(value)}" for value in values])
+    panel.xaxis.set_major_formatter(percent)
+    panel.set_yticks(range(len(shares)), [clip(arm, 1.8) for arm in shares])
+    panel.set_ylim(len(shares) - 0.5, -0.5)
+    return figure
 
 
 @FIGURES.register

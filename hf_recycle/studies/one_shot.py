@@ -1,10 +1,13 @@
-"""One-shot pruning curves of a study's final models, kept beside each run."""
+"""What a study measures of its final models: one-shot pruning curves, kept beside each run, and dead neurons."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from hf_recycle.analysis.evaluation import LanguageModel, language_model
 from hf_recycle.analysis.pruning import PruneCurves, PruneSettings, measure_curve
@@ -16,12 +19,15 @@ from hf_recycle.neurons.find import find_feed_forwards
 from hf_recycle.records.files import write_bytes
 from hf_recycle.runs.parse import parse_run
 from hf_recycle.runs.run import make_collator, prepare_data
+from hf_recycle.studies.plan import Removal
 from hf_recycle.studies.results import RunResult
 from hf_recycle.studies.runner import SETTINGS_FILE
 
-CURVES_FILE = "study_prune_curves.json"
-_SETTINGS = PruneSettings(
-    criteria=("low_magnitude", "random", "high_magnitude"), shares=(0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
+CURVES_FILE, REMOVAL_FILE = "study_prune_curves.json", "study_removal.json"
+_CURVES = Removal(
+    arm="",
+    criteria=("low_magnitude", "random", "high_magnitude"),
+    shares=(0.1, 0.25, 0.5, 0.75, 0.9, 1.0),
 )
 _SEQUENCES, _BATCH = 128, 32
 
@@ -33,19 +39,43 @@ def one_shot_curves(run: RunResult) -> PruneCurves:
     Raises:
         UserError: it has no validation data.
     """
-    path = Path(run.folder, CURVES_FILE)
-    known = _read(path)
+    return _measured(run, _CURVES, CURVES_FILE)
+
+
+def removal_curves(run: RunResult, removal: Removal) -> PruneCurves:
+    """The same for the shares, criteria and folds of a study, which are named "obs, least_squares"."""
+    return _measured(run, removal, REMOVAL_FILE)
+
+
+def dead_share(run: RunResult) -> float:
+    """The share of the neurons of a run's final model that are zero on all of the data that the curves look at.
+
+    Raises:
+        UserError: it has no validation data.
+    """
+    subject = _load(Path(run.folder))
+    found = subject.neurons(find_feed_forwards(subject.model)).statistics({"mean_abs": "dead_share"})
+    return float((torch.cat([statistics["mean_abs"] for statistics in found]) == 0).float().mean())
+
+
+def _measured(run: RunResult, removal: Removal, file: str) -> PruneCurves:
+    path, key = Path(run.folder, file), json.loads(json.dumps([asdict(removal) | {"arm": None}, _SEQUENCES]))
+    known = _read(path, key)
     if known is None:
-        known = _measure(run)
-        write_bytes(path, json.dumps({"key": _key(), "curves": known.to_json()}, indent=1).encode())
+        known = _measure(run, removal)
+        write_bytes(path, json.dumps({"key": key, "curves": known.to_json()}, indent=1).encode())
     return known
 
 
-def _measure(run: RunResult) -> PruneCurves:
-    subject = _load(Path(run.folder))
+def _measure(run: RunResult, removal: Removal) -> PruneCurves:
+    subject, shares = _load(Path(run.folder)), (0.0, *removal.shares)
     blocks = find_feed_forwards(subject.model)
-    losses = {name: measure_curve(subject, blocks, name, _SETTINGS) for name in _SETTINGS.criteria}
-    return PruneCurves(run.arm, subject.task.name, subject.tokens, _SETTINGS.shares, losses)
+    losses = {}
+    for criterion in removal.criteria:
+        for fold in removal.folds:
+            name = criterion if removal.folds == ("none",) else f"{criterion}, {fold}"
+            losses[name] = measure_curve(subject, blocks, criterion, PruneSettings(shares=shares, fold=fold))
+    return PruneCurves(run.arm, subject.task.name, subject.tokens, shares, losses)
 
 
 def _load(folder: Path) -> LanguageModel:
@@ -56,19 +86,17 @@ def _load(folder: Path) -> LanguageModel:
     saved = ModelArguments(model_name_or_path=str(folder), task=arguments.model.task)
     model = load_model(saved, tokenizer, arguments.data.max_seq_length)
     collator = make_collator(arguments, tokenizer)
-    rows = [validation[index] for index in range(min(_SEQUENCES, len(validation)))]
-    return language_model(model, TASKS[arguments.model.task], rows, collator, _BATCH)
+    # All facts, which were trained on too; of a text some sequences to measure on, and others to look at.
+    measured = len(validation) if arguments.data.are_facts else min(_SEQUENCES, len(validation))
+    rows = [validation[index] for index in range(min(2 * measured, len(validation)))]
+    return language_model(model, TASKS[arguments.model.task], rows[:measured], collator, _BATCH, rows[measured:])
 
 
-def _key() -> list[Any]:
-    return [list(_SETTINGS.criteria), list(_SETTINGS.shares), _SETTINGS.seed, _SEQUENCES]
-
-
-def _read(path: Path) -> PruneCurves | None:
+def _read(path: Path, key: Any) -> PruneCurves | None:
     """What was measured before, with the same settings; None if that is not there or damaged."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        if content["key"] != _key():
+        if content["key"] != key:
             return None
         found = content["curves"]
         return PruneCurves(found["model"], found["task"], found["tokens"], tuple(found["shares"]), found["losses"])

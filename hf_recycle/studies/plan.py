@@ -45,6 +45,49 @@ class Control:
 
 
 @dataclass(frozen=True)
+class Claim:
+    """What a study asks of two arms, written down before they ran: that `lower` ends below `than`.
+
+    Attributes:
+        says: the claim in words.
+    """
+
+    says: str
+    lower: str
+    than: str
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Settings that are chosen for each arm on seeds of their own, before the runs that are compared. Those that an arm
+    sets itself, or the command line, are not chosen.
+
+    Attributes:
+        grid: setting -> the values to try.
+        seeds: none of them is a seed of the study.
+    """
+
+    grid: Mapping[str, tuple[Any, ...]]
+    seeds: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Removal:
+    """Neurons to take away from the final models of an arm, at once and with nothing trained afterwards.
+
+    Attributes:
+        arm: whose models.
+        criteria, folds: each criterion is tried with each fold.
+        shares: of each layer's neurons, ascending, each in (0, 1).
+    """
+
+    arm: str
+    criteria: tuple[str, ...]
+    folds: tuple[str, ...] = ("none",)
+    shares: tuple[float, ...] = (0.25, 0.5)
+
+
+@dataclass(frozen=True)
 class PlannedRun:
     """One training run of a study.
 
@@ -72,6 +115,7 @@ class Study:
         scales: further settings of every arm at one scale, by its name.
         overrides: of every arm; they win over everything.
         control: must separate before anything is said of losses.
+        measure: the one number of a run that arms are compared by, see `hf_recycle.studies.measures`.
     """
 
     name: str
@@ -88,6 +132,10 @@ class Study:
     figures: tuple[FigurePlan, ...] = ()
     statements: tuple[str, ...] = ()
     control: Control | None = None
+    claims: tuple[Claim, ...] = ()
+    measure: str = "final_eval_loss"
+    tuning: Tuning | None = None
+    removal: Removal | None = None
 
     def runs(self) -> list[PlannedRun]:
         """Every run, seed by seed, so that an interrupted study has whole comparisons.

@@ -2,9 +2,12 @@
 
 title: Does immunity break the vicious cycle?
 scale: laptop              # recipes/scale/laptop.yaml comes before the recipes of every arm
-seeds: 3
+seeds: 8
 baseline: baseline         # the arm that the others are compared with
 control: {lower: baseline, higher: no-ff}    # the positive control: losses that must differ
+measure: final_eval_loss   # the one number that arms are compared by
+tuning: {grid: {learning_rate: [1e-3, 3e-3], weight_decay: [0, 0.1]}, seeds: [101, 102]}    # for each arm, beforehand
+removal: {arm: baseline, criteria: [obs, random], folds: [none, least_squares], shares: [0.5]}    # from final models
 settings: {max_steps: 1000}    # of every arm
 scales: {laptop: {eval_steps: 100}}    # of every arm at that scale
 arms:
@@ -13,11 +16,13 @@ arms:
   immunity: {recipes: immunity-2, settings: {recycle_fraction: 0.05}, about: two phases of immunity}
 figures:
   - {kind: losses, title: Immunity, arms: [baseline, immunity]}
+claims:
+  - {says: immunity costs something, lower: baseline, than: immunity}
 statements: [vicious_cycle, immunity_hurts]
 
-A study whose statements judge losses must name a positive control; unless its two arms separate, every verdict about
-losses is "can't tell". With `include`, the name of another study, it goes on from that one: arms, figures and
-statements are added.
+A study whose claims or statements judge losses must name a positive control; unless its two arms separate, every
+verdict about losses is "can't tell". With `include`, the name of another study, it goes on from that one: arms,
+figures, claims and statements are added.
 """
 
 from __future__ import annotations
@@ -29,7 +34,7 @@ from typing import Any
 
 from hf_recycle.errors import UserError
 from hf_recycle.runs.recipes import read_recipe
-from hf_recycle.studies.plan import Arm, Control, FigurePlan, Study
+from hf_recycle.studies.plan import Arm, Claim, Control, FigurePlan, Removal, Study, Tuning
 from hf_recycle.utils.recipe_files import recipe_root
 from hf_recycle.utils.suggest import nearest
 
@@ -40,11 +45,15 @@ _KEYS = (
     "seeds",
     "baseline",
     "control",
+    "measure",
+    "tuning",
     "recipes",
     "settings",
     "scales",
     "arms",
     "figures",
+    "claims",
+    "removal",
     "statements",
 )
 _ARM_KEYS = ("recipes", "settings", "about")
@@ -89,6 +98,7 @@ def load_study(path: Path) -> Study:
     """
     # Late: they bring matplotlib.
     from hf_recycle.studies.figures import FIGURES
+    from hf_recycle.studies.measures import MEASURES
     from hf_recycle.studies.statements import STATEMENTS
     from hf_recycle.studies.verdicts import judges_losses
 
@@ -109,17 +119,21 @@ def load_study(path: Path) -> Study:
     statements = _names(where, "statements", values.get("statements"))
     check_known(where, "statement", statements, STATEMENTS)
     control = _control(where, values.get("control"), names)
-    of_losses = [name for name in statements if judges_losses(name)]
+    claims = tuple(_claim(where, claim, names) for claim in _list(where, "claims", values.get("claims")))
+    of_losses = [name for name in statements if judges_losses(name)] + [claim.says for claim in claims]
     if of_losses and control is None:
         raise UserError(
             f"{where}: {', '.join(of_losses)} can't be judged without a positive control; name two arms whose losses "
             "must differ, as control: {lower: baseline, higher: no-ff}"
         )
+    measure = str(values.get("measure") or Study.measure)
+    check_known(where, "measure", [measure], MEASURES)
+    seeds = parse_seeds(values.get("seeds", 1))
     return Study(
         name=path.stem,
         title=str(values.get("title") or path.stem),
         arms=parsed,
-        seeds=parse_seeds(values.get("seeds", 1)),
+        seeds=seeds,
         baseline=baseline,
         about=str(values.get("about") or ""),
         scale=None if scale is None else str(scale),
@@ -129,6 +143,10 @@ def load_study(path: Path) -> Study:
         figures=tuple(_figure(where, plan, names, FIGURES) for plan in _list(where, "figures", values.get("figures"))),
         statements=statements,
         control=control,
+        claims=claims,
+        measure=measure,
+        tuning=_tuning(where, values.get("tuning"), seeds),
+        removal=_removal(where, values.get("removal"), names),
     )
 
 
@@ -196,7 +214,7 @@ def _read(path: Path, inside: tuple[Path, ...]) -> dict[str, Any]:
         mine, theirs = values.get(key) or {}, other.get(key) or {}
         if isinstance(mine, dict) and isinstance(theirs, dict):
             merged[key] = {**theirs, **mine}
-    for key in ("figures", "statements"):
+    for key in ("figures", "claims", "statements"):
         mine, theirs = values.get(key) or [], other.get(key) or []
         if isinstance(mine, list) and isinstance(theirs, list):
             merged[key] = [*theirs, *(item for item in mine if item not in theirs)]
@@ -222,6 +240,52 @@ def _control(where: str, value: Any, arms: Sequence[str]) -> Control | None:
         raise UserError(f"{where}: control={value!r} must name two arms, as {{lower: baseline, higher: no-ff}}")
     check_known(f"{where}, control", "arm", value.values(), arms)
     return Control(**value)
+
+
+def _claim(where: str, value: Any, arms: Sequence[str]) -> Claim:
+    if not isinstance(value, dict) or set(value) != {"says", "lower", "than"}:
+        raise UserError(
+            f"{where}: claim {value!r} must be of the form {{says: in words, lower: one arm, than: another}}"
+        )
+    check_known(f"{where}, claim {value['says']!r}", "arm", [value["lower"], value["than"]], arms)
+    return Claim(str(value["says"]), value["lower"], value["than"])
+
+
+def _removal(where: str, value: Any, arms: Sequence[str]) -> Removal | None:
+    from hf_recycle.methods.registry import CRITERIA, FOLDS
+
+    if value is None:
+        return None
+    if not isinstance(value, dict) or set(value) != {"arm", "criteria", "folds", "shares"}:
+        raise UserError(
+            f"{where}: removal={value!r} must be of the form "
+            "{arm: baseline, criteria: [obs], folds: [none, least_squares], shares: [0.25, 0.5]}"
+        )
+    where = f"{where}, removal"
+    check_known(where, "arm", [value["arm"]], arms)
+    criteria, folds = (_names(where, key, value[key]) for key in ("criteria", "folds"))
+    check_known(where, "criterion", criteria, CRITERIA)
+    check_known(where, "fold", folds, FOLDS)
+    shares = _list(where, "shares", value["shares"])
+    if not shares or shares != sorted(shares) or not all(0 < share < 1 for share in shares):
+        raise UserError(f"{where}: shares={shares!r} must be numbers between 0 and 1, ascending")
+    return Removal(value["arm"], criteria, folds, tuple(shares))
+
+
+def _tuning(where: str, value: Any, seeds: Sequence[int]) -> Tuning | None:
+    if value is None:
+        return None
+    grid = value.get("grid") if isinstance(value, dict) and set(value) == {"grid", "seeds"} else None
+    if not isinstance(grid, dict) or not all(isinstance(tried, list) and tried for tried in grid.values()):
+        raise UserError(
+            f"{where}: tuning={value!r} must be of the form "
+            "{grid: {learning_rate: [1e-3, 3e-3]}, seeds: [101, 102]}"
+        )
+    check_settings(f"{where}, tuning", grid)
+    own = parse_seeds(value["seeds"])
+    if common := set(own) & set(seeds):
+        raise UserError(f"{where}: tuning on seed {min(common)}, a seed of the study; tune on other seeds")
+    return Tuning({name: tuple(tried) for name, tried in grid.items()}, own)
 
 
 def _figure(where: str, value: Any, arms: Sequence[str], kinds: Iterable[str]) -> FigurePlan:

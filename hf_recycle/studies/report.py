@@ -20,30 +20,37 @@ from hf_recycle.records.files import package_version, write_bytes
 from hf_recycle.studies.figures import FIGURES
 from hf_recycle.studies.inference import DIVERGED, PairedDifference, paired_difference
 from hf_recycle.studies.key import code_version
+from hf_recycle.studies.measures import measure_words, values_of
 from hf_recycle.studies.published import PUBLISHED_LOSS_DIFFERENCES, counts_rows
 from hf_recycle.studies.results import StudyResults
 from hf_recycle.studies.statements import check
-from hf_recycle.studies.verdicts import HOLDS, MISSING, control
+from hf_recycle.studies.tuning import Tuned
+from hf_recycle.studies.verdicts import HOLDS, MISSING, check_claim, control, difference
 
 
 @dataclass(frozen=True)
 class ArmRow:
-    """A line of the report's table: losses in nats, differences from the baseline paired by seed.
+    """A line of the report's table: the study's measure in nats, differences from the baseline paired by seed.
 
     Attributes:
-        mean: not finite if a run diverged.
+        values: seed -> the measure of its run; not finite if it diverged.
+        median: over seeds; of infinite losses too.
         spread: standard deviation over seeds; None with one seed, or if a run diverged.
-        tokens, seconds: means over runs; None if one is unknown.
+        tokens: mean over runs; None if one is unknown.
     """
 
     arm: str
     about: str
-    seeds: int
-    mean: float
+    values: dict[int, float]
+    median: float
     spread: float | None
     difference: PairedDifference | None
     tokens: float | None
-    seconds: float | None
+
+    @property
+    def diverged(self) -> int:
+        """How many runs did."""
+        return sum(not math.isfinite(value) for value in self.values.values())
 
 
 def arm_rows(results: StudyResults) -> list[ArmRow]:
@@ -52,21 +59,35 @@ def arm_rows(results: StudyResults) -> list[ArmRow]:
 
 
 def _row(results: StudyResults, arm: str, about: str) -> ArmRow:
-    runs, base = results.of(arm), results.study.baseline
-    losses = [run.eval_loss for run in runs]
-    pairs = results.paired(arm, base) if base is not None and base != arm else []
+    runs, base, values = results.of(arm), results.study.baseline, values_of(results, arm)
+    known = [run.tokens for run in runs if run.tokens is not None]
     return ArmRow(
         arm=arm,
         about=about,
-        seeds=len(runs),
-        mean=float(np.mean(losses)),
-        spread=float(np.std(losses, ddof=1)) if len(losses) > 1 and np.isfinite(losses).all() else None,
-        difference=paired_difference(*zip(*((one.eval_loss, two.eval_loss) for one, two in pairs), strict=True))
-        if pairs
-        else None,
-        tokens=_mean([run.tokens for run in runs]),
-        seconds=_mean([run.seconds for run in runs]),
+        values={run.seed: value for run, value in zip(runs, values, strict=True)},
+        median=float(np.median(values)),
+        spread=float(np.std(values, ddof=1)) if len(values) > 1 and np.isfinite(values).all() else None,
+        difference=difference(results, arm, base) if base is not None and base != arm else None,
+        tokens=float(np.mean(known)) if len(known) == len(runs) else None,
     )
+
+
+def removal_rows(results: StudyResults) -> list[tuple[str, list[PairedDifference]]]:
+    """What each criterion with each fold costs at each share: the loss above that of the whole models, cheapest first
+    at the largest share."""
+    removal = results.study.removal
+    if removal is None or not results.has(removal.arm):
+        return []
+    # Late: this brings models and the Trainer, which reading a study can do without.
+    from hf_recycle.studies.one_shot import removal_curves
+
+    curves = [removal_curves(run, removal).losses for run in results.of(removal.arm)]
+    rows = [
+        (name, [paired_difference(losses, whole) for losses in rest])
+        for name in curves[0]
+        for whole, *rest in [list(zip(*(seed[name] for seed in curves), strict=True))]
+    ]
+    return sorted(rows, key=lambda row: row[1][-1].mean)
 
 
 def count_tests(results: StudyResults) -> dict[str, int]:
@@ -75,29 +96,33 @@ def count_tests(results: StudyResults) -> dict[str, int]:
     verdicts = [check(name, results)[1] for name in results.study.statements]
     return {
         "differences from the baseline": sum(each is not None and each.low is not None for each in differences),
+        "shares taken away": sum(len(found) for _, found in removal_rows(results)),
+        "claims": sum(check_claim(claim, results).verdict != MISSING for claim in results.study.claims),
         "statements": sum(verdict.verdict != MISSING for verdict in verdicts),
         "positive control": int(control(results).verdict != MISSING),
     }
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return float(np.mean(known)) if known and len(known) == len(values) else None
-
-
-def write_report(results: StudyResults, folder: Path, command: str, jobs: int) -> list[Path]:
+def write_report(
+    results: StudyResults, folder: Path, command: str, jobs: int, tuned: Sequence[Tuned] = ()
+) -> list[Path]:
     """Writes `report.md`, `report.html` and `figures/` into a folder; returns the two pages."""
     figures, not_drawn = _draw(results, folder / "figures")
     rows = arm_rows(results)
     content = {
         "study": results.study,
         "rows": rows,
+        "measure": measure_words(results),
+        "steps": sorted({run.steps for run in results.runs.values()}),
+        "tuned": tuned,
+        "claims": [(claim.says, check_claim(claim, results)) for claim in results.study.claims],
         "tests": count_tests(results),
         "control": control(results),
         "control_separates": control(results).verdict == HOLDS,
         "published": [
             (row, PUBLISHED_LOSS_DIFFERENCES[row.arm]) for row in rows if row.arm in PUBLISHED_LOSS_DIFFERENCES
         ],
+        "removal": removal_rows(results),
         "counts": counts_rows(results),
         "statements": [check(name, results) for name in results.study.statements],
         "failures": sorted(results.failures.items()),
@@ -199,10 +224,11 @@ def _cell(text: object) -> str:
 def summary_table(rows: Sequence[ArmRow]) -> str:
     """The main numbers for a terminal."""
     width = max((len(row.arm) for row in rows), default=3)
-    lines = [f"{'arm':<{width}}  seeds  evaluation loss      difference from the baseline"]
+    lines = [f"{'arm':<{width}}  seeds  median loss          difference from the baseline"]
     for row in rows:
         spread = f" ± {row.spread:.4f}" if row.spread is not None else ""
         lines.append(
-            f"{row.arm:<{width}}  {row.seeds:>5}  {_number(row.mean) + spread:<19}  {_difference(row.difference)}"
+            f"{row.arm:<{width}}  {len(row.values):>5}  {_number(row.median) + spread:<19}  "
+            f"{_difference(row.difference)}"
         )
     return "\n".join(lines)

@@ -21,19 +21,19 @@ class RunResult:
     """One finished run.
 
     Attributes:
-        seconds: of training, evaluations included, over all resumes; None where an interruption left them unknown.
         tokens: of all training batches, padding included, and of overtraining; None if unknown.
         losses, evaluations: (step, loss in nats per predicted token), in order.
+        settings: every argument that differs from its default.
         folder: where the run lies.
     """
 
     arm: str
     seed: int
     steps: int
-    seconds: float | None
     tokens: int | None
     losses: list[tuple[int, float]]
     evaluations: list[tuple[int, float]]
+    settings: Mapping[str, Any]
     folder: str
 
     @property
@@ -48,11 +48,8 @@ class RunResult:
         return RecyclingHistory.of_own_run(folder) if (folder / CONFIG_FILE).exists() else None
 
 
-def collect(planned: PlannedRun, folder: Path, resumed: bool = False) -> RunResult:
+def collect(planned: PlannedRun, folder: Path) -> RunResult:
     """Reads a finished run and leaves `study_result.json` in its folder, which marks it as done.
-
-    Args:
-        resumed: whether training was interrupted at least once.
 
     Raises:
         ValueError: the run has not been evaluated.
@@ -66,33 +63,27 @@ def collect(planned: PlannedRun, folder: Path, resumed: bool = False) -> RunResu
                 curve[int(row["step"])] = float(row[name])
     if not curves["eval_loss"]:
         raise ValueError(f"{folder} has no evaluation loss: a study needs eval_strategy=steps and validation data")
-    seconds, tokens = _cost(folder, state, resumed)
     result = RunResult(
         arm=planned.arm,
         seed=planned.seed,
         steps=int(state["global_step"]),
-        seconds=seconds,
-        tokens=tokens,
+        tokens=_tokens(folder, state),
         losses=sorted(curves["loss"].items()),
         evaluations=sorted(curves["eval_loss"].items()),
+        settings=dict(planned.settings),
         folder=str(folder),
     )
-    content = {"settings": dict(planned.settings), **asdict(result)}
-    write_bytes(folder / RESULT_FILE, json.dumps(content, indent=1, default=str).encode())
+    write_bytes(folder / RESULT_FILE, json.dumps(asdict(result), indent=1, default=str).encode())
     return result
 
 
-def _cost(folder: Path, state: Mapping[str, Any], resumed: bool) -> tuple[float | None, int | None]:
-    """Seconds and tokens of the whole training."""
-    if (folder / CONFIG_FILE).exists():
-        history = RecyclingHistory.of_own_run(folder)
-        run = history.config.get("run", {})
-        extra = history.stats.get("overtraining", {}).get("tokens", 0)
-        tokens = run.get("tokens")
-        return run.get("seconds"), None if tokens is None else tokens + extra
-    # A model without feed-forward neurons keeps no record of its own, and the Trainer's time is that since it started.
-    metrics = json.loads((folder / "train_results.json").read_text(encoding="utf-8"))
-    return None if resumed else float(metrics["train_runtime"]), state.get("num_input_tokens_seen") or None
+def _tokens(folder: Path, state: Mapping[str, Any]) -> int | None:
+    """Tokens of the whole training."""
+    if not (folder / CONFIG_FILE).exists():  # a model without feed-forward neurons keeps no record of its own
+        return state.get("num_input_tokens_seen") or None
+    history = RecyclingHistory.of_own_run(folder)
+    tokens = history.config.get("run", {}).get("tokens")
+    return None if tokens is None else tokens + history.stats.get("overtraining", {}).get("tokens", 0)
 
 
 def load_result(planned: PlannedRun, folder: Path) -> RunResult | None:
@@ -101,8 +92,9 @@ def load_result(planned: PlannedRun, folder: Path) -> RunResult | None:
     try:
         content: dict[str, Any] = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
         losses, evaluations = ([(int(s), float(v)) for s, v in content[name]] for name in ("losses", "evaluations"))
-        steps, seconds, tokens = (content[name] for name in ("steps", "seconds", "tokens"))
-        result = RunResult(planned.arm, planned.seed, steps, seconds, tokens, losses, evaluations, str(folder))
+        steps, tokens = content["steps"], content["tokens"]
+        settings = dict(planned.settings)
+        result = RunResult(planned.arm, planned.seed, steps, tokens, losses, evaluations, settings, str(folder))
         _ = result.eval_loss, result.history
     except (OSError, ValueError, TypeError, KeyError, IndexError):  # RecyclingFileError is a ValueError
         return None

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import queue
+import runpy
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ import yaml
 from hf_recycle.studies.lock import run_lock
 from hf_recycle.studies.plan import PlannedRun
 from hf_recycle.studies.results import RunResult, collect, load_result
+from hf_recycle.studies.warm import WarmProcess
 
 SETTINGS_FILE, LOG_FILE = "study_settings.yaml", "study.log"
 _TERMINATION = 60  # seconds that interrupted runs have to stop
@@ -41,7 +43,8 @@ class StudyRunner:
         self.folder = folder
         self.jobs = jobs
         self._say = say
-        self._processes: set[subprocess.Popen] = set()
+        self.threads = max(1, (os.cpu_count() or 1) // jobs)
+        self._processes: set[WarmProcess] = set()
         self._lock = threading.Lock()
         self._stopping = threading.Event()
         self._devices: queue.Queue[str | None] = queue.Queue()
@@ -62,7 +65,9 @@ class StudyRunner:
         first: dict[str, PlannedRun] = {}
         for run in planned:
             first.setdefault(run.key, run)
-        self._prepare(list(first.values()))
+        unfinished = [run for run in first.values() if load_result(run, self.folder_of(run)) is None]
+        self._to_do, self._done, self._began = len(unfinished), 0, time.monotonic()
+        self._prepare(unfinished)
         with ThreadPoolExecutor(self.jobs) as pool:
             try:
                 futures = {key: pool.submit(self._do, run) for key, run in first.items()}
@@ -83,16 +88,15 @@ class StudyRunner:
         found = sorted(self.folder.glob(f"*-{run.key}"))
         return found[0] if found else self.folder / run.folder
 
-    def command(self, settings: Path) -> list[str]:
-        """The command that does the run of a settings file."""
-        return [sys.executable, "-m", "hf_recycle.train", str(settings)]
+    def begin(self, settings: Path, log: Path, environment: Mapping[str, str], lock: int | None) -> WarmProcess:
+        """Starts the run of a settings file."""
+        return WarmProcess(_train, (str(settings), self.threads), log, environment, lock)
 
     def _prepare(self, runs: Sequence[PlannedRun]) -> None:
         """Tokenises data that several runs share once, before they start together."""
-        unfinished = [run for run in runs if load_result(run, self.folder_of(run)) is None]
-        if self.jobs < 2 or len(unfinished) < 2:
+        if self.jobs < 2 or len(runs) < 2:
             return
-        settings = self._write_settings(unfinished[0])
+        settings = self._write_settings(runs[0])
         # What is wrong with the data, the runs will say.
         subprocess.run(
             [sys.executable, "-m", "hf_recycle.studies.prepare", str(settings)], capture_output=True, check=False
@@ -119,19 +123,26 @@ class StudyRunner:
                 self._say(f"{name}: done before, evaluation loss {done.eval_loss:.4f}")
                 return done
             settings, log = self._write_settings(run), folder / LOG_FILE
-            resumed = any(folder.glob("checkpoint-*"))
+            goes_on = any(folder.glob("checkpoint-*"))
             device = self._devices.get()
             try:
-                self._say(f"{name}: {'goes on' if resumed else 'started'}, log in {log}")
+                self._say(f"{name}: {'goes on' if goes_on else 'started'}, log in {log}")
                 status = self._launch(settings, log, device, lock)
             finally:
                 self._devices.put(device)
             if status != 0:
                 return _last_words(log, status)
-            result = collect(run, folder, resumed)
-        took = "" if result.seconds is None else f" in {result.seconds:.0f} s"
-        self._say(f"{name}: evaluation loss {result.eval_loss:.4f}{took}")
+            result = collect(run, folder)
+        self._say(f"{name}: evaluation loss {result.eval_loss:.4f}; {self._progress()}")
         return result
+
+    def _progress(self) -> str:
+        """How many runs are done of those that were to do, and about how long the others take at that pace."""
+        with self._lock:
+            self._done += 1
+            left = self._to_do - self._done
+            minutes = (time.monotonic() - self._began) / self._done * left / 60
+        return f"{self._done} of {self._to_do} done" + (f", about {minutes:.0f} minutes left" if left else "")
 
     def _write_settings(self, run: PlannedRun) -> Path:
         folder = self.folder_of(run)
@@ -143,23 +154,14 @@ class StudyRunner:
         return path
 
     def _launch(self, settings: Path, log: Path, device: str | None, lock: int | None) -> int:
-        threads = max(1, (os.cpu_count() or 1) // self.jobs)
-        environment = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"} | os.environ
+        environment = {"TOKENIZERS_PARALLELISM": "false"} | os.environ
         if device is not None:
             environment["CUDA_VISIBLE_DEVICES"] = device
-        with log.open("ab") as output, self._lock:
+        with self._lock:
             # Asked under the lock: what starts after `_stop` has looked would be left running.
             if self._stopping.is_set():
                 return -signal.SIGTERM
-            process = subprocess.Popen(
-                self.command(settings),
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                # Ctrl-C goes to this process alone, which passes it on in an orderly way.
-                start_new_session=True,
-                pass_fds=() if lock is None else (lock,),
-            )
+            process = self.begin(settings, log, environment, lock)
             self._processes.add(process)
         try:
             return process.wait()
@@ -173,7 +175,7 @@ class StudyRunner:
             self._stopping.set()
             running = list(self._processes)
         for process in running:
-            process.send_signal(signal.SIGTERM)
+            process.terminate()
         deadline = time.monotonic() + _TERMINATION
         try:
             for process in running:
@@ -183,15 +185,18 @@ class StudyRunner:
         finally:
             for process in running:
                 if process.poll() is None:
-                    _kill(process)
+                    process.kill()
 
 
-def _kill(process: subprocess.Popen) -> None:
-    """Ends a run with the workers it started."""
-    if hasattr(os, "killpg"):
-        os.killpg(process.pid, signal.SIGKILL)
-    else:
-        process.kill()
+def _train(settings: str, threads: int) -> int:
+    """Does what `python -m hf_recycle.train SETTINGS` does, and ends this process as that does."""
+    import torch
+
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(threads)
+    sys.argv[1:] = [settings]
+    runpy.run_module("hf_recycle.train", run_name="__main__")
+    raise AssertionError("it ends the process")
 
 
 def _last_words(log: Path, status: int) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 from hf_recycle.records.history import RecyclingHistory
 from hf_recycle.records.recorder import QUANTILE_LEVELS
 from hf_recycle.studies.inference import paired_difference
+from hf_recycle.studies.measures import values_of
 from hf_recycle.studies.results import RunResult, StudyResults
 from hf_recycle.studies.verdicts import (
     FAILS,
@@ -121,7 +122,7 @@ def wider_is_better(results: StudyResults) -> Verdict:
     steps = [step for step in found if step is not None]
     if not steps or len(steps) < len(found):
         return needs("baseline", "ff-half")
-    means = {name: float(np.mean([run.eval_loss for run in results.of(name)])) for name in names}
+    means = {name: float(np.mean(values_of(results, name))) for name in names}
     measured = ", ".join(f"{name} {mean:.4f}" for name, mean in means.items())
     verdicts = [below_zero(step) for step in steps]
     return Verdict(FAILS if FAILS in verdicts else UNCLEAR if UNCLEAR in verdicts else HOLDS, measured)

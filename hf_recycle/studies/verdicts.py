@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from hf_recycle.studies.inference import DIVERGED, PairedDifference, paired_difference
+from hf_recycle.studies.measures import pairs_of
+from hf_recycle.studies.plan import Claim
 from hf_recycle.studies.results import StudyResults
 from hf_recycle.utils.registry import Registry
 
@@ -81,8 +83,13 @@ def check(name: str, results: StudyResults) -> tuple[str, Verdict]:
         return words, Verdict(MISSING, f"the check failed: {type(error).__name__}: {error}")
 
 
+def check_claim(claim: Claim, results: StudyResults) -> Verdict:
+    """Whether a claim of the study's file holds: it judges losses."""
+    return of_losses(lambda results: lower(results, claim.lower, claim.than))(results)
+
+
 def lower(results: StudyResults, one: str, two: str) -> Verdict:
-    """Whether arm `one` has the lower evaluation loss: the 95% interval of the paired difference must say so."""
+    """Whether arm `one` ends lower: the 95% interval of the paired difference must say so."""
     found = difference(results, one, two)
     if found is None:
         return needs(one, two)
@@ -101,11 +108,9 @@ def no_better(results: StudyResults, one: str, two: str) -> Verdict:
 
 
 def difference(results: StudyResults, one: str, two: str) -> PairedDifference | None:
-    """Evaluation loss of `one` minus `two`, paired by seed; None without a common seed."""
-    pairs = results.paired(one, two)
-    if not pairs:
-        return None
-    return paired_difference([run.eval_loss for run, _ in pairs], [run.eval_loss for _, run in pairs])
+    """The study's measure of `one` minus `two`, paired by seed; None without a common seed."""
+    pairs = pairs_of(results, one, two)
+    return paired_difference(*zip(*pairs, strict=True)) if pairs else None
 
 
 def below_zero(found: PairedDifference) -> str:
@@ -117,9 +122,10 @@ def below_zero(found: PairedDifference) -> str:
 
 def told(one: str, two: str, found: PairedDifference) -> str:
     if found.diverged:
-        return f"evaluation loss of {one} minus {two}: {DIVERGED}"
+        return f"{one} minus {two}: {DIVERGED}"
     interval = "one seed" if found.low is None else f"95% interval {found.low:+.4f} to {found.high:+.4f}"
-    return f"evaluation loss of {one} minus {two}: {found.mean:+.4f} nats ({interval})"
+    p = "" if found.p is None else f", p {found.p:.3f}"
+    return f"{one} minus {two}: {found.mean:+.4f} nats ({interval}{p})"
 
 
 def needs(*arms: str, what: str = "") -> Verdict:

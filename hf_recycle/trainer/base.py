@@ -30,6 +30,7 @@ class NeuronTrainer(Trainer):
     neuron_methods: NeuronMethods
     meter: RunMeter
     hub_model_id: str | None  # type: ignore[assignment]  # the Trainer sets None first
+    _known_model: tuple[nn.Module, nn.Module] | None = None  # the model as wrapped, and without that
 
     # ---- Neurons ----
 
@@ -77,7 +78,10 @@ class NeuronTrainer(Trainer):
         return 0 if self.recycling is None or table is None else self.recycling.immune(table)
 
     def _unwrapped_model(self) -> nn.Module:
-        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        # Once for each model: accelerate looks for DeepSpeed's files every time, which takes longer than a small step.
+        if self._known_model is None or self._known_model[0] is not self.model:
+            self._known_model = self.model, self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        return self._known_model[1]
 
     # ---- What other parts do ----
 

@@ -151,9 +151,8 @@ class RecyclingTrainer(RunStartMixin, HubMixin, CheckpointMixin, LanguageModelin
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         check_same(self._start(max_steps, resume_from_checkpoint))
         # The last moment at which the model is not wrapped or sharded.
-        if self.recycling is not None and (table := self.neuron_table()) is not None:
-            for view in table.views:
-                view.learn_distribution()
+        if not self.steps_aside and (table := self.neuron_table()) is not None:
+            table.fresh.learn()
         self.settle_loss()
         self._enable_optimizations()
         if self.is_fsdp_enabled:

@@ -11,6 +11,7 @@ from hf_recycle.analysis.ceiling import feed_forward_share_of_flops, measure
 from hf_recycle.analysis.data_scores import least
 from hf_recycle.analysis.evaluation import LanguageModel
 from hf_recycle.analysis.shrink import ShrinkSettings, shrink
+from hf_recycle.analysis.verdict import IN_USE, RECYCLE, judge
 from hf_recycle.mlm.tasks import TASKS
 
 DEAD, HARDLY, PRUNED = [3, 11, 20], 7, 15
@@ -101,3 +102,30 @@ def test_savings_are_those_of_a_model_that_was_shrunk(name, family_named, pertur
         counts.append(counter.get_total_flops())
     assert point.flops == pytest.approx(0.5 * share)
     assert point.flops == pytest.approx(1 - counts[1] / counts[0], rel=1e-9)
+
+
+@pytest.mark.parametrize(("dead", "name"), [(0, IN_USE), (8, IN_USE), (20, RECYCLE)])
+def test_the_verdict_on_a_model_that_says_what_it_means(dead, name, family_named, perturb):
+    """Its labels are its own predictions, so that each neuron that is taken away costs something."""
+    family = family_named("bert")
+    text = subject(family, perturb)
+    text.model.bert.encoder.layer[0].intermediate.intermediate_act_fn = nn.ReLU()
+    blocks = find_feed_forwards(text.model)
+    with torch.no_grad():
+        for block in blocks:
+            family.matrices(text.model, block.name)[2].mul_(3.0)
+        text.model.bert.encoder.layer[0].intermediate.dense.weight[:dead] = 0.0
+        text.model.bert.encoder.layer[0].intermediate.dense.bias[:dead] = -10.0
+        generator = torch.Generator().manual_seed(1)
+        made = []
+        for _ in range(8):
+            tokens = torch.randint(5, 67, (4, 9), generator=generator)
+            made.append({"input_ids": tokens, "labels": text.model(input_ids=tokens).logits.argmax(-1)})
+    text = LanguageModel(text.model, TASKS["mlm"], made[:4], 4 * 36, made[4:])
+    found, [point] = measure(text, blocks, [0.5], 0.99)
+    assert sum(len(block.dead) for block in found) >= dead
+    neurons, dead, dormant = (
+        sum(block.neurons for block in found),
+        *(sum(len(getattr(block, kind)) for block in found) for kind in ("dead", "dormant")),
+    )
+    assert judge(neurons, dead, dormant, point.cost).name == name

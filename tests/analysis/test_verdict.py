@@ -7,6 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_recycle.analysis.verdict import IN_USE, RECYCLE, SPARE, Cost, judge
+from hf_recycle.methods.activity import DORMANT, WORTH_RECYCLING
+from hf_recycle.methods.presets import preset_values
 
 
 @pytest.mark.parametrize(
@@ -30,8 +32,14 @@ def test_the_rule(dead, dormant, cost, sd, name):
     first, preset = verdict.sentences
     assert f"{dormant:,} of 1,000 neurons ({dormant / 10:.1f}%) are dead or dormant, {dead} of them dead" in first
     assert first.startswith("Recycle" if name == RECYCLE else "Nothing to recycle here")
-    assert (f"recycle these {dormant}" in preset) == (name == RECYCLE)
+    assert ("would recycle them, at most 20% of a layer" in preset) == (name == RECYCLE)
     assert ("leave this model alone" in preset) == (name != RECYCLE)
+
+
+def test_the_rule_is_that_of_the_preset():
+    preset = preset_values("recommended")
+    assert (preset["recycle_threshold"], preset["recycle_min_share"]) == (DORMANT, WORTH_RECYCLING)
+    assert preset["recycle_selection"] == "dormant"
 
 
 @given(st.lists(st.tuples(st.floats(0, 9), st.floats(-1, 1)), min_size=2, max_size=9), st.integers(1, 50))

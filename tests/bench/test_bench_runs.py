@@ -26,18 +26,8 @@ def _forked(monkeypatch):
 
 def test_a_quick_run_fills_every_row(tmp_path, capsys):
     page, numbers = tmp_path / "page.md", tmp_path / "numbers.json"
-    rows = [
-        "step",
-        "memory",
-        "recycling",
-        "smooth",
-        "midpoint",
-        "magnitudes",
-        "probe",
-        "probe-gradients",
-        "obs",
-        "data",
-    ]
+    rows = ["step", "memory", "recycling", "smooth", "midpoint", "magnitudes"]
+    rows += ["probe", "probe-gradients", "obs", "data"]
     assert main([*rows, "--quick", "--rounds", "3", "--output", str(page), "--json", str(numbers)]) == 0
     assert page.read_text() == capsys.readouterr().out
     measured = {row["name"]: row for row in json.loads(numbers.read_text())["rows"]}
@@ -64,8 +54,6 @@ def test_a_quick_run_tells_tokens_per_second_and_memory_of_two_arms(tmp_path, ca
         seconds = measured[f"{name}-step"]["samples"]["seconds"]
         assert {arm: len(taken) for arm, taken in seconds.items()} == dict.fromkeys(arms, 2)
     assert measured["causal-step"]["samples"]["relative difference of losses"] < 1e-4
-    # The first step is the same model's, the others are not.
-    assert measured["muon-step"]["samples"]["relative difference of losses"] > 1e-4
 
 
 def test_a_match_tells_losses_apart_and_says_who_failed():

@@ -63,6 +63,15 @@ def test_help_of_train_has_our_arguments_first_and_the_trainers_on_demand(capsys
     assert "  --adam_beta1 FLOAT" in full
 
 
+def test_a_reader_that_ends_early_is_no_error(monkeypatch):
+    """As in `hf-recycle train --list | head -1`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as gone:
+        monkeypatch.setattr(sys, "stdout", gone)
+        assert main(["train", "--list"]) == 141
+
+
 def test_an_unknown_command(capsys):
     assert main(["trian"]) == 2
     assert capsys.readouterr().err == "error: unknown command 'trian'; did you mean train?\n"

@@ -134,7 +134,7 @@ METHODS = {
         "recycle_fraction": 0.1,
         "recycle_selection": "contribution",
         "recycle_fold": "mean",
-        "recycle_reinit": "zero_out",
+        "recycle_reinit": "sample",
         "recycle_probe_batches": 2,
     },
     "surgeon": {
@@ -149,7 +149,7 @@ METHODS = {
     "midpoint": {"midpoint_weight": 0.05, "midpoint_distance": "l2"},
     "copies": {"recycle_steps": 3, "recycle_fraction": 0.1, "recycle_reinit": "copy_noise"},
     "global": {"recycle_steps": 3, "recycle_fraction": 0.1, "recycle_scope": "global"},
-    "layers": {"recycle_steps": 3, "recycle_fraction": 0.2, "recycle_layers": [1]},
+    "layers": {"recycle_steps": 3, "recycle_fraction": 0.2, "recycle_layers": [1], "recycle_reinit": "zero_out"},
 }
 
 # Methods that take gradients of their own, which DeepSpeed does not give.

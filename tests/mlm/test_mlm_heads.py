@@ -238,6 +238,7 @@ def test_the_head_keeps_no_model_alive():
         gc.enable()
 
 
+@pytest.mark.slow
 def test_a_compiled_model_needs_one_graph_for_all_counts():
     model = tiny_model("bert")
     inputs, labels = batch("uneven")

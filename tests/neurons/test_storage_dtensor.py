@@ -19,7 +19,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from hf_recycle import find_feed_forwards
-from hf_recycle.neurons.blocks import NeuronSlice
+from hf_recycle.neurons.blocks import NeuronSlice, whole_slices
 from hf_recycle.neurons.optimizer_state import check_optimizer, reset_state
 from hf_recycle.neurons.storage import storage_of
 from hf_recycle.neurons.storage.dtensor import DTensorStorage, _local_tiles, _owned
@@ -115,6 +115,26 @@ def test_a_dtensor_is_as_good_as_a_plain_tensor(mesh, make, placement):
         one.scale_gradient(its_piece, INDEX, factors[INDEX])
     assert torch.equal(piece.parameter.grad.full_tensor(), plain_piece.parameter.grad)
     same()
+
+
+@pytest.mark.parametrize("shape", [(), (6,), (6, 4), (3, 2, 4), (3, 2, 1, 2)], ids=str)
+@pytest.mark.parametrize("placement", [None, Shard(0), Replicate()], ids=str)
+def test_all_of_a_parameter_of_any_shape(mesh, shape, placement):
+    """Also of one that is called a bias and is no column."""
+    values, holder = torch.randn(shape), nn.Module()
+    if placement is not None:
+        if not shape and placement == Shard(0):
+            pytest.skip("a number can't be cut")
+        values = distribute_tensor(values, mesh, [placement])
+    holder.position_bias = nn.Parameter(values.clone())
+    [piece] = whole_slices(holder, ["position_bias"]).values()
+    storage, lines = piece.storage, piece.lines()
+    values = values.full_tensor() if placement is not None else values
+    assert torch.equal(storage.gather(piece, lines, storage.read(piece, lines)).view(shape), values)
+    for tile, part in zip(storage.tiles(piece), storage.shard(piece, lines, 2 * values), strict=True):
+        tile.values.copy_(part)
+    found = piece.parameter.detach()
+    assert torch.equal(found.full_tensor() if placement is not None else found, 2 * values)
 
 
 @pytest.mark.parametrize("placement", [Shard(0), Replicate()], ids=str)

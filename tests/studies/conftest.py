@@ -12,9 +12,9 @@ STEPS = 100
 @pytest.fixture
 def made_up(tmp_path):
     """Results from `{arm: [final loss of each seed]}`; `histories` names the arms that have one, with its settings;
-    `control` the arms of lower and higher loss."""
+    `control` the arms of lower and higher loss; `more` of the study."""
 
-    def make(losses, histories=None, failures=None, about=None, figures=(), statements=(), seconds=None, control=None):
+    def make(losses, histories=None, failures=None, about=None, figures=(), statements=(), control=None, **more):
         runs = {}
         for arm, values in losses.items():
             for seed, loss in enumerate(values, start=1):
@@ -23,8 +23,7 @@ def made_up(tmp_path):
                 if arm in (histories or {}):
                     write_run(folder, **histories[arm])
                 evaluations = [(step, loss + 100 / step - 1) for step in (20, 40, 60, 80, STEPS)]
-                took = (seconds or {}).get(arm, 10.0)
-                runs[arm, seed] = RunResult(arm, seed, STEPS, took, 1000, [(10, 9.0)], evaluations, str(folder))
+                runs[arm, seed] = RunResult(arm, seed, STEPS, 1000, [(10, 9.0)], evaluations, {}, str(folder))
         names = [*losses, *{arm for arm, _ in failures or {}}]
         study = Study(
             name="made-up",
@@ -35,6 +34,7 @@ def made_up(tmp_path):
             figures=tuple(FigurePlan(kind, title, tuple(arms)) for kind, title, arms in figures),
             statements=tuple(statements),
             control=control and Control(*control),
+            **more,
         )
         return StudyResults(study, runs, failures or {})
 

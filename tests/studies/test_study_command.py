@@ -86,7 +86,7 @@ def test_mistakes_are_told_before_anything_starts(tmp_path, monkeypatch, capsys,
 def test_help(capsys):
     assert main(["study", "--help"]) == 0
     text = capsys.readouterr().out
-    assert "packaged studies (article, article-full)" in " ".join(text.split())
+    assert "packaged studies (article, article-facts, " in " ".join(text.split())
     assert "--report_only" in text
     assert main(["--help"]) == 0
     assert "study" in capsys.readouterr().out
@@ -150,7 +150,7 @@ def test_a_study_that_is_done_trains_nothing(done, monkeypatch, capsys):
     page = (output / "study" / "report.html").read_bytes()
     curves = next(output.glob("runs/baseline*/study_prune_curves.json"))
     before = curves.stat().st_mtime_ns
-    monkeypatch.setattr(subprocess, "Popen", None)  # whatever it would start
+    monkeypatch.setattr("hf_recycle.studies.runner.WarmProcess", None)  # whatever it would start
     words = ["study", str(path), "--output", str(output), "--arms", "plain"]
     assert main(words) == 0
     assert "done before" in capsys.readouterr().out
@@ -206,14 +206,59 @@ def test_an_interrupted_study_goes_on_as_if_nothing_had_happened(done, tmp_path,
     assert one["tokens"] > 0
 
 
+FACTS = """\
+title: Facts
+seeds: 2
+baseline: dead
+control: {lower: alive, higher: dead}
+tuning: {grid: {learning_rate: [1e-5, 1e-2]}, seeds: [9]}
+recipes: facts
+settings:
+  {facts_keys: 16, facts_values: 8, facts_tasks: 2, facts_epochs: 20, train_sampling_strategy: sequential,
+  per_device_train_batch_size: 128, max_steps: 80, warmup_steps: 5, logging_steps: 40, eval_strategy: steps,
+  eval_steps: 40, save_strategy: "no", dead_fraction: 0.75}
+arms:
+  dead: {}
+  alive: {settings: {dead_fraction: 0}}
+removal: {arm: alive, criteria: [obs, random], folds: [none, least_squares], shares: [0.5]}
+claims: [{says: Living neurons help, lower: alive, than: dead}]
+figures:
+  - {kind: tasks, title: Tasks}
+  - {kind: dead, title: Dead}
+statements: []
+"""
+
+
+@pytest.mark.slow
+def test_a_real_study_of_facts_is_tuned_and_judged(tmp_path, shared_cache, capsys):
+    path, output = tmp_path / "facts.yaml", tmp_path / "out"
+    path.write_text(FACTS)
+    assert main(["study", str(path), "--output", str(output), "--jobs", "2"]) == 0
+    assert "4 of 4 done" in capsys.readouterr().out
+    page = (output / "facts" / "report.md").read_text()
+    # The low rate learns nothing in 80 steps, and is tried on seed 9 alone.
+    assert page.count("**learning_rate=0.01: ") == 2
+    used = [json.loads(file.read_text())["settings"] for file in output.glob("runs/*/study_result.json")]
+    assert sorted({(each["seed"], each["learning_rate"]) for each in used}) == [
+        (1, 1e-2),
+        (2, 1e-2),
+        (9, 1e-5),
+        (9, 1e-2),
+    ]
+    assert re.search(r"\| Living neurons help \| \*\*(holds|not shown at this scale|can't tell)\*\*", page)
+    assert re.search(r"\| obs, least_squares \| \+\d\.\d{4} \[", page)
+    assert "not drawn" not in page
+    assert {file.name for file in (output / "facts" / "figures").glob("*.svg")} == {"01-tasks.svg", "02-dead.svg"}
+
+
 def running(folder):
-    """Processes whose command line names the folder."""
+    """Processes that write into the folder."""
     found = []
-    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+    for link in Path("/proc").glob("[0-9]*/fd/1"):
         try:
-            words = entry.read_bytes().decode(errors="replace")
+            written = os.readlink(link)
         except OSError:
             continue
-        if str(folder) in words and int(entry.parent.name) != os.getpid():
-            found.append(words)
+        if written.startswith(str(folder)):
+            found.append(written)
     return found

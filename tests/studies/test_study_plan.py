@@ -1,5 +1,6 @@
 import pytest
 
+from hf_recycle.cli.study import check_runs
 from hf_recycle.errors import UserError
 from hf_recycle.studies.plan import Control
 from hf_recycle.studies.plan_file import find_study, load_study, parse_seeds, study_names
@@ -18,6 +19,8 @@ figures:
   - {kind: differences}
 statements: [vicious_cycle]
 """
+REMOVAL = "removal: {arm: hot, criteria: [obs], folds: [mean], shares: [0.25, 0.5]}"
+CLAIMS = "claims: [{says: it helps, lower: hot, than: baseline}]"
 
 
 @pytest.fixture
@@ -120,6 +123,21 @@ def test_fewer_arms_keep_the_baseline_and_the_figures_that_are_left(study):
         ("baseline: baseline", "control: baseline", "control='baseline' must name two arms, as {lower: baseline, hi"),
         ("baseline: baseline", "control: {lower: hot, higher: hot}", "must name two arms"),
         ("baseline: baseline", "control: {lower: hit, higher: hot}", r"control: unknown arm 'hit'; did you mean hot\?"),
+        ("baseline: baseline", "measure: final_loss", r"unknown measure 'final_loss'; did you mean final_eval_loss\?"),
+        ("baseline: baseline", f"{CLAIMS}", "it helps can't be judged without a positive control"),
+        ("baseline: baseline", "claims: [{says: a, lower: hot}]", "claim {'says': 'a', 'lower': 'hot'} must be of the"),
+        ("baseline: baseline", CLAIMS.replace("lower: hot", "lower: hit"), r"claim 'it helps': unknown arm 'hit'; did"),
+        ("baseline: baseline", "tuning: {grid: {learning_rate: [1, 2]}, seeds: [2, 9]}", "on seed 2, a seed of the st"),
+        ("baseline: baseline", "tuning: {grid: {learning_rate: 1}, seeds: [9]}", "tuning=.* must be of the form {grid"),
+        ("baseline: baseline", "tuning: {grid: {seed: [1, 2]}, seeds: [9]}", "tuning: seed is not a setting of a stu"),
+        (
+            "baseline: baseline",
+            REMOVAL.replace("[obs]", "[obz]"),
+            r"removal: unknown criterion 'obz'; did you mean obs",
+        ),
+        ("baseline: baseline", REMOVAL.replace("[mean]", "[men]"), r"removal: unknown fold 'men'; did you mean mean"),
+        ("baseline: baseline", REMOVAL.replace("0.25, 0.5", "0.5, 0.25"), r"removal: shares=\[0.5, 0.25\] must be num"),
+        ("baseline: baseline", REMOVAL.replace("arm: hot", "arms: hot"), "removal=.* must be of the form {arm: base"),
         ("title: Two arms", "title: [", "^study .*mine.yaml: .* in line 3"),
         ("title: Two arms", "include: nowhere", "study 'nowhere' is neither a file"),
     ],
@@ -179,7 +197,12 @@ def test_packaged_studies_have_runs(name):
     found = load_study(find_study(f"recipes/studies/{name}.yaml"))
     assert len({run.key for run in found.runs()}) == len(found.arms) * len(found.seeds)
     assert all(arm.about or arm.name == found.baseline for arm in found.arms)
-    assert found.statements
+    assert found.statements or found.claims
+    if found.name not in ("article", "article-full", "device"):  # which say that they can't tell losses
+        assert found.tuning
+        assert found.control
+        assert len(found.seeds) == 8
+    check_runs([found])
 
 
 def test_the_full_study_has_every_arm_of_the_main_line():

@@ -1,5 +1,6 @@
 import io
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import markdown_it
@@ -9,7 +10,7 @@ from matplotlib.image import imread
 
 from hf_recycle.studies import figures, one_shot
 from hf_recycle.studies.figures import FIGURES
-from hf_recycle.studies.plan import FigurePlan
+from hf_recycle.studies.plan import Claim, FigurePlan, Removal
 from hf_recycle.studies.report import arm_rows, count_tests, summary_table, write_report
 
 ARMS = {"baseline": [2.0, 2.1, 2.05], "plain": [2.02, 2.09, 2.11], "no-ff": [2.5, 2.6, 2.4], "half": [2.2, 2.3, 2.2]}
@@ -26,11 +27,21 @@ def curves(monkeypatch):
         "one_shot_curves",
         lambda run: PruneCurves(run.arm, "mlm", 9, shares, {"low_magnitude": [1, 2, 3], "random": [1, 2.5, 3]}),
     )
+    monkeypatch.setattr(one_shot, "dead_share", lambda run: run.seed / 10)
+
+
+def in_tasks(results):
+    """The same runs as of four tasks in a row."""
+    losses = [(25, 1.0), (50, 2.0), (60, 9.0), (75, 3.0), (100, 4.0)]
+    runs = {key: replace(run, losses=losses, settings={"facts_tasks": 4}) for key, run in results.runs.items()}
+    return replace(results, runs=runs)
 
 
 @pytest.mark.parametrize("kind", list(FIGURES))
 def test_every_kind_of_figure_shows_something(made_up, curves, kind):
     results = made_up(ARMS, HISTORIES)
+    if kind == "tasks":
+        results = in_tasks(results)
     figure = FIGURES[kind](results, FigurePlan(kind, "A title", tuple(ARMS)))
     drawn = [panel for panel in figure.axes if panel.lines or panel.patches or panel.collections]
     assert drawn
@@ -46,7 +57,7 @@ def test_figures_without_anything_to_show(made_up, curves, kind):
     results = made_up({"baseline": [2.0]})
     plan = FigurePlan(kind, "A title", ("baseline", "missing"))
     figure = FIGURES[kind](results, plan)
-    assert (figure is None) == (kind != "losses")
+    assert (figure is None) == (kind != "losses")  # one run is a curve, but no comparison
     assert FIGURES[kind](results, FigurePlan(kind, "A title", ("missing",))) is None
 
 
@@ -88,11 +99,12 @@ def test_recycle_counts_add_up(made_up):
 
 
 def test_a_row_of_the_table(made_up):
-    results = made_up({"baseline": [2.0, 2.0], "plain": [1.5, 1.6]}, seconds={"plain": None})
+    results = made_up({"baseline": [2.0, 2.0, 2.0], "plain": [1.5, 1.6, 1.7]})
     row = {row.arm: row for row in arm_rows(results)}["plain"]
-    assert row.difference.mean == pytest.approx(-0.45)
-    assert row.spread == pytest.approx(np.std([1.5, 1.6], ddof=1))
-    assert row.seconds is None  # what is not known is not made up
+    assert row.difference.mean == pytest.approx(-0.4)
+    assert row.median == 1.6
+    assert row.spread == pytest.approx(0.1)
+    assert row.values == pytest.approx({1: 1.5, 2: 1.6, 3: 1.7})
 
 
 def test_the_number_of_tests_is_stated(made_up, tmp_path):
@@ -101,12 +113,14 @@ def test_the_number_of_tests_is_stated(made_up, tmp_path):
         HISTORIES,
         statements=["recycling_does_not_beat_the_baseline", "vicious_cycle", "matched_normal_hurts"],
         control=("baseline", "no-ff"),
+        claims=(Claim("it helps", "plain", "half"), Claim("it was not run", "plain", "gone")),
     )
-    assert list(count_tests(results).values()) == [3, 2, 1]  # one seed is no test, nor is what lacks an arm
+    assert list(count_tests(results).values()) == [3, 0, 1, 2, 1]  # one seed is no test, nor is what lacks an arm
     for page in write_report(results, tmp_path, "command", jobs=1):
         text = page.read_text()
-        assert re.search(r"Tests made: 6(\*\*|</strong>), of which differences from the baseline 3, statements 2", text)
-        assert "equal time" not in text
+        assert re.search(
+            r"Tests made: 7(\*\*|</strong>), of which differences from the baseline 3, shares taken away 0, cla", text
+        )
 
 
 @pytest.mark.parametrize("separates", [True, False])
@@ -120,10 +134,39 @@ def test_the_positive_control_is_reported(made_up, tmp_path, separates):
     )
     for page in write_report(results, tmp_path, "command", jobs=1):
         text = " ".join(page.read_text().split())
-        assert "Positive control: evaluation loss of baseline minus no-ff" in text
+        assert "Positive control: baseline minus no-ff" in text
         assert ("so losses can be judged" in text) == separates
         assert ("of losses nothing can be told here" in text) == (not separates)
         assert len(re.findall(r"(?:\*\*|<strong>)can(?:'|&#39;)t tell", text)) == (not separates)
+
+
+def test_what_is_taken_away_is_compared_with_the_whole_models(made_up, monkeypatch, tmp_path):
+    from hf_recycle.analysis.pruning import PruneCurves
+
+    def curves(run, removal):
+        losses = {"random, none": [1.0, 2.0, 4.0], "obs, mean": [1.0, 1.1, 1.2 + run.seed / 10]}
+        return PruneCurves(run.arm, "mlm", 9, (0.0, *removal.shares), losses)
+
+    monkeypatch.setattr(one_shot, "removal_curves", curves)
+    results = made_up(ARMS, removal=Removal("baseline", ("random", "obs"), ("none", "mean"), (0.25, 0.5)))
+    page = write_report(results, tmp_path, "command", jobs=1)[0].read_text()
+    table = page.partition("## Taken away at once")[2]
+    assert table.index("obs, mean") < table.index("random, none")
+    assert "| random, none | +1.0000 [+1.0000, +1.0000] | +3.0000" in table
+    assert "+0.4000 [" in table  # the mean of 0.3, 0.4 and 0.5
+    assert count_tests(results)["shares taken away"] == 4
+
+
+@pytest.mark.parametrize("separates", [True, False])
+def test_claims_are_judged_where_the_control_separates(made_up, tmp_path, separates):
+    results = made_up(
+        {"baseline": [2.0, 2.1, 2.05], "worse": [2.5, 2.6, 2.4], "same": [2.0, 2.11, 2.04]},
+        control=("baseline", "worse" if separates else "same"),
+        claims=(Claim("a | b", "baseline", "worse"), Claim("the reverse", "worse", "baseline")),
+    )
+    text = write_report(results, tmp_path, "command", jobs=1)[0].read_text()
+    found = re.findall(r"^\| (a \\\| b|the reverse) \| \*\*(.*?)\*\*", text, re.M)
+    assert [verdict for _, verdict in found] == (["holds", "does not hold"] if separates else ["can't tell"] * 2)
 
 
 @pytest.mark.parametrize("diverged", [float("nan"), float("inf")])
@@ -143,12 +186,13 @@ def test_a_run_that_diverged(made_up, tmp_path, diverged):
     markdown = (tmp_path / "report" / "report.md").read_text()
     table = markdown.partition("## Results")[2].partition("±:")[0]
     cells = {row.strip("| ").split(" | ")[0]: row.strip("| ").split(" | ") for row in table.splitlines()}
-    assert cells["plain"][1:5] == ["3", "a run diverged", "a run diverged", "–"]
+    median = "a run diverged" if np.isnan(diverged) else "2.1100"
+    assert cells["plain"][1:6] == ["3", median, "a run diverged", "–", "1"]
     assert cells["half"][4] == "0.250"
-    assert "evaluation loss of plain minus baseline: a run diverged" in markdown
+    assert "plain minus baseline: a run diverged" in markdown
     assert "**can't tell**" in markdown
     table = summary_table(arm_rows(results)).splitlines()
-    assert re.fullmatch(r"plain +3  a run diverged +a run diverged", table[2])
+    assert re.fullmatch(rf"plain +3  {median} +a run diverged", table[2])
     everywhere = made_up({"all": [diverged]}, figures=[("losses", "Losses", ["all"])])
     assert "Figures not drawn" not in write_report(everywhere, tmp_path / "all", "command", jobs=1)[0].read_text()
 

@@ -17,6 +17,7 @@ from hf_recycle.studies.lock import run_lock
 from hf_recycle.studies.plan import PlannedRun
 from hf_recycle.studies.results import RESULT_FILE
 from hf_recycle.studies.runner import StudyRunner
+from hf_recycle.studies.warm import WarmProcess
 
 SUCCEED = """
 import json, os, pathlib, sys
@@ -38,9 +39,9 @@ class Scripted(StudyRunner):
         super().__init__(folder, say=self.lines.append, **{"jobs": 2, **kwargs})
         self.scripts = scripts
 
-    def command(self, settings):
+    def begin(self, settings, *more):
         script = next(script for arm, script in self.scripts.items() if settings.parent.name.startswith(arm))
-        return [sys.executable, "-S", "-c", script, str(settings)]
+        return WarmProcess(os.execv, (sys.executable, [sys.executable, "-S", "-c", script, str(settings)]), *more)
 
     def _prepare(self, runs):
         pass

@@ -43,7 +43,7 @@ class Naive:
     def __init__(self, monkeypatch):
         self.found, gather = [], Probe.gather
 
-        def watched(probe, blocks, names, step):
+        def watched(probe, blocks, names, step, *more):
             run = probe._run
             everywhere = [[] for _ in run.table.blocks]
             handles = [
@@ -55,13 +55,13 @@ class Naive:
             modes = run.model.training
             run.model.eval()
             with torch.no_grad():
-                for batch in probe._batches_of(step):
+                for _, batch in probe._batches_of(step):
                     run.model(**batch)
             run.model.train(modes)
             for handle in handles:
                 handle.remove()
             self.found.append([self.count(everywhere[index]) for index in blocks])
-            return gather(probe, blocks, names, step)
+            return gather(probe, blocks, names, step, *more)
 
         monkeypatch.setattr(Probe, "gather", watched)
 

@@ -40,7 +40,7 @@ def at_phases(monkeypatch):
     seen, run_phase = [], callback.run_phase
 
     def watched(table, *args, **kwargs):
-        model = table.views[0]._fresh.model
+        model = table.fresh.model
         training, before = model.training, batch_loss(model)
         records = run_phase(table, *args, **kwargs)
         seen.append((before, batch_loss(model), list(map(neurons_of, table.blocks)), records))
@@ -176,7 +176,7 @@ def prunings(monkeypatch):
     seen, prune = [], pruning.prune
 
     def watched(table, *args, **kwargs):
-        model = table.views[0]._fresh.model
+        model = table.fresh.model
         training, before = model.training, batch_loss(model)
         records = prune(table, *args, **kwargs)
         seen.append((before, batch_loss(model)))

@@ -73,8 +73,7 @@ def test_pruned_neurons_stay_at_zero(train, optimizer):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("selection", ["low_magnitude", "high_magnitude", "random"])
-@pytest.mark.parametrize("at", [1, 6, 9])
+@pytest.mark.parametrize(("at", "selection"), [(1, "random"), (6, "low_magnitude"), (9, "high_magnitude")])
 def test_resume_is_exact(at, selection, train):
     everything = {
         "recycle_steps": 3,

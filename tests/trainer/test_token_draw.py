@@ -93,9 +93,8 @@ def test_inputs_are_those_of_the_tokens_by_a_head_on_all_positions(train, kind, 
             logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits
         [hook.remove() for hook in hooks]
         for row, labels in enumerate(targets_of(batch["labels"])):
-            lots = torch.rand(
-                len(labels), dtype=torch.float64, generator=generator_for(probe._seed, 4, first + row, "token")
-            )
+            generator = generator_for(probe._seed, 4, first + row, "token")
+            lots = torch.rand(len(labels), dtype=torch.float64, generator=generator)
             for place, label in enumerate(labels):
                 if label != -100:
                     loss = float(F.cross_entropy(logits[row, place], label))
@@ -124,7 +123,5 @@ def test_a_loss_that_no_token_has_is_refused_before_training(train, tmp_path):
 
 
 def test_losses_of_other_tokens_are_refused():
-    with pytest.raises(
-        ValueError, match=r"a test needs the input of layer at every token that has a loss, \(2, 3\), and"
-    ):
+    with pytest.raises(ValueError, match=r"a test needs the input of layer at every token that has a loss, \(2, 3\),"):
         draw(torch.ones(2, 3), numbered(2, 4), 1)

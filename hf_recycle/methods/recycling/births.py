@@ -18,7 +18,7 @@ class Block(Protocol):
 
     num_neurons: int
     is_dictionary: bool
-    """Whether the model is this block and vectors, such as a sparse autoencoder, whose out-columns are what it learns."""
+    """Whether the model is this block and vectors: a sparse autoencoder, whose out-columns are what it learns."""
     weight_roles: Sequence[str]
     bias_roles: Sequence[str]
 

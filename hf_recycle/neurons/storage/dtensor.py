@@ -51,7 +51,7 @@ def _parameter(piece: ParameterSlice) -> DTensor:
 def _local_tiles(piece: ParameterSlice, tensor: DTensor) -> list[Tile]:
     local = tensor.to_local().detach()
     # Rows are counted through the matrices of all experts; a bias is a column.
-    split = tensor.dim() if piece.is_bias else 1 if piece.expert is None else 2
+    split = tensor.dim() if piece.is_bias else min(1 if piece.expert is None else 2, tensor.dim())
     row_numbers, column_numbers = _flat(tensor, range(split)), _flat(tensor, range(split, tensor.dim()))
     if local.shape != (len(row_numbers), len(column_numbers)):
         local = local.view(len(row_numbers), len(column_numbers))
