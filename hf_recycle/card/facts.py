@@ -116,7 +116,7 @@ def facts_of(history: RecyclingHistory, folder: Path, repo_id: str | None = None
 
 def _widget(task: Task, run: Mapping[str, Any]) -> str | None:
     """A text to try the model on, with its mask; only for English, and for words."""
-    mask = (run.get("tokenizer") or {}).get("mask_token")
+    mask = (run.get("tokenizer") or {}).get("mask")
     languages = run.get("card", {}).get("language") or ["en"]
     english = "en" in ([languages] if isinstance(languages, str) else languages)
     return f"The function returns a {mask} of strings." if mask and english and task.pipeline == "fill-mask" else None
