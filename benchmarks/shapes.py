@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import datasets
 import numpy as np
@@ -52,16 +53,18 @@ class Shape:
 
     def model(self) -> PreTrainedModel:
         """A fresh model; its weights depend on torch's global random state."""
-        return BertForMaskedLM(
-            BertConfig(
-                vocab_size=self.vocabulary,
-                hidden_size=self.d_model,
-                num_hidden_layers=self.layers,
-                num_attention_heads=self.heads,
-                intermediate_size=self.d_ff,
-                max_position_embeddings=self.sequence,
-            )
-        )
+        return BertForMaskedLM(BertConfig(**self.sizes()))
+
+    def sizes(self) -> dict[str, Any]:
+        """Settings of a configuration."""
+        return {
+            "vocab_size": self.vocabulary,
+            "hidden_size": self.d_model,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "intermediate_size": self.d_ff,
+            "max_position_embeddings": self.sequence,
+        }
 
     def collator(self, tokenizer: PreTrainedTokenizerFast) -> Callable:
         """The stock collator of the task."""
@@ -80,16 +83,7 @@ class CausalShape(Shape):
 
     def model(self) -> LlamaForCausalLM:
         return LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=self.vocabulary,
-                hidden_size=self.d_model,
-                num_hidden_layers=self.layers,
-                num_attention_heads=self.heads,
-                intermediate_size=self.d_ff,
-                max_position_embeddings=self.sequence,
-                tie_word_embeddings=True,
-                pad_token_id=_SPECIAL.index("[PAD]"),
-            )
+            LlamaConfig(**self.sizes(), tie_word_embeddings=True, pad_token_id=_SPECIAL.index("[PAD]"))
         )
 
     def collator(self, tokenizer: PreTrainedTokenizerFast) -> Callable:

@@ -2,6 +2,7 @@
 text that it is measured on."""
 
 import argparse
+from typing import Any
 
 from hf_recycle.utils.command_line import completed_by
 
@@ -40,8 +41,8 @@ def add_removal_arguments(parser: argparse.ArgumentParser) -> None:
         "--criterion",
         default="low_magnitude",
         metavar="NAME",
-        help=f"The neurons of lowest score go (default: %(default)s). {CRITERIA.describe()}. All but the first three "
-        "look at eval_file.".replace("%", "%%").replace("%%(default)s", "%(default)s"),
+        help="The neurons of lowest score go (default: %(default)s). "
+        + f"{CRITERIA.describe()}. All but the first three look at eval_file.".replace("%", "%%"),
     )
     completed_by(criterion, lambda prefix: CRITERIA.names())
     parser.add_argument(
@@ -54,8 +55,8 @@ def add_removal_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="Seed of what is drawn (default: %(default)s).")
 
 
-def add_text_arguments(parser: argparse._ActionsContainer) -> None:
-    """--eval_file and how it is read."""
+def add_text_arguments(parser: Any) -> None:
+    """--eval_file and how it is read, for a parser or a group of one."""
     parser.add_argument(
         "--eval_file",
         metavar="FILE",

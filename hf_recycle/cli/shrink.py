@@ -28,7 +28,7 @@ neurons masked, and both are timed, and measured on a text if there is one.
   hf-recycle shrink runs/pruned --pruned_only --output small        what pruning has set to zero, for good
   hf-recycle shrink user/repo --fraction 0.3 --output small         the 30% smallest neurons of every layer
   hf-recycle shrink user/repo --fraction 0.3 --criterion obs --fold least_squares --eval_file my.txt --output small
-                                                                    those that the others can make up for best"""
+      those that the others can make up for best"""
 
 
 def add_arguments(parser: Parser) -> None:

@@ -59,6 +59,8 @@ def activation_bytes(
         in_chunks: the output layer is computed in chunks: it keeps gradients of its input and weights, and no logits.
     """
     ids = torch.zeros(shape, dtype=torch.long, device=model.device)
+    # Models of transformers look for padding among the values, of which shapes have none.
+    padding, model.config.pad_token_id = model.config.pad_token_id, None
     try:
         whole, base = _Kept(model), _Kept(model)
         with base.counting():
@@ -67,6 +69,8 @@ def activation_bytes(
             above = model(input_ids=ids, labels=ids)
     except Exception:  # it takes other inputs, or asks for values
         return None
+    finally:
+        model.config.pad_token_id = padding
     del below, above
     if in_chunks:
         head = model.get_output_embeddings()

@@ -36,7 +36,11 @@ class Formatter(argparse.HelpFormatter):
 def _example(line: str, width: int) -> str:
     """A command and, behind two spaces or more, what it does; below it where the terminal is too narrow."""
     command, _, comment = re.sub("   +", "  ", line.strip()).partition("  ")
+    if line.startswith(" " * 6):  # what the command above, which fills its line, does
+        command, comment = "", line.strip()
     below = textwrap.fill(comment, width, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    if not command:
+        return below
     return line if len(line) <= width or not comment else f"  {command}\n{below}"
 
 

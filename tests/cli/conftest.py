@@ -1,11 +1,3 @@
-import datasets
-import pytest
+from support.caches import private_caches
 
-
-@pytest.fixture(autouse=True)
-def private_caches(tmp_path_factory, monkeypatch):
-    """No test reads or writes the user's caches, nor another test's."""
-    root = tmp_path_factory.mktemp("caches")
-    monkeypatch.setenv("HF_RECYCLE_CACHE", str(root / "hf_recycle"))
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", root / "datasets")
-    return root
+__all__ = ["private_caches"]

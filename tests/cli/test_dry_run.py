@@ -1,12 +1,14 @@
 """`train --dry_run`: against the stock Trainer, and against counts by hand."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from support.causal import llama
 from support.tiny_runs import masked_sentences, tiny_bert
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
-from transformers import BertConfig, BertForMaskedLM, Trainer, TrainingArguments
+from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 from hf_recycle import RecyclingArguments, RecyclingTrainer
 from hf_recycle.cli.main import main
@@ -100,7 +102,7 @@ class Stack(nn.Module):
 
 def test_activations_by_hand():
     model = Stack(32).to("meta")
-    model.base_model, model.device = model, torch.device("meta")
+    model.base_model, model.device, model.config = model, torch.device("meta"), SimpleNamespace(pad_token_id=None)
     positions = 3 * 5
     # The input of the first layer and tanh's output, which the second layer shares; the output that is squared.
     whole, base = 4 * positions * (8 + 32 + 8), 4 * positions * (8 + 32)
@@ -108,13 +110,25 @@ def test_activations_by_hand():
     assert activation_bytes(model, (3, 5), head_share=0.5) == (whole + base) / 2
 
 
-def test_activations_on_shapes_are_those_of_a_computation():
+def small_bert():
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = BertConfig(vocab_size=100, **sizes, attn_implementation="eager")
-    real = BertForMaskedLM(config)
+    return BertForMaskedLM(BertConfig(vocab_size=100, **sizes, attn_implementation="eager"))
+
+
+def small_gpt2():
+    """With padding, for which it looks."""
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 16, "vocab_size": 100}
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
+    return GPT2LMHeadModel(GPT2Config(**sizes, **tokens, attn_implementation="eager"))
+
+
+@pytest.mark.parametrize("make", [small_bert, small_gpt2])
+def test_activations_on_shapes_are_those_of_a_computation(make):
+    real = make()
     with torch.device("meta"):
-        shapes = BertForMaskedLM(config)
+        shapes = make()
     assert activation_bytes(shapes, (2, 16)) == activation_bytes(real, (2, 16)) > 0
+    assert shapes.config.pad_token_id == 0
 
 
 def test_what_is_kept_with_a_head_in_chunks():

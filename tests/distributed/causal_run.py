@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import torch
-from engine_run import pretend_an_accelerator
+from engine_run import begin
 from matrix import ENGINES
 from support.processes import run_in_processes
 
@@ -68,11 +68,7 @@ def run(name: str, folder: Path, engine: str = "single", resume: Path | None = N
 
 
 def main() -> None:
-    engine, folder = sys.argv[2], Path(sys.argv[3])
-    torch.set_num_threads(1)
-    os.environ |= ENGINES[engine].environment
-    if ENGINES[engine].pretend:
-        pretend_an_accelerator()
+    engine, folder = begin()
     for name in sys.argv[4:]:
         run(name, folder / name, engine)
     run("recycled", folder / "resumed", engine, folder / "recycled" / f"checkpoint-{MIDDLE}").end()

@@ -186,12 +186,18 @@ def _make_infinite(trainer) -> None:
     trainer.compute_loss = compute_loss
 
 
-def main() -> None:
-    engine, folder = sys.argv[2], Path(sys.argv[3])
+def begin() -> tuple[str, Path]:
+    """The engine and the folder that a script of these tests was called with, once this process is ready for it."""
+    engine = (ENGINES | VARIANTS)[sys.argv[2]]
     torch.set_num_threads(1)
-    os.environ |= ENGINES[engine].environment
-    if ENGINES[engine].pretend:
+    os.environ |= engine.environment
+    if engine.pretend:
         pretend_an_accelerator()
+    return sys.argv[2], Path(sys.argv[3])
+
+
+def main() -> None:
+    engine, folder = begin()
     for word in sys.argv[4:]:
         if word in LAYOUTS:
             trainer = run(engine, "off", folder / word, family=LAYOUTS[word], **ON_LAYOUTS)

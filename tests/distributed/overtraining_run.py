@@ -3,13 +3,10 @@
 overtraining_run.py PROCESSES ENGINE FOLDER RUN[:CHECKPOINT] ...
 """
 
-import os
 import sys
 from pathlib import Path
 
-import torch
-from engine_run import pretend_an_accelerator, run
-from matrix import ENGINES
+from engine_run import begin, run
 from support.processes import run_in_processes
 
 EVERY = {"overtrain_steps": 2, "overtrain_batches": 3, "weight_decay": 0.1}
@@ -30,11 +27,7 @@ RUNS = {
 
 
 def main() -> None:
-    engine, folder = sys.argv[2], Path(sys.argv[3])
-    torch.set_num_threads(1)
-    os.environ |= ENGINES[engine].environment
-    if ENGINES[engine].pretend:
-        pretend_an_accelerator()
+    engine, folder = begin()
     for word in sys.argv[4:]:
         name, _, checkpoint = word.partition(":")
         resume = Path(checkpoint) if checkpoint else None

@@ -9,13 +9,11 @@ methods communicated and held, by event (see `Measure`); the others are training
 
 import functools
 import json
-import os
 import sys
 from pathlib import Path
 
 import torch
-from engine_run import pretend_an_accelerator, run
-from matrix import ENGINES, VARIANTS
+from engine_run import begin, run
 from support.processes import run_in_processes
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -76,11 +74,7 @@ def _value(text: str) -> int | float | str:
 
 
 def main() -> None:
-    engine, folder = sys.argv[2], Path(sys.argv[3])
-    torch.set_num_threads(1)
-    os.environ |= (ENGINES | VARIANTS)[engine].environment
-    if (ENGINES | VARIANTS)[engine].pretend:
-        pretend_an_accelerator()
+    engine, folder = begin()
     measured = None
     for word in sys.argv[4:]:
         name, _, what = word.partition("=")
