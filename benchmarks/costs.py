@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from benchmarks.contestant import OURS, Contestant, Turn
@@ -45,10 +46,10 @@ def costs_of_methods(shape: Shape, effort: Effort) -> dict[str, Measured]:
     return often | {name: _measure(name, arguments, shape, pairs) for name, arguments in _AT_EVERY_HUNDREDTH.items()}
 
 
-def costs_of_probes(shape: Shape, effort: Effort) -> dict[str, Measured]:
+def cost_of_probe(name: str, effort: Effort) -> dict[str, Measured]:
     """As `costs_of_methods`, for phases that look at data, one in a thousand steps: of those few pairs are enough."""
-    pairs = max(effort.rounds // 10, 2)
-    return {name: _measure(name, arguments, shape, pairs) for name, arguments in _AT_EVERY_THOUSANDTH.items()}
+    shape, pairs = TINY if effort.quick else MEDIUM, max(effort.rounds // 10, 2)
+    return {name: _measure(name, _AT_EVERY_THOUSANDTH[name], shape, pairs)}
 
 
 def _measure(method: str, arguments: dict[str, Any], shape: Shape, pairs: int) -> Measured:
@@ -76,9 +77,11 @@ def _run(effort: Effort) -> dict[str, Measured]:
     return costs_of_methods(TINY if effort.quick else MEDIUM, effort)
 
 
-def _run_probes(effort: Effort) -> dict[str, Measured]:
-    return costs_of_probes(TINY if effort.quick else MEDIUM, effort)
-
+_PROBES = (
+    Row("probe", "recycling by activity (dormant), a phase every 1,000 steps", Target(0.01, False, "cost")),
+    Row("probe-gradients", "the same by gradients (fisher)", Target(0.03, False, "cost")),
+    Row("obs", "the same by the optimal brain surgeon (obs)", Target(0.05, False, "cost")),
+)
 
 BENCHES = (
     Bench(
@@ -91,17 +94,5 @@ BENCHES = (
         _run,
         memory=4e9,
     ),
-    Bench(
-        (
-            Row(
-                "probe",
-                "recycling by activity (dormant), a phase every 1,000 steps",
-                Target(0.01, False, "cost"),
-            ),
-            Row("probe-gradients", "the same by gradients (fisher)", Target(0.03, False, "cost")),
-            Row("obs", "the same by the optimal brain surgeon (obs)", Target(0.05, False, "cost")),
-        ),
-        _run_probes,
-        memory=4e9,
-    ),
+    *(Bench((row,), partial(cost_of_probe, row.name), memory=4e9) for row in _PROBES),
 )

@@ -87,11 +87,11 @@ def judge(neurons: int, dead: int, dormant: int, half: Cost) -> Verdict:
             RECYCLE,
             (
                 f"Recycle: {idle}, at least the {level} from which it is worth it.",
-                "`preset: recommended` would recycle them, "
+                "preset=recommended would recycle them, "
                 f"at most {100 * preset_values('recommended')['recycle_fraction']:g}% of a layer in each phase.",
             ),
         )
-    left_alone = "`preset: recommended` would leave this model alone."
+    left_alone = "preset=recommended would leave this model alone."
     if half.is_noise:
         return Verdict(
             SPARE,

@@ -100,6 +100,7 @@ def facts_of(history: RecyclingHistory, folder: Path, repo_id: str | None = None
         "phases": history.stats["phases"],
         "recyclings": history.stats["recycling_events"],
         "left_alone": _left_alone(history),
+        "resizes": _resizes(history),
         "probed": len(history.activity) > 0,
         "blocks": _blocks(history),
         "ceiling": _ceiling(folder),
@@ -115,7 +116,7 @@ def facts_of(history: RecyclingHistory, folder: Path, repo_id: str | None = None
 
 def _widget(task: Task, run: Mapping[str, Any]) -> str | None:
     """A text to try the model on, with its mask; only for English, and for words."""
-    mask = (run.get("tokenizer") or {}).get("mask_token")
+    mask = (run.get("tokenizer") or {}).get("mask")
     languages = run.get("card", {}).get("language") or ["en"]
     english = "en" in ([languages] if isinstance(languages, str) else languages)
     return f"The function returns a {mask} of strings." if mask and english and task.pipeline == "fill-mask" else None
@@ -215,6 +216,13 @@ def _blocks(history: RecyclingHistory) -> Rows:
         quantiles = block.get("magnitude_quantiles") or {}
         rows.append((*row, *(f"{quantiles[q]:.3g}" if q in quantiles else "–" for q in ("0.01", "0.5", "0.99"))))
     return rows
+
+
+def _resizes(history: RecyclingHistory) -> list[tuple[int, int, int]]:
+    """Step, and neurons of all resized blocks before and after, of each change of width."""
+    rows = history.resizes.assign(now=history.resizes["former"].map(len))
+    sums = rows.groupby("step")[["neurons", "now"]].sum()
+    return [(int(step), int(before), int(now)) for step, before, now in sums.itertuples()]
 
 
 def _left_alone(history: RecyclingHistory) -> str | None:

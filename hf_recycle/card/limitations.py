@@ -29,6 +29,11 @@ def limitations(facts: Mapping[str, Any]) -> list[str]:
             "Loss, perplexity and accuracy are over masked tokens only, with masks that are the same in each "
             "evaluation; they compare only with runs on the same data, tokenizer and masking."
         )
+    for step, before, now in facts["resizes"]:
+        sentences.append(
+            f"At step {step:,} {before:,} feed-forward neurons became {now:,} (hf-recycle resize): what is said of "
+            "neurons is said of those that are there now."
+        )
     if not facts["evaluation"]:
         sentences.append("It was not evaluated on data that it was not trained on.")
     return sentences

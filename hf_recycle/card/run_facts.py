@@ -141,7 +141,7 @@ def _tokenizer(tokenizer: Any) -> dict[str, Any] | None:
     return {
         "name": name if is_repo_id(name) and not os.path.isdir(name) else None,
         "vocabulary": size,
-        "mask_token": mask if isinstance(mask, str) else None,
+        "mask": mask if isinstance(mask, str) else None,
     }
 
 

@@ -18,12 +18,9 @@ Give a checkpoint another feed-forward width. Weights, the optimizer's state, co
 training that goes on from the new checkpoint sees the batches and the learning rates that it would have seen. A
 narrower one loses the neurons of lowest score; a wider one gets new ones.
 
-  hf-recycle resize runs/demo/checkpoint-100 --width 256 --output runs/narrow/checkpoint-100
-                                                     the smallest neurons go
-  hf-recycle resize runs/demo/checkpoint-100 --width 2048 --birth split --output runs/wide/checkpoint-100
-                                                     large neurons share their out-columns with new ones
-  hf-recycle train demo --output_dir runs/wide --resume_from_checkpoint true
-                                                     the training goes on"""
+  hf-recycle resize runs/demo/checkpoint-750 --width 256 --output runs/narrow/checkpoint-750
+  hf-recycle resize runs/demo/checkpoint-750 --width 1024 --birth split --output runs/wide/checkpoint-750
+  hf-recycle train demo --output_dir runs/wide --resume_from_checkpoint true  the training goes on"""
 
 
 def add_arguments(parser: Parser) -> None:

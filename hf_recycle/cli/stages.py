@@ -64,6 +64,7 @@ def _resize(arguments, checkpoint: str, before: float, after: float) -> str:
             for field in width_fields(model, blocks)
         }
 
+    output.parent.mkdir(parents=True, exist_ok=True)
     with claimed(Path(args.output_dir), args):
         done = resize_checkpoint(Path(checkpoint), output, values_of, ResizeSettings(seed=args.seed))
     name, (was, now) = next(iter(done.widths.items()))

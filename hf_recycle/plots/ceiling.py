@@ -47,6 +47,7 @@ def ceiling_figure(models: Mapping[str, Mapping[str, Any]]) -> Figure:
         _costs(panels[2], [whole, *found["curve"]], [0.0, *shares], ["none", *map(percent, shares)], line=True)
         dress(panels[2], "of every layer taken away", "share of the neurons")
         panels[2].xaxis.set_major_formatter(percent)
+        panels[1].set_xlim(-0.5, len(found["blocks"]) - 0.5)
         for panel in panels[:2]:
             panel.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     return figure

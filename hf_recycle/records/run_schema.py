@@ -63,7 +63,7 @@ RUN_SCHEMA: dict[str, Check] = {
     "model": _object(architecture=_text, parameters=_count),
     "base_model": _maybe(_object(name=_text, revision=_maybe(_text))),
     "data": _object(name=_maybe(_text), datasets=_list(_text), config=_maybe(_text), files=_list(_text)),
-    "tokenizer": _maybe(_object(name=_maybe(_text), vocabulary=_count, mask_token=_maybe(_text))),
+    "tokenizer": _maybe(_object(name=_maybe(_text), vocabulary=_count, mask=_maybe(_text))),
     "card": _mapping(lambda value: _maybe(_text)(value) or _list(_text)(value)),  # what `create_model_card` was told
     "hardware": _object(device=_text, processes=_count, engine=_text, precision=_text),
     "seconds": _maybe(_amount),  # wall time of training, over all resumes

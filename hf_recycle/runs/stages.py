@@ -61,7 +61,8 @@ def check_stages(arguments: RunArguments) -> None:
                             "of one process, DDP or FSDP2, with its optimizer and without initial weights")  # fmt: skip
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("1", "true"):
         raise UserError("ff_stages can't be used with DeepSpeed, whose checkpoints can't be resized: use ddp or fsdp2")
-    if os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE"):
+    processes = os.environ.get("WORLD_SIZE")
+    if os.environ.get("LOCAL_WORLD_SIZE", processes) != processes:
         raise UserError("ff_stages can't be used on several machines; resize by hand with hf-recycle resize")
 
 

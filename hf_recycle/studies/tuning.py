@@ -19,7 +19,7 @@ class Tuned:
     """What tuning found for one arm.
 
     Attributes:
-        tried: settings as text -> median of the study's measure over the tuning seeds; infinite where a run diverged.
+        tried: settings as text -> mean of the study's measure over the tuning seeds; infinite where a run diverged.
         chosen: the settings of the lowest.
         at_edge: those of the chosen settings that are the first or last of at least three values tried, beyond which
             there may be better ones.
@@ -52,7 +52,7 @@ def choose(study: Study, found: StudyResults) -> tuple[Study, list[Tuned]]:
     tuned, arms = [], []
     for arm in study.arms:
         points = list(_points(study, arm))
-        values = [_median(found, f"{arm.name}-tuning{number}") for number in range(len(points))]
+        values = [_mean(found, f"{arm.name}-tuning{number}") for number in range(len(points))]
         best = points[int(np.argmin(values))]
         edges = {name: (tried[0], tried[-1]) for name, tried in study.tuning.grid.items() if len(tried) > 2}
         at_edge = tuple(name for name, value in best.items() if value in edges.get(name, ()))
@@ -70,9 +70,9 @@ def _points(study: Study, arm: Arm) -> list[dict[str, Any]]:
     return [dict(zip(open_, values, strict=True)) for values in itertools.product(*open_.values())]
 
 
-def _median(found: StudyResults, arm: str) -> float:
-    """Infinite if a run failed or diverged."""
+def _mean(found: StudyResults, arm: str) -> float:
+    """Infinite if a run failed or diverged. The mean, because a setting at which one seed gets stuck is a bad one."""
     values = values_of(found, arm)
     if len(values) < len(found.study.seeds) or not np.isfinite(values).all():
         return float("inf")
-    return float(np.median(values))
+    return float(np.mean(values))

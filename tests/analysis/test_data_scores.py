@@ -115,6 +115,20 @@ def test_without_a_text_a_criterion_that_looks_at_data_is_refused(criterion, fam
         ModelNeurons(model, find_feed_forwards(model)).scores(criterion, [1, 1])
 
 
+@pytest.mark.parametrize("fold", ["mean", "least_squares"])
+def test_a_dead_layer_has_nothing_to_fold(fold, family_named, perturb):
+    """Its second moments are zero, and singular."""
+    text = subject(family_named("bert"), perturb)
+    blocks = find_feed_forwards(text.model)
+    for block in blocks:
+        block.zero_(torch.arange(42))
+    before = {key: value.clone() for key, value in text.model.state_dict().items()}
+    neurons = text.neurons(blocks)
+    index = least(neurons.scores("obs", [9, 9])[0], 9)
+    neurons.remove([index, index], fold)
+    assert all(torch.equal(value, before[key]) for key, value in text.model.state_dict().items())
+
+
 def test_all_criteria_score(family_named, perturb):
     text = subject(family_named("gpt2"), perturb)
     neurons = text.neurons(find_feed_forwards(text.model))

@@ -268,3 +268,19 @@ def _children(parent: int) -> list[int]:
         if int(fields[1]) == parent:
             found.append(int(status.parent.name))
     return found
+
+
+def test_stages_are_launched_one_after_another(start, workplace):
+    """Two processes each time, and the losses of one process on the same global batch."""
+    stages = ["--ff_stages", '{"0": 0.5, "0.5": 1.0}', "--logging_steps", 1, "--recycle_steps", 0]
+    two = ["--accelerate_config", "ddp", "--num_processes", 2, "--use_cpu", "--per_device_train_batch_size", 4]
+    runs = {"one": ["--per_device_train_batch_size", 8], "two": two}
+    for name, more in runs.items():
+        process = start(*RECYCLE, workplace / "tiny.yaml", "--output_dir", workplace / f"stages-{name}", *stages, *more)
+        errors = finish(process)
+        assert process.returncode == 0, errors[-3000:]
+    one, found = ([row["loss"] for row in log(workplace / f"stages-{name}") if "loss" in row] for name in runs)
+    assert len(one) == 6
+    assert found == pytest.approx(one, abs=1e-5)
+    for name in runs:
+        assert RecyclingHistory.from_pretrained(workplace / f"stages-{name}").resizes["step"].tolist() == [3]

@@ -177,3 +177,14 @@ def test_without_argcomplete_a_shell_gets_no_answer_and_nothing_else_suffers():
     assert subprocess.run(words, capture_output=True, check=True).stdout
     asked = os.environ | {"_ARGCOMPLETE": "1"}
     assert subprocess.run(words, capture_output=True, env=asked, check=False).returncode == 1
+
+
+@pytest.mark.parametrize(("given", "in_force"), [({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active")])
+def test_threads_wait_asleep_unless_the_user_wants_otherwise(given, in_force):
+    code = "from hf_recycle.cli.main import main; main(['--version']); import torch"
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"} | given
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment | {"OMP_DISPLAY_ENV": "true"}
+    )
+    # What OpenMP says of itself when torch loads it.
+    assert re.search(rf"OMP_WAIT_POLICY *= *'{in_force}'", done.stderr, re.IGNORECASE), done.stderr

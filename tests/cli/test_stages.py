@@ -12,6 +12,8 @@ from hf_recycle import RecyclingHistory, find_feed_forwards
 from hf_recycle.cli.main import main
 from hf_recycle.data.stages import Stages
 from hf_recycle.errors import UserError
+from hf_recycle.runs.parse import parse_run
+from hf_recycle.runs.stages import check_stages
 
 TINY = "hidden_size=16,num_hidden_layers=1,num_attention_heads=2,intermediate_size=32"
 
@@ -164,6 +166,21 @@ def test_runs_that_can_not_be_staged_are_refused(more, message, words, capsys):
         more = [*more, "--config_overrides", "null", "--model_type", "null"]
     assert main([*words, *more]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "ff_stages can't be used with DeepSpeed"),
+        ({"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}, "ff_stages can't be used on several machines"),
+    ],
+)
+def test_engines_whose_checkpoints_can_not_be_resized_are_refused(environment, message, words, monkeypatch):
+    arguments = parse_run(words[1:])
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=message):
+        check_stages(arguments)
 
 
 def test_other_launchers_are_refused(words, monkeypatch, capsys):

@@ -225,9 +225,9 @@ def test_hand_edits_survive_the_next_card(tmp_path):
 @pytest.mark.parametrize(
     ("run", "language", "license", "widget"),
     [
-        ({"data": {"name": "built-in corpus"}, "tokenizer": {"mask_token": "<mask>"}}, "en", None, "<mask>"),
-        ({"tokenizer": {"mask_token": "[M|]"}, "card": {"language": ["de", "en"]}}, ["de", "en"], None, "[M|]"),
-        ({"tokenizer": {"mask_token": "[MASK]"}, "card": {"language": "de", "license": "mit"}}, "de", "mit", None),
+        ({"data": {"name": "built-in corpus"}, "tokenizer": {"mask": "<mask>"}}, "en", None, "<mask>"),
+        ({"tokenizer": {"mask": "[M|]"}, "card": {"language": ["de", "en"]}}, ["de", "en"], None, "[M|]"),
+        ({"tokenizer": {"mask": "[MASK]"}, "card": {"language": "de", "license": "mit"}}, "de", "mit", None),
         ({"tokenizer": None, "card": {"tags": ["a", "neuron-recycling"], "tasks": "other"}}, None, None, None),
     ],
 )

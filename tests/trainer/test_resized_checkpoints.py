@@ -140,6 +140,7 @@ def test_what_is_known_of_neurons_comes_along(width, tmp_path):
         now = {row.former[index]: age for index, age in fading(new, row.block).items()}
         assert now == {old: age for old, age in fading(state, row.block).items() if old in row.former}
     assert after.stats["neurons"]["total"] == 2 * width
+    assert f"At step 5 64 feed-forward neurons became {2 * width}" in (output / "README.md").read_text()
     if width > 32:
         assert after.ages[row.block][32:].tolist() == [0] * 12
 

@@ -12,6 +12,7 @@ from support.tiny_runs import assert_same_weights, tiny_bert
 
 from hf_recycle import RecyclingTrainer
 from hf_recycle.card.run_facts import run_facts, split_arguments
+from hf_recycle.data.facts import facts_tokenizer
 from hf_recycle.records import files
 from hf_recycle.records.file_checks import FORMAT_VERSION
 from hf_recycle.records.run_schema import run_problem
@@ -48,6 +49,11 @@ def test_facts_hold_no_secret_and_fit_the_schema(arguments, monkeypatch):
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
     }
     assert facts["hardware"] == {"device": "CPU", "processes": 1, "engine": "one process", "precision": "float32"}
+
+
+def test_the_mask_is_a_fact_and_no_secret(arguments):
+    trainer = RecyclingTrainer(model=tiny_bert(), args=arguments(), processing_class=facts_tokenizer(4, 4))
+    assert run_facts(trainer)["tokenizer"] == {"name": None, "vocabulary": 13, "mask": "[MASK]"}
 
 
 def test_a_loaded_model_is_told_from_a_borrowed_configuration(arguments, tmp_path):
