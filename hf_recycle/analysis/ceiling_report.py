@@ -90,4 +90,4 @@ def _command(found: Ceiling) -> list[str]:
 
 
 def _cost(cost: Cost) -> str:
-    return f"{cost.mean:+.4f} ± {cost.sd:.4f}"
+    return f"{cost.mean:+z.4f} ± {cost.sd:.4f}"

@@ -53,7 +53,7 @@ class Cost:
         return self.mean < NOISE_SDS * self.sd or self.mean <= 0
 
     def __str__(self) -> str:
-        return f"{self.mean:+.4f} nats (SD {self.sd:.4f})"
+        return f"{self.mean:+z.4f} nats (SD {self.sd:.4f})"
 
 
 @dataclass(frozen=True)

@@ -246,14 +246,14 @@ def _ceiling(folder: Path) -> dict[str, Any] | None:
     names = short_names([row["name"] for row in found["blocks"]])
     counts = ("neurons", "dead", "dormant", "duplicate")
     blocks: Rows = [
-        (names[row["name"]], *(f"{row[name]:,}" for name in counts), f"{row['cost']:+.4f} ± {row['sd']:.4f}")
+        (names[row["name"]], *(f"{row[name]:,}" for name in counts), f"{row['cost']:+z.4f} ± {row['sd']:.4f}")
         for row in found["blocks"]
     ]
     curve: Rows = [
         (
             f"{100 * row['share']:g}%",
             f"{row['loss']:.4f}",
-            f"{row['cost']:+.4f} ± {row['sd']:.4f}",
+            f"{row['cost']:+z.4f} ± {row['sd']:.4f}",
             f"{row['parameters']:,}",
             f"{100 * row['flops']:.1f}%",
         )

@@ -82,6 +82,6 @@ def _text(output: Path, done) -> str:
     lines.append(f"  outputs            differ by at most {done.difference:.1e} of the largest")
     if done.losses is not None:
         was, now = done.losses
-        lines.append(f"  loss               {was:.4f} -> {now:.4f} nats per token of eval_file ({now - was:+.4f})")
+        lines.append(f"  loss               {was:.4f} -> {now:.4f} nats per token of eval_file ({now - was:+z.4f})")
     lines.append(f"go on with: hf-recycle train ... --resume_from_checkpoint {output}")
     return "\n".join(lines)

@@ -138,7 +138,7 @@ def _text(output: Path, found: dict) -> str:
         lines.append(f"  neurons            {was:,} -> {now:,} in each of {len(sizes)} blocks, {kept} of them kept")
     if "loss" in found:
         was, now = found["loss"]
-        lines.append(f"  loss               {was:.4f} -> {now:.4f} nats per token of eval_file ({now - was:+.4f})")
+        lines.append(f"  loss               {was:.4f} -> {now:.4f} nats per token of eval_file ({now - was:+z.4f})")
     shape = " x ".join(map(str, found["inputs"]))
     return "\n".join(
         [

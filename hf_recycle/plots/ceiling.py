@@ -73,7 +73,7 @@ def _costs(panel: Axes, rows: list, places: list, names: list, line: bool = Fals
     (drawn,) = panel.plot(places, costs, **style)
     hover(
         drawn,
-        [f"{name}: {cost:+.4f} nats (SD {sd:.4f})" for name, cost, sd in zip(names, costs, deviations, strict=True)],
+        [f"{name}: {cost:+z.4f} nats (SD {sd:.4f})" for name, cost, sd in zip(names, costs, deviations, strict=True)],
     )
     panel.errorbar(
         places, costs, [3 * sd for sd in deviations], fmt="none", ecolor=style["color"], elinewidth=0.8, capsize=2

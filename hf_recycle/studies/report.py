@@ -201,8 +201,8 @@ def _difference(found: PairedDifference | None) -> str:
         return "–"
     if found.diverged:
         return DIVERGED
-    interval = "" if found.low is None else f" [{found.low:+.4f}, {found.high:+.4f}]"
-    return f"{found.mean:+.4f}{interval}"
+    interval = "" if found.low is None else f" [{found.low:+z.4f}, {found.high:+z.4f}]"
+    return f"{found.mean:+z.4f}{interval}"
 
 
 def _number(value: float | None, digits: int = 4, scale: float = 1.0) -> str:

@@ -123,9 +123,9 @@ def below_zero(found: PairedDifference) -> str:
 def told(one: str, two: str, found: PairedDifference) -> str:
     if found.diverged:
         return f"{one} minus {two}: {DIVERGED}"
-    interval = "one seed" if found.low is None else f"95% interval {found.low:+.4f} to {found.high:+.4f}"
+    interval = "one seed" if found.low is None else f"95% interval {found.low:+z.4f} to {found.high:+z.4f}"
     p = "" if found.p is None else f", p {found.p:.3f}"
-    return f"{one} minus {two}: {found.mean:+.4f} nats ({interval}{p})"
+    return f"{one} minus {two}: {found.mean:+z.4f} nats ({interval}{p})"
 
 
 def needs(*arms: str, what: str = "") -> Verdict:
