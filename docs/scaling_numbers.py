@@ -88,7 +88,7 @@ def memory() -> str:
         row("engine: ZeRO-2, bf16", "2 N + 14 N / P", lambda m, p: (2 + 14 / p) * m.parameters),
         row("engine: FSDP2, ZeRO-3", "16 N / P", lambda m, p: 16 * m.parameters / p),
         row("ours, at the start: a fresh block to learn its initial distribution from", "4 · d_ff · w", _fresh_block),
-        row("ours, always: state of every neuron", "17 · L · d_ff", lambda m, p: 17 * m.neurons),
+        row("ours, always: state of every neuron", "25 · L · d_ff", lambda m, p: 25 * m.neurons),
         row("ours, in a phase: magnitudes, masks", "5 · L · d_ff", lambda m, p: 5 * m.neurons),
     ]
     for f in FRACTIONS:

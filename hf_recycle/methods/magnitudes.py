@@ -11,11 +11,12 @@ class Magnitudes(Method[MagnitudeSettings]):
 
     settings_class = MagnitudeSettings
     changes_weights = False
+    _histograms: Histograms = {}  # noqa: RUF012  # of a run that has not begun: there are none
 
     def start(self, run: Run, settings: MagnitudeSettings) -> None:
         super().start(run, settings)
         self._every = resolved(settings.steps)
-        self._histograms: Histograms = {}
+        self._histograms = {}
         if run.step == 0:
             self._record(0)
 

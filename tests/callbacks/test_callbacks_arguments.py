@@ -24,6 +24,7 @@ DOCUMENTED = {
     "recycle_fraction_schedule": "constant",
     "recycle_selection": "low_magnitude",
     "recycle_threshold": None,
+    "recycle_min_share": 0.0,
     "recycle_scope": "layer",
     "recycle_reinit": "initial",
     "recycle_noise_scale": 0.05,

@@ -98,7 +98,9 @@ def test_steps_that_a_loss_scaler_skips_are_as_if_their_batches_had_never_been(e
     assert [row["step"] for row in found["history"]] == [4, 4, 9, 9]
     for key in ("phase", "recycled", "eligible", "requested"):
         assert [row[key] for row in found["history"]] == [row[key] for row in expected["history"]]
-    assert found["state"].keys() == expected["state"].keys()
+    # Only where steps were skipped is it noted how many.
+    noted = {f"{block}/skipped_steps" for block in {row["block"] for row in found["history"]}}
+    assert found["state"].keys() - noted == expected["state"].keys()
     for key, values in expected["state"].items():
         if values.is_floating_point():
             torch.testing.assert_close(found["state"][key], values, rtol=0, atol=1e-4, msg=key)

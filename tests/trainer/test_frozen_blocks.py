@@ -78,7 +78,8 @@ def test_gradual_unfreezing(arguments, method):
         assert {step for step, _ in noted} >= {2, 4}
         assert [int(mask.sum()) for mask in trainer.neuron_table().pruned.values()] == [16, 16]  # it has caught up
     if method == "midpoint":
-        logged = [row.get("midpoint_blocks_left_out", 0) for row in trainer.state.log_history if "loss" in row]
+        name = "recycling/midpoint_blocks_left_out"
+        logged = [row.get(name, 0) for row in trainer.state.log_history if "loss" in row]
         assert logged == [1] * 4 + [0] * 4
 
 

@@ -281,7 +281,7 @@ def test_random_subsets_have_the_exact_size_and_change(train, tmp_path):
     assert len(set(moved)) == 3
     # Not at step 12, where the learning rate is 0.
     assert RecyclingHistory.from_pretrained(tmp_path / "run").overtrainings["neurons"].tolist() == [18, 18, 18]
-    assert trainer.state.log_history[1]["overtrain_tokens"] == 0
+    assert trainer.state.log_history[1]["recycling/overtrain_tokens"] == 0
 
 
 def test_what_it_cost_is_told(train, tmp_path):
@@ -296,7 +296,8 @@ def test_what_it_cost_is_told(train, tmp_path):
     assert told["neurons"].tolist() == [64] * 3
     assert told["learning_rate"].tolist() == pytest.approx([1e-2] * 3)
     assert trainer.neuron_table().overtrain_tokens == 432
-    logged = [row["overtrain_tokens"] for row in trainer.state.log_history if "overtrain_tokens" in row]
+    name = "recycling/overtrain_tokens"
+    logged = [row[name] for row in trainer.state.log_history if name in row]
     assert logged == [0] * 3 + [144] * 4 + [288] * 4 + [432]
     assert trainer.state.num_input_tokens_seen == 0  # the main run's own count is its own
     assert "overtrained 3 times: 9 extra batches, 432 extra tokens" in summary_text(history)
