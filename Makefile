@@ -52,11 +52,11 @@ cycle: $(VENV)/.installed ## Show the vicious cycle, and how immunity and matche
 
 .PHONY: test
 test: install ## Run all tests
-	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(TEST_ENV) $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 .PHONY: test-fast
 test-fast: install ## Run the tests that take no more than seconds each
-	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
+	$(TEST_ENV) $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 .PHONY: lint
 lint: install ## Check style and types

@@ -179,6 +179,7 @@ def test_without_argcomplete_a_shell_gets_no_answer_and_nothing_else_suffers():
     assert subprocess.run(words, capture_output=True, env=asked, check=False).returncode == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("given", "in_force"), [({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active")])
 def test_threads_wait_asleep_unless_the_user_wants_otherwise(given, in_force):
     code = "from hf_recycle.cli.main import main; main(['--version']); import torch"

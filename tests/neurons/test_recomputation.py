@@ -248,6 +248,7 @@ def test_transforms_of_functions():
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["the module", "its forward", "in a wrapper"])
 def test_a_compiled_layer_is_compiled_once(how):
     torch.compiler.reset()

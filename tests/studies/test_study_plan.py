@@ -192,6 +192,7 @@ def test_seeds():
             parse_seeds(wrong)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", study_names())
 def test_packaged_studies_have_runs(name):
     found = load_study(find_study(f"recipes/studies/{name}.yaml"))

@@ -52,6 +52,7 @@ def planned(arm, seed=1, **settings):
     return PlannedRun(arm, seed, settings, run_key(settings))
 
 
+@pytest.mark.slow
 def test_a_failed_run_does_not_stop_the_others(tmp_path):
     runs = [planned("bad"), planned("good"), planned("dead"), planned("good", 2), planned("empty")]
     scripts = {"bad": FAIL, "good": SUCCEED, "dead": DIE, "empty": ""}
