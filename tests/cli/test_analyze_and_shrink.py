@@ -8,31 +8,16 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from support.simulated_runs import write_run
-from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM
+from support.text_model import save_text_model
+from transformers import AutoModelForMaskedLM
 
 from hf_recycle import find_feed_forwards
 from hf_recycle.cli.main import main
-from hf_recycle.data.tokenizer import trained_tokenizer
-
-TEXT = "".join(
-    f"the {a} {b} jumps over the lazy {c} .\n"
-    for a in ("red", "quick", "brown")
-    for b in ("fox", "cat", "owl")
-    for c in ("dog", "cow", "pig")
-)
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """A tiny BERT with its tokenizer, saved."""
-    tokenizer = trained_tokenizer([TEXT], 256, 16)
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2}
-    model = BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), max_position_embeddings=16, **sizes))
-    model.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    (tmp_path / "text.txt").write_text(TEXT)
-    return tmp_path / "model"
+    return save_text_model(tmp_path)
 
 
 def test_analyze_prints_a_table_and_draws(folder, tmp_path, capsys):

@@ -3,37 +3,23 @@
 import json
 
 import pytest
-import torch
 from support.simulated_runs import write_run
-from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, ViTConfig, ViTForImageClassification
+from support.text_model import save_text_model
+from transformers import BertForMaskedLM, GPT2Config, GPT2LMHeadModel, ViTConfig, ViTForImageClassification
 
 from hf_recycle.card.card import write_card
 from hf_recycle.cli.main import main
-from hf_recycle.data.tokenizer import trained_tokenizer
 from hf_recycle.records import files
-
-TEXT = "".join(
-    f"the {a} {b} jumps over the lazy {c} .\n"
-    for a in ("red", "quick", "brown")
-    for b in ("fox", "cat", "owl")
-    for c in ("dog", "cow", "pig")
-)
 
 
 @pytest.fixture
 def folder(tmp_path):
     """A tiny BERT with ReLU and its tokenizer; five neurons of its first block can't fire."""
-    tokenizer = trained_tokenizer([TEXT], 256, 16)
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2}
-    sizes |= {"max_position_embeddings": 16, "hidden_act": "relu"}
-    model = BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), **sizes))
-    with torch.no_grad():
+
+    def kill(model):
         model.bert.encoder.layer[0].intermediate.dense.bias[5:10] = -10.0
-    model.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    (tmp_path / "text.txt").write_text(TEXT)
-    return tmp_path / "model"
+
+    return save_text_model(tmp_path, kill, hidden_act="relu")
 
 
 def words(folder, *more):
