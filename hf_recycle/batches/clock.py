@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
@@ -44,12 +44,16 @@ class TrainingClock:
         """Tells which epoch comes, and the optimizer steps before its first example."""
         self._values[:2] = torch.tensor([epoch, first_step])
 
-    def moment(self, place: int | None) -> Moment | None:
-        """When the example at a place of the epoch's order is trained; None if it is not, or nobody can tell."""
+    def moments(self, places: Sequence[int | None]) -> list[Moment | None]:
+        """When the examples at places of the epoch's order are trained; None for those that are not, and of which
+        nobody can tell."""
         _, first_step, steps, examples_per_step = self._values.tolist()
-        if place is None or not examples_per_step:
-            return None
-        return Moment(min(first_step + place // examples_per_step, steps), steps)
+        if not examples_per_step:
+            return [None] * len(places)
+        return [
+            None if place is None else Moment(min(first_step + place // examples_per_step, steps), steps)
+            for place in places
+        ]
 
 
 _collated: ContextVar[list[Moment | None] | None] = ContextVar("moments of the examples of a batch", default=None)

@@ -73,7 +73,7 @@ class NumberedDataset(_Wrapper, Dataset):
 
     def __getitems__(self, indices: Sequence[Any]) -> list[Numbered]:
         epoch, numbers = self._clock.epoch, [_number(index) for index in indices]
-        moments = [self._clock.moment(getattr(index, "place", None)) for index in indices]
+        moments = self._clock.moments([getattr(index, "place", None) for index in indices])
         indices = [int(index) if isinstance(index, Placed) else index for index in indices]
         if self._draws:
             seed = seed_of("dataset", self._seed, epoch, *numbers)
@@ -101,7 +101,7 @@ class NumberedStream(_Wrapper, IterableDataset):
         epoch = self._clock.epoch
         for place, example in self._examples(seed_of("stream", self._seed, epoch, first)):
             number = first + place * step
-            yield Numbered(epoch, number, example, self._clock.moment(number))
+            yield Numbered(epoch, number, example, *self._clock.moments([number]))
 
     def _examples(self, seed: int) -> Iterator[tuple[int, Any]]:
         examples = iter(self._state.iterate() if self._state else enumerate(self.dataset))

@@ -12,7 +12,7 @@ from hf_recycle.batches.clock import TrainingClock
 from hf_recycle.batches.numbered import Placed
 from hf_recycle.utils.random_state import OwnRandomState, generators_of, seed_of
 
-_CHUNK = 32  # indices drawn at a time, because exchanging random states takes longer than drawing
+_CHUNK = 512  # indices drawn at a time, because exchanging random states takes longer than drawing
 
 
 class SeededSampler(Sampler):

@@ -147,7 +147,9 @@ class DataArguments:
     preprocessing_num_workers: int | None = _argument(None, "Processes that tokenise.")
     max_train_samples: int | None = _argument(None, "Train on at most so many sequences.")
     max_eval_samples: int | None = _argument(None, "Evaluate on at most so many sequences.")
-    facts_keys: int = _argument(64, "dataset_name=facts: number of keys; a fact says which value two of them have.")
+    facts_keys: int = _argument(
+        64, "dataset_name=facts: number of first keys, and of second ones; a fact says which value one of each have."
+    )
     facts_values: int = _argument(64, "dataset_name=facts: number of values.")
     facts_number: int | None = _argument(None, "dataset_name=facts: number of facts. None: one for each pair of keys.")
     facts_tasks: int = _argument(1, "dataset_name=facts: tasks one after the other, with the same keys and new values.")

@@ -30,7 +30,8 @@ class Facts(Dataset):
     come one after the other, with the same pairs of keys and new values.
 
     Args:
-        keys: number of keys; a fact has two of them, in order.
+        keys: number of first keys, and of second ones. Were they the same, a model would first have to learn to tell
+            their order, and some seeds take hundreds of steps to begin.
         values: number of values, each as likely.
         number: number of facts of a task; at most `keys`².
         tasks: tasks in a row.
@@ -61,8 +62,8 @@ class Facts(Dataset):
             fact = _permutation(self.number, epoch, "fact order")[place]
             first, second = divmod(_permutation(self.keys**2, 0, "fact keys")[fact], self.keys)
             value = _values(self.values, self.number, epoch // self.epochs)[fact]
-            ids = [_CLS, len(_WORDS) + first, len(_WORDS) + second, _MASK]
-            labels = [IGNORED, IGNORED, IGNORED, len(_WORDS) + self.keys + value]
+            ids = [_CLS, len(_WORDS) + first, len(_WORDS) + self.keys + second, _MASK]
+            labels = [IGNORED, IGNORED, IGNORED, len(_WORDS) + 2 * self.keys + value]
             samples.append({"input_ids": ids, "labels": labels})
         return samples
 
@@ -81,7 +82,11 @@ class LastTask(Dataset):
         return self._facts.number
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return self._facts[len(self._facts) - self._facts.number + index]
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        first = len(self._facts) - self._facts.number
+        return self._facts.__getitems__([first + index for index in indices])
 
 
 @lru_cache(maxsize=128)
@@ -97,7 +102,7 @@ def _values(values: int, number: int, task: int) -> list[int]:
 
 def facts_tokenizer(keys: int, values: int) -> PreTrainedTokenizerFast:
     """A tokenizer with a word for each key (`k0`, `k1`, ...) and each value (`v0`, `v1`, ...)."""
-    words = [*_WORDS, *(f"k{number}" for number in range(keys)), *(f"v{number}" for number in range(values))]
+    words = [*_WORDS, *(f"k{number}" for number in range(2 * keys)), *(f"v{number}" for number in range(values))]
     inner = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="[UNK]"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=inner, **_SPECIAL)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import hf_recycle
+from hf_recycle.data.arguments import FACTS
 from hf_recycle.data.corpus import corpus_fingerprint
 
 # Where a run goes, what it says and shows, and how its data are prepared.
@@ -75,6 +76,8 @@ def code_version() -> str:
 def _data(settings: Mapping[str, Any]) -> str | None:
     """What the settings alone don't tell of the data."""
     name = settings.get("dataset_name")
+    if name == FACTS:
+        return None
     if name is not None:
         config = settings.get("dataset_config_name")
         return None if Path(str(name)).exists() else _revision(str(name), None if config is None else str(config))

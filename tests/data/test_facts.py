@@ -30,6 +30,7 @@ def test_every_task_has_the_same_keys_and_new_values_and_every_epoch_all_facts_o
         assert first != second, "another order"
         assert sorted(first) == sorted(second), "the same facts"
     keys = [{row[:2] for row in epoch} for epoch in epochs]
+    assert {first for first, _ in keys[0]}.isdisjoint({second for _, second in keys[0]})
     assert all(len(pairs) == 30 and pairs == keys[0] for pairs in keys)
     values = [{row[:2]: row[2] for row in epoch} for epoch in epochs[::2]]
     for before, after in pairwise(values):
@@ -42,7 +43,7 @@ def test_every_task_has_the_same_keys_and_new_values_and_every_epoch_all_facts_o
 
 def test_values_are_uniform():
     facts = Facts(64, 8, 4096)
-    values = [facts[index]["labels"][-1] - 5 - 64 for index in range(4096)]  # behind 5 special words and the keys
+    values = [facts[index]["labels"][-1] - 5 - 128 for index in range(4096)]  # behind 5 special words and the keys
     counts = torch.bincount(torch.tensor(values), minlength=8)
     assert (counts - 512).abs().max() < 5 * 21.2  # five standard deviations
 
@@ -69,7 +70,7 @@ SMALL = "facts --use_cpu true --disable_tqdm true --facts_keys 4 --facts_values 
     [
         ("--task clm", "task='clm' can't be used with dataset_name='facts'"),
         ("--tokenizer_name x", "tokenizer_name='x' can't be used with dataset_name='facts'"),
-        ("--facts_tasks 2", "facts_tasks=2 needs train_sampling_strategy=sequential"),
+        ("--facts_tasks 2 --train_sampling_strategy random", "facts_tasks=2 needs train_sampling_strategy=sequential"),
     ],
 )
 def test_arguments_that_do_not_go_with_facts(words, message, tmp_path):

@@ -58,11 +58,10 @@ def test_a_task_without_masks_is_refused():
 
 def test_the_moment_of_a_place():
     clock = TrainingClock()
-    assert clock.moment(3) is None  # an evaluation's
+    assert clock.moments([3]) == [None]  # an evaluation's
     clock.set_training(20, examples_per_step=4)
     clock.set_epoch(1, first_step=10)
-    assert [clock.moment(place) for place in (0, 3, 4, 39)] == [(10, 20), (10, 20), (11, 20), (19, 20)]
-    assert clock.moment(None) is None
+    assert clock.moments([0, 3, 4, 39, None]) == [(10, 20), (10, 20), (11, 20), (19, 20), None]
     assert moments_of_batch() is None
 
 

@@ -38,7 +38,7 @@ def final_loss(arguments):  # noqa: F811
     def train(data: Facts, neurons: int, batch: int, seed: int, dead: int = 0, **settings) -> float:
         set_seed(seed)
         config = RobertaPreLayerNormConfig(
-            vocab_size=5 + data.keys + data.values,
+            vocab_size=5 + 2 * data.keys + data.values,
             hidden_size=D_MODEL,
             num_hidden_layers=1,
             num_attention_heads=2,
@@ -49,7 +49,7 @@ def final_loss(arguments):  # noqa: F811
             max_position_embeddings=6,
             type_vocab_size=1,
             pad_token_id=0,
-            initializer_range=0.05,
+            initializer_range=0.1,
         )
         model = RobertaPreLayerNormForMaskedLM(config)
         with torch.no_grad():

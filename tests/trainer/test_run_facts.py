@@ -53,7 +53,7 @@ def test_facts_hold_no_secret_and_fit_the_schema(arguments, monkeypatch):
 
 def test_the_mask_is_a_fact_and_no_secret(arguments):
     trainer = RecyclingTrainer(model=tiny_bert(), args=arguments(), processing_class=facts_tokenizer(4, 4))
-    assert run_facts(trainer)["tokenizer"] == {"name": None, "vocabulary": 13, "mask": "[MASK]"}
+    assert run_facts(trainer)["tokenizer"] == {"name": None, "vocabulary": 17, "mask": "[MASK]"}
 
 
 def test_a_loaded_model_is_told_from_a_borrowed_configuration(arguments, tmp_path):
