@@ -74,6 +74,11 @@ def test_the_revision_of_a_dataset_of_the_hub_counts(monkeypatch):
     assert run_key({"dataset_name": "me/text"}) != before
 
 
+def test_the_built_in_facts_are_no_dataset_of_the_hub(monkeypatch):
+    monkeypatch.setattr(key, "_revision", lambda *_: pytest.fail("nobody is asked"))
+    assert run_key({"dataset_name": "facts"}) != run_key({"dataset_name": "facts", "facts_keys": 8})
+
+
 def test_the_built_in_corpus_counts_where_it_is_used(data, monkeypatch):
     own, corpus = run_key(data), run_key({"seed": 1})
     monkeypatch.setattr(key, "corpus_fingerprint", lambda: "that of another Python")
