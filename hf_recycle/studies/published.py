@@ -68,7 +68,7 @@ class CountsRow:
 
 
 def counts_rows(results: StudyResults) -> list[CountsRow]:
-    """A row for each arm that a figure of the study shows recycle counts of."""
+    """A row for each arm that a figure of the study shows recycle counts of; none if nothing was published of any."""
     arms = dict.fromkeys(arm for plan in results.study.figures if plan.kind == "recycle_counts" for arm in plan.arms)
     rows = []
     for arm in arms:
@@ -77,7 +77,7 @@ def counts_rows(results: StudyResults) -> list[CountsRow]:
             here = sum((Counter(block.tolist()) for block in counts), Counter())
             published = PUBLISHED_COUNTS.get(arm)
             rows.append(CountsRow(arm, _shares(here), None if published is None else _shares(published)))
-    return rows
+    return rows if any(row.published for row in rows) else []
 
 
 def _shares(counts: dict[int, int]) -> dict[int, float]:
