@@ -38,11 +38,16 @@ def set_verbosity(options: argparse.Namespace) -> None:
         logging.getLogger(library).setLevel(level.upper())
     if options.quiet:
         logging.getLogger("hf_recycle").setLevel(level.upper())
-        os.environ.update(dict.fromkeys(_PROGRESS_BARS, "1"))
+
+
+def no_progress_bars_to_come() -> None:
+    """Silence those of libraries that are imported from here on, and of processes that are started."""
+    os.environ.update(dict.fromkeys(_PROGRESS_BARS, "1"))
 
 
 def no_progress_bars() -> None:
     """Silence those of transformers and datasets: they are gone before they can be read."""
+    no_progress_bars_to_come()
     import datasets
     import transformers
 

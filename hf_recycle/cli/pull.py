@@ -6,7 +6,6 @@ import argparse
 import json
 import shlex
 import shutil
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -45,10 +44,6 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from huggingface_hub.utils import disable_progress_bars
-
-    if not sys.stderr.isatty():
-        disable_progress_bars()
     from hf_recycle.hub.pull.pull import plan
 
     settled = plan(_address(options), trust_pickled=options.trust_pickled_checkpoint)

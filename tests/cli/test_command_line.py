@@ -135,8 +135,27 @@ def test_quiet_is_heard_by_libraries_that_come_later():
     for flag, level in (("--quiet", 40), ("-v", 20)):
         done = subprocess.run([sys.executable, "-c", code, flag], capture_output=True, text=True, check=True)
         assert done.stdout.splitlines()[-1] == str(level)
-    code = "from hf_recycle.cli.main import main; main(['train', '--list', '-q'])\nimport tqdm; list(tqdm.tqdm([1]))\n"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stderr == ""
+
+
+@pytest.mark.slow
+def test_progress_bars_are_for_terminals(monkeypatch):
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)  # commands that ran in this process have set it
+    # An argument of the Trainer: reading it imports transformers, and tqdm with it.
+    code = (
+        "import sys; from hf_recycle.cli.main import main; main(['train', '--list', '--seed', '5', *sys.argv[1:]])\n"
+        "assert 'tqdm' in sys.modules; import tqdm; list(tqdm.tqdm([1]))\n"
+    )
+    words = [sys.executable, "-c", code]
+    for more, shown in (([], True), (["-q"], False)):
+        reader, terminal = os.openpty()
+        subprocess.run([*words, *more], stdout=subprocess.DEVNULL, stderr=terminal, check=True)
+        os.write(terminal, b"end")
+        said = b""
+        while not said.endswith(b"end"):
+            said += os.read(reader, 1000)
+        assert (said != b"end") == shown, said
+    done = subprocess.run(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=True)
+    assert done.stderr == ""
 
 
 @pytest.mark.skipif(find_spec("argcomplete") is None, reason="argcomplete is not installed")
