@@ -1,5 +1,6 @@
 """The tree of commands: help, versions, mistakes, completion, and that none of it waits for torch."""
 
+import json
 import os
 import re
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from importlib.util import find_spec
 
 import pytest
+from support.simulated_runs import write_run
 
 from hf_recycle import __version__
 from hf_recycle.cli.main import COMMANDS, main
@@ -124,6 +126,14 @@ def test_only_the_first_process_of_a_launch_complains(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
     assert main(["train", "nonesuch"]) == 2
     assert capsys.readouterr().err == ""
+
+
+def test_report_says_as_json_where_the_page_is(tmp_path, capsys):
+    write_run(tmp_path)
+    page = tmp_path / "page.html"
+    assert main(["report", str(tmp_path), "--output", str(page), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"output": str(page)}
+    assert page.is_file()
 
 
 @pytest.mark.slow
