@@ -75,8 +75,8 @@ def make_parser() -> Parser:
     parser = Parser(
         prog="hf-recycle",
         description="Neuron recycling for transformers.",
-        epilog="Completion of commands and arguments, once argcomplete is installed: "
-        'eval "$(register-python-argcomplete hf-recycle)"',
+        epilog="Completion of commands and arguments in this shell:\n\n"
+        '  eval "$(register-python-argcomplete hf-recycle)"',
     )
     parser.add_argument(
         "--version", action="version", version=f"hf-recycle {__version__}", help="Print the version and exit."

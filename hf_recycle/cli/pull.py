@@ -21,9 +21,10 @@ _DESCRIPTION = """\
 Download a checkpoint that training can go on from, all of one commit, and check every file of it: nothing is
 unpickled or executed. It goes to the Hub's cache, or as checkpoint-N into a folder of your choice.
 
-To resume without a copy: hf-recycle train ... --resume_from_checkpoint hf://user/repo
+  hf-recycle pull user/repo --output runs/pulled                 training goes on there
+  hf-recycle train demo --resume_from_checkpoint hf://user/repo  training goes on without a copy
 
-For the history alone (small files): RecyclingHistory.from_pretrained("user/repo")"""
+For the history alone (small files), in Python: RecyclingHistory.from_pretrained("user/repo")"""
 
 
 def add_arguments(parser: Parser) -> None:
