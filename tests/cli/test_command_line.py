@@ -168,6 +168,11 @@ def test_progress_bars_are_for_terminals(monkeypatch):
     assert done.stderr == ""
 
 
+def test_a_log_has_each_line_of_a_run_when_it_is_known(capsys):
+    assert main(["train", "demo", "--print_config"]) == 0
+    assert sys.stdout.line_buffering
+
+
 @pytest.mark.skipif(find_spec("argcomplete") is None, reason="argcomplete is not installed")
 @pytest.mark.parametrize(
     ("line", "offered"),
