@@ -78,13 +78,20 @@ def add_arguments(parser: Parser) -> None:
     )
     add_text_arguments(curves)
     curves.add_argument(
-        "--criteria", metavar="A,B,...", help="Selection criteria to prune by (default: those of weights)."
+        "--criteria",
+        metavar="A,B,...",
+        help="With prune_curve: selection criteria to prune by (default: all that look at weights alone).",
     )
     curves.add_argument(
         "--shares", metavar="A,B,...", help="Shares to prune (default: 0,0.1,...,1; of ceiling 0.1,0.25,0.5,0.75)."
     )
     curves.add_argument("--seed", type=int, default=0, help="Seed of the criterion random (default: %(default)s).")
-    curves.add_argument("--fold", metavar="NAME", help="What becomes of what they did: none, mean or least_squares.")
+    curves.add_argument(
+        "--fold",
+        metavar="NAME",
+        help="With prune_curve: what pruned neurons did is lost (none, the default), or made up for (mean, "
+        "least_squares).",
+    )
 
 
 def run(options: argparse.Namespace) -> int:

@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -38,11 +39,16 @@ def set_verbosity(options: argparse.Namespace) -> None:
         logging.getLogger(library).setLevel(level.upper())
     if options.quiet:
         logging.getLogger("hf_recycle").setLevel(level.upper())
-        os.environ.update(dict.fromkeys(_PROGRESS_BARS, "1"))
+
+
+def no_progress_bars_to_come() -> None:
+    """Silence those of libraries that are imported from here on, and of processes that are started."""
+    os.environ.update(dict.fromkeys(_PROGRESS_BARS, "1"))
 
 
 def no_progress_bars() -> None:
     """Silence those of transformers and datasets: they are gone before they can be read."""
+    no_progress_bars_to_come()
     import datasets
     import transformers
 
@@ -52,7 +58,16 @@ def no_progress_bars() -> None:
 
 def print_result(options: argparse.Namespace, content: Any, text: Callable[[], str]) -> None:
     """Print `content` as JSON where --json asks for it, or `text()`."""
-    print(json.dumps(content, indent=2, ensure_ascii=False) if options.json else text())
+    print(json.dumps(_finite(content), indent=2, ensure_ascii=False) if options.json else text())
+
+
+def _finite(value: Any) -> Any:
+    """`value` with null for what is not finite, such as a loss that diverged: JSON has no word for it."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def complain(error: Exception) -> int:

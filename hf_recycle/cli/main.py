@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from hf_recycle import __version__
-from hf_recycle.cli.common import add_common_arguments, complain, set_verbosity
+from hf_recycle.cli.common import add_common_arguments, complain, no_progress_bars_to_come, set_verbosity
 from hf_recycle.errors import UserError
 from hf_recycle.runs.interruption import Terminated, sigterm_as_interrupt
 from hf_recycle.utils.command_line import Parser
@@ -27,6 +27,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     # programs work too, steps take tens of times as long (docs/speed.md).
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     words = list(sys.argv[1:] if argv is None else argv)
+    # Before the words are read, which may import transformers. In a log, a bar is a flood of lines; losses are lines of
+    # their own where there is no bar.
+    if not sys.stderr.isatty() or {"-q", "--quiet"} & set(words):
+        no_progress_bars_to_come()
     parser = make_parser()
     if "_ARGCOMPLETE" in os.environ:
         _complete(parser)
@@ -71,8 +75,8 @@ def make_parser() -> Parser:
     parser = Parser(
         prog="hf-recycle",
         description="Neuron recycling for transformers.",
-        epilog="Completion of commands and arguments, once argcomplete is installed: "
-        'eval "$(register-python-argcomplete hf-recycle)"',
+        epilog="Completion of commands and arguments in this shell:\n\n"
+        '  eval "$(register-python-argcomplete hf-recycle)"',
     )
     parser.add_argument(
         "--version", action="version", version=f"hf-recycle {__version__}", help="Print the version and exit."

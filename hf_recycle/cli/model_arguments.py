@@ -34,7 +34,7 @@ def add_block_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_removal_arguments(parser: argparse.ArgumentParser) -> None:
-    """--criterion, --fold, --multiple_of and --seed."""
+    """--criterion, --fold and --seed."""
     from hf_recycle.methods.registry import CRITERIA, FOLDS
 
     criterion = parser.add_argument(
@@ -49,8 +49,8 @@ def add_removal_arguments(parser: argparse.ArgumentParser) -> None:
         "--fold",
         choices=list(FOLDS),
         default="none",
-        help="What becomes of what they did: it is lost, given to the out-projection's bias as its mean, or to the "
-        "neurons that stay, by least squares; the last two look at eval_file (default: %(default)s).",
+        help="What the neurons that go did is lost (none), or given to the out-projection's bias as its mean (mean), "
+        "or to the neurons that stay (least_squares); the last two look at eval_file (default: %(default)s).",
     )
     parser.add_argument("--seed", type=int, default=0, help="Seed of what is drawn (default: %(default)s).")
 

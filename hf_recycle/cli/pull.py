@@ -6,7 +6,6 @@ import argparse
 import json
 import shlex
 import shutil
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -22,9 +21,10 @@ _DESCRIPTION = """\
 Download a checkpoint that training can go on from, all of one commit, and check every file of it: nothing is
 unpickled or executed. It goes to the Hub's cache, or as checkpoint-N into a folder of your choice.
 
-To resume without a copy: hf-recycle train ... --resume_from_checkpoint hf://user/repo
+  hf-recycle pull user/repo --output runs/pulled                 training goes on there
+  hf-recycle train demo --resume_from_checkpoint hf://user/repo  training goes on without a copy
 
-For the history alone (small files): RecyclingHistory.from_pretrained("user/repo")"""
+For the history alone (small files), in Python: RecyclingHistory.from_pretrained("user/repo")"""
 
 
 def add_arguments(parser: Parser) -> None:
@@ -45,10 +45,6 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from huggingface_hub.utils import disable_progress_bars
-
-    if not sys.stderr.isatty():
-        disable_progress_bars()
     from hf_recycle.hub.pull.pull import plan
 
     settled = plan(_address(options), trust_pickled=options.trust_pickled_checkpoint)

@@ -7,6 +7,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
+from hf_recycle.cli.common import add_json_argument, print_result
 from hf_recycle.cli.model_arguments import add_revision_argument
 from hf_recycle.errors import UserError
 from hf_recycle.utils.command_line import Parser
@@ -28,12 +29,13 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--output", default="report.html", metavar="FILE", help="The file to write (default: %(default)s)."
     )
+    add_json_argument(parser)
     add_revision_argument(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     _write(Path(options.output), report(options.run_or_repo, options.revision))
-    print(options.output)
+    print_result(options, {"output": options.output}, lambda: options.output)
     return 0
 
 

@@ -7,11 +7,12 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from hf_recycle.cli.common import no_progress_bars
+from hf_recycle.cli.common import add_json_argument, no_progress_bars, print_result
 from hf_recycle.errors import UserError
 from hf_recycle.runs.run_arguments import add_run_arguments
 from hf_recycle.utils.command_line import Parser, completed_by
@@ -57,6 +58,7 @@ def add_arguments(parser: Parser) -> None:
         "--output", default="runs/studies", metavar="DIR", help="Folder of runs and reports (default: %(default)s)."
     )
     parser.add_argument("--report_only", action="store_true", help="Train nothing; report on what is done.")
+    add_json_argument(parser)
     add_run_arguments(parser, shown=False)
 
 
@@ -91,7 +93,10 @@ def _run(options: argparse.Namespace) -> int:
     if len(set(names)) < len(names):
         raise UserError(f"two of the studies are called {max(names, key=names.count)!r}; their reports need two names")
     check_runs(studies)
-    return max(_study(study, options) for study in studies)
+    done = [_study(study, options) for study in studies]
+    if options.json:
+        print_result(options, {"studies": [found for _, found in done if found is not None]}, str)
+    return max(status for status, _ in done)
 
 
 def check_runs(studies: Sequence[Study]) -> None:
@@ -122,8 +127,12 @@ def check_runs(studies: Sequence[Study]) -> None:
                     raise UserError(f"{where}: eval_strategy=no leaves nothing to compare; set it to steps")
 
 
-def _study(study: Study, options: argparse.Namespace) -> int:
-    """Tunes the arms of one study, runs them and reports on them; returns the exit status."""
+def _study(study: Study, options: argparse.Namespace) -> tuple[int, dict[str, Any] | None]:
+    """Tunes the arms of one study, runs them and reports on them.
+
+    Returns:
+        The exit status, and what --json prints; None if there is nothing to report on.
+    """
     from hf_recycle.studies.report import arm_rows, summary_table, write_report
     from hf_recycle.studies.runner import StudyRunner
     from hf_recycle.studies.tuning import choose, tuning_study
@@ -132,14 +141,15 @@ def _study(study: Study, options: argparse.Namespace) -> int:
     no_progress_bars()
     output = Path(options.output)
     jobs, devices = _places(options.jobs)
-    say = (lambda line: None) if options.quiet else partial(print, flush=True)
+    told = sys.stderr if options.json else sys.stdout
+    say = (lambda line: None) if options.quiet else partial(print, file=told, flush=True)
     runner = StudyRunner(output / "runs", jobs, devices, say)
     tuned: list[Tuned] = []
     if study.tuning is not None:
         found = _results(tuning_study(study), runner, options.report_only, say)
         if found.missing():
             print(f"{study.title}: tuning is not finished; leave out --report_only to go on with it", file=sys.stderr)
-            return 1
+            return 1, None
         study, tuned = choose(study, found)
     outcome = _results(study, runner, options.report_only, say)
     failures = outcome.failures
@@ -147,14 +157,41 @@ def _study(study: Study, options: argparse.Namespace) -> int:
         print(f"failed: {arm}, seed {seed}: {words}", file=sys.stderr)
     if not outcome.runs:
         print(f"{study.title}: no run is finished", file=sys.stderr)
-        return 1
+        return 1, None
     command = shlex.join(["hf-recycle", "study", *options.words])
     pages = write_report(outcome, output / study.name, command, jobs, tuned)
-    print(summary_table(arm_rows(outcome)))
-    if study.control is not None and control(outcome).verdict != HOLDS:
-        print(f"positive control does not separate, so of losses nothing can be told: {control(outcome).measured}")
-    print(f"report: {pages[0]} and {pages[1]}")
-    return 1 if failures else 0
+    if not options.json:
+        print(summary_table(arm_rows(outcome)))
+        if study.control is not None and control(outcome).verdict != HOLDS:
+            print(f"positive control does not separate, so of losses nothing can be told: {control(outcome).measured}")
+        print(f"report: {pages[0]} and {pages[1]}")
+    return int(bool(failures)), _found(outcome, tuned, pages) if options.json else None
+
+
+def _found(outcome: StudyResults, tuned: Sequence[Tuned], pages: Sequence[Path]) -> dict[str, Any]:
+    """What the report says, as numbers and verdicts."""
+    from hf_recycle.studies.report import arm_rows, removal_rows
+    from hf_recycle.studies.verdicts import check, check_claim, control
+
+    study = outcome.study
+    shares = study.removal.shares if study.removal else ()
+    said = [(claim.says, check_claim(claim, outcome)) for claim in study.claims]
+    said += [check(name, outcome) for name in study.statements]
+    return {
+        "study": study.name,
+        "measure": study.measure,
+        "arms": [asdict(row) for row in arm_rows(outcome)],
+        "removal": [
+            {"by": name, "costs": [{"share": share, **asdict(cost)} for share, cost in zip(shares, costs, strict=True)]}
+            for name, costs in removal_rows(outcome)
+        ],
+        "control": vars(control(outcome)),
+        "verdicts": [{"says": says, **vars(verdict)} for says, verdict in said],
+        "tuned": [asdict(each) for each in tuned],
+        "failures": [{"arm": arm, "seed": seed, "said": words} for (arm, seed), words in outcome.failures.items()],
+        "missing": [{"arm": arm, "seed": seed} for arm, seed in outcome.missing()],
+        "report": [str(page) for page in pages],
+    }
 
 
 def _results(study: Study, runner: StudyRunner, report_only: bool, say: Callable[[str], None]) -> StudyResults:

@@ -1,6 +1,7 @@
 """`hf-recycle train`: a run from recipes and arguments."""
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -122,6 +123,8 @@ def _train_stages(options: argparse.Namespace, launched_by: dict[str, Any]) -> i
 
 
 def _train(options: argparse.Namespace, more: Mapping[str, Any] = MappingProxyType({})) -> int:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # a log has each loss when it is known, not when a buffer is full
     run = None
     try:
         with _bad_values_are_user_errors():

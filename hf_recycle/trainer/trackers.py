@@ -9,7 +9,9 @@ from transformers.integrations import TensorBoardCallback, TrackioCallback, Wand
 from hf_recycle.methods.base import Histograms
 
 GROUP = "recycling"
-"""What the names of all that is logged of neurons begin with."""
+"""What the names of all that is logged of neurons begin with. transformers puts `train/` before them: trackio makes a
+group of each part of a name, wandb too where its workspace groups by all parts; TensorBoard by the first part alone, so
+there `recycling` is a word to filter by."""
 
 
 def log_histograms(callbacks: Iterable[TrainerCallback], histograms: Histograms) -> None:

@@ -1,5 +1,6 @@
 """The tree of commands: help, versions, mistakes, completion, and that none of it waits for torch."""
 
+import json
 import os
 import re
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from importlib.util import find_spec
 
 import pytest
+from support.simulated_runs import write_run
 
 from hf_recycle import __version__
 from hf_recycle.cli.main import COMMANDS, main
@@ -126,6 +128,14 @@ def test_only_the_first_process_of_a_launch_complains(monkeypatch, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_report_says_as_json_where_the_page_is(tmp_path, capsys):
+    write_run(tmp_path)
+    page = tmp_path / "page.html"
+    assert main(["report", str(tmp_path), "--output", str(page), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"output": str(page)}
+    assert page.is_file()
+
+
 @pytest.mark.slow
 def test_quiet_is_heard_by_libraries_that_come_later():
     code = (
@@ -135,8 +145,32 @@ def test_quiet_is_heard_by_libraries_that_come_later():
     for flag, level in (("--quiet", 40), ("-v", 20)):
         done = subprocess.run([sys.executable, "-c", code, flag], capture_output=True, text=True, check=True)
         assert done.stdout.splitlines()[-1] == str(level)
-    code = "from hf_recycle.cli.main import main; main(['train', '--list', '-q'])\nimport tqdm; list(tqdm.tqdm([1]))\n"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stderr == ""
+
+
+@pytest.mark.slow
+def test_progress_bars_are_for_terminals(monkeypatch):
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)  # commands that ran in this process have set it
+    # An argument of the Trainer: reading it imports transformers, and tqdm with it.
+    code = (
+        "import sys; from hf_recycle.cli.main import main; main(['train', '--list', '--seed', '5', *sys.argv[1:]])\n"
+        "assert 'tqdm' in sys.modules; import tqdm; list(tqdm.tqdm([1]))\n"
+    )
+    words = [sys.executable, "-c", code]
+    for more, shown in (([], True), (["-q"], False)):
+        reader, terminal = os.openpty()
+        subprocess.run([*words, *more], stdout=subprocess.DEVNULL, stderr=terminal, check=True)
+        os.write(terminal, b"end")
+        said = b""
+        while not said.endswith(b"end"):
+            said += os.read(reader, 1000)
+        assert (said != b"end") == shown, said
+    done = subprocess.run(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=True)
+    assert done.stderr == ""
+
+
+def test_a_log_has_each_line_of_a_run_when_it_is_known(capsys):
+    assert main(["train", "demo", "--print_config"]) == 0
+    assert sys.stdout.line_buffering
 
 
 @pytest.mark.skipif(find_spec("argcomplete") is None, reason="argcomplete is not installed")

@@ -1,6 +1,7 @@
 """`hf-recycle study` on its command line: mistakes, and real small studies."""
 
 import json
+import math
 import os
 import re
 import signal
@@ -13,6 +14,7 @@ import pytest
 
 from hf_recycle.cli.main import main
 from hf_recycle.records.files import package_version
+from hf_recycle.studies.plan_file import load_study
 
 STUDY = """\
 title: A tiny study
@@ -105,6 +107,36 @@ def test_an_arm_that_cannot_work_is_told_before_the_others_start(study, tmp_path
 def test_a_report_of_nothing(study, tmp_path, capsys):
     assert main(["study", str(study), "--output", str(tmp_path / "out"), "--report-only"]) == 1
     assert "no run is finished" in capsys.readouterr().err
+
+
+def test_json_is_all_that_stdout_holds(study, tmp_path, capsys):
+    output = tmp_path / "out"
+    losses = {("baseline", 1): 2.0, ("baseline", 2): 3.0, ("plain", 1): 2.5, ("plain", 2): math.inf}
+    for run in load_study(study).changed(seeds=(1, 2)).runs():
+        folder = output / "runs" / run.folder
+        folder.mkdir(parents=True)
+        found = {"steps": 80, "tokens": 7, "losses": [], "evaluations": [(80, losses[run.arm, run.seed])]}
+        (folder / "study_result.json").write_text(json.dumps(found))
+    words = ["study", str(study), "--seeds", "1,2,3", "--output", str(output), "--report-only", "--json"]
+    assert main(words) == 0
+    [found] = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)["studies"]
+    baseline, plain = found["arms"]
+    assert (baseline["values"], baseline["median"]) == ({"1": 2.0, "2": 3.0}, 2.5)
+    assert plain["values"] == {"1": 2.5, "2": None}  # which diverged
+    assert plain["difference"] == {"mean": None, "low": None, "high": None, "p": None, "seeds": 2}
+    assert found["control"]["verdict"] == "does not hold"
+    assert [each["verdict"] for each in found["verdicts"]] == ["not measured"] * 3
+    assert found["missing"] == [{"arm": "baseline", "seed": 3}, {"arm": "plain", "seed": 3}]
+    assert [Path(page).name for page in found["report"]] == ["report.md", "report.html"]
+
+
+def test_what_a_study_does_meanwhile_is_no_json(study, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("hf_recycle.studies.runner.StudyRunner.run", lambda *_: ({}, {("plain", 1): "no memory"}))
+    assert main(["study", str(study), "--output", str(tmp_path / "out"), "--json"]) == 1
+    said = capsys.readouterr()
+    assert json.loads(said.out) == {"studies": []}
+    assert "2 runs, " in said.err
+    assert "failed: plain, seed 1: no memory" in said.err
 
 
 @pytest.fixture(scope="module")
@@ -233,7 +265,8 @@ statements: []
 def test_a_real_study_of_facts_is_tuned_and_judged(tmp_path, shared_cache, capsys):
     path, output = tmp_path / "facts.yaml", tmp_path / "out"
     path.write_text(FACTS)
-    assert main(["study", str(path), "--output", str(output), "--jobs", "2"]) == 0
+    words = ["study", str(path), "--output", str(output), "--jobs", "2"]
+    assert main(words) == 0
     assert "4 of 4 done" in capsys.readouterr().out
     page = (output / "facts" / "report.md").read_text()
     # The low rate learns nothing in 80 steps, and is tried on seed 9 alone.
@@ -249,6 +282,12 @@ def test_a_real_study_of_facts_is_tuned_and_judged(tmp_path, shared_cache, capsy
     assert re.search(r"\| obs, least_squares \| \+\d\.\d{4} \[", page)
     assert "not drawn" not in page
     assert {file.name for file in (output / "facts" / "figures").glob("*.svg")} == {"01-tasks.svg", "02-dead.svg"}
+    assert main([*words, "--report-only", "--json"]) == 0
+    [found] = json.loads(capsys.readouterr().out)["studies"]
+    assert len(found["removal"]) == 4
+    assert [cost["share"] for row in found["removal"] for cost in row["costs"]] == [0.5] * 4
+    assert [each["chosen"] for each in found["tuned"]] == [{"learning_rate": 1e-2}] * 2
+    assert [each["says"] for each in found["verdicts"]] == ["Living neurons help"]
 
 
 def running(folder):
