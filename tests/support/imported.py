@@ -7,14 +7,11 @@ import transformers.models.bert.modeling_bert
 import transformers.trainer  # noqa: F401
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-import hf_recycle.mlm.metric
 import hf_recycle.plots.run
 import hf_recycle.trainer.trainer  # noqa: F401
 from support.quick import make_runs_quick
 
 with contextlib.suppress(ImportError):
-    # Accelerate imports it in every run where it is installed.
-    import deepspeed
     import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 
 get_checkpoint_conversion_mapping("bert")  # makes the table of all models, which the first save would
