@@ -55,7 +55,7 @@ test: install ## Run all tests
 	$(TEST_ENV) $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 .PHONY: test-fast
-test-fast: install ## Run the tests that take no more than seconds each
+test-fast: install ## Run the tests that take no more than seconds, with a third of the cases of each
 	$(TEST_ENV) $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 .PHONY: lint

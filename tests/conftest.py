@@ -2,6 +2,7 @@
 
 import os
 import signal
+from zlib import crc32
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -30,10 +31,20 @@ def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "error::DeprecationWarning:hf_recycle.*")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
+    """In `make test-fast` a test of many cases has its first and a third of the others, always the same ones."""
+    seen = set()
+    for item in items:
+        test = item.nodeid.partition("[")[0]
+        if item.get_closest_marker("slow"):
+            continue
+        if test in seen and crc32(item.name.encode()) % 3:
+            item.add_marker(pytest.mark.slow)
+        seen.add(test)
     # With `--dist loadfile` one worker does all tests of a module, whose launches they share. The longest modules
-    # begin: those that start real processes, then whole trainings; so both workers end together.
-    folders = ("distributed", "studies", "bench", "cli", "trainer")
+    # begin: those that start real processes, then whole trainings; so all workers end together.
+    folders = ("distributed", "studies", "bench", "cli", "trainer", "docs", "hub")
     items.sort(key=lambda item: (*folders, item.path.parent.name).index(item.path.parent.name))
 
 
@@ -55,8 +66,8 @@ def _histories_are_trusted(monkeypatch):
 
 @pytest.fixture
 def figures_not_drawn(monkeypatch):
-    """Cards without figures: drawing them takes most of the time of a tiny run, and has tests of its own."""
-    monkeypatch.setattr("hf_recycle.plots.run.figure_images", lambda *_, **__: {})
+    """Runs without figures: drawing them takes most of the time of a tiny run, and has tests of its own."""
+    monkeypatch.setattr("hf_recycle.plots.run._figures", lambda *_: {})
 
 
 @pytest.fixture(params=family_table.FAMILIES, ids=lambda family: family.name)

@@ -1,8 +1,10 @@
-"""Launches with real processes, two on the CPU, by the commands that users write."""
+"""Launches with real processes, two on the CPU, by the commands that users write; what one process gives, this one
+does."""
 
 import json
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -15,6 +17,7 @@ from support.english import english
 from transformers import AutoModelForMaskedLM
 
 from hf_recycle import RecyclingHistory
+from hf_recycle.cli.main import main
 from hf_recycle.runs.launcher import find_accelerate_config
 
 pytestmark = pytest.mark.slow
@@ -72,13 +75,24 @@ def log(folder: Path) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def single(start, workplace):
-    """One process with the global batch of two."""
-    out = workplace / "single"
-    process = start(*RECYCLE, workplace / "tiny.yaml", "--output_dir", out, "--per_device_train_batch_size", 8)
-    errors = finish(process)
-    assert process.returncode == 0, errors[-3000:]
-    return out
+def train_here(workplace):
+    """`train_here(name, *words)`: a run of one process with the global batch of two; returns its folder."""
+
+    def train_here(name, *words) -> Path:
+        words = [workplace / "tiny.yaml", "--output_dir", workplace / name, "--per_device_train_batch_size", 8, *words]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("HF_RECYCLE_CACHE", str(workplace / "cache"))
+            patch.setattr("datasets.config.HF_DATASETS_CACHE", workplace / "cache" / "datasets")
+            patch.setattr("hf_recycle.plots.run._figures", lambda *_: {})
+            assert main(["train", *map(str, words), "--use_cpu"]) == 0
+        return workplace / name
+
+    return train_here
+
+
+@pytest.fixture(scope="module")
+def single(train_here):
+    return train_here("single")
 
 
 @pytest.mark.parametrize("config", ["ddp", "zero3"])
@@ -202,18 +216,23 @@ if torch.distributed.is_initialized():
 '''
 
 
-def test_a_script_of_ones_own_on_two_processes_is_as_on_one(start, workplace):
+def test_a_script_of_ones_own_on_two_processes_is_as_on_one(start, workplace, monkeypatch, capsys):
     script = workplace / "run_mlm.py"
     script.write_text(SCRIPT)
     words = ["--max_steps", 4, "--logging_steps", 1, "--save_steps", 4, "--eval_strategy", "steps", "--eval_steps", 4]
     words += ["--recycle_steps", 2, "--recycle_fraction", 0.25, "--disable_tqdm", "true", "--use_cpu", "true"]
     logs = []
-    for launcher, processes, batch in (([sys.executable], 1, 8), (TORCHRUN, 2, 4)):
+    for processes, batch in ((1, 8), (2, 4)):
         out = workplace / f"script-{processes}"
-        sizes = ["--per_device_train_batch_size", batch, "--output_dir", out]
-        process = start(*launcher, script, workplace / "train.txt", *words, *sizes)
-        errors = finish(process)
-        assert process.returncode == 0, errors[-3000:]
+        command = [script, workplace / "train.txt", *words, "--per_device_train_batch_size", batch, "--output_dir", out]
+        if processes == 1:
+            monkeypatch.setattr(sys, "argv", [str(word) for word in command])
+            runpy.run_path(str(script), run_name="__main__")
+            errors = capsys.readouterr().err
+        else:
+            process = start(*TORCHRUN, *command)
+            errors = finish(process)
+            assert process.returncode == 0, errors[-3000:]
         assert f"processes: {processes}" in errors
         assert [len(index) for index in _recycled(out / "checkpoint-4")] == [8]
         AutoModelForMaskedLM.from_pretrained(out / "checkpoint-4")
@@ -271,17 +290,16 @@ def _children(parent: int) -> list[int]:
     return found
 
 
-def test_stages_are_launched_one_after_another(start, workplace):
+def test_stages_are_launched_one_after_another(start, workplace, train_here):
     """Two processes each time, and the losses of one process on the same global batch."""
     stages = ["--ff_stages", '{"0": 0.5, "0.5": 1.0}', "--logging_steps", 1, "--recycle_steps", 0]
     two = ["--accelerate_config", "ddp", "--num_processes", 2, "--use_cpu", "--per_device_train_batch_size", 4]
-    runs = {"one": ["--per_device_train_batch_size", 8], "two": two}
-    for name, more in runs.items():
-        process = start(*RECYCLE, workplace / "tiny.yaml", "--output_dir", workplace / f"stages-{name}", *stages, *more)
-        errors = finish(process)
-        assert process.returncode == 0, errors[-3000:]
-    one, found = ([row["loss"] for row in log(workplace / f"stages-{name}") if "loss" in row] for name in runs)
+    folders = [train_here("stages-one", *stages), workplace / "stages-two"]
+    process = start(*RECYCLE, workplace / "tiny.yaml", "--output_dir", folders[1], *stages, *two)
+    errors = finish(process)
+    assert process.returncode == 0, errors[-3000:]
+    one, found = ([row["loss"] for row in log(folder) if "loss" in row] for folder in folders)
     assert len(one) == 6
     assert found == pytest.approx(one, abs=1e-5)
-    for name in runs:
-        assert RecyclingHistory.from_pretrained(workplace / f"stages-{name}").resizes["step"].tolist() == [3]
+    for folder in folders:
+        assert RecyclingHistory.from_pretrained(folder).resizes["step"].tolist() == [3]

@@ -15,6 +15,8 @@ from hf_recycle.errors import UserError
 from hf_recycle.runs.parse import parse_run
 from hf_recycle.runs.stages import check_stages
 
+pytestmark = pytest.mark.usefixtures("figures_not_drawn")
+
 TINY = "hidden_size=16,num_hidden_layers=1,num_attention_heads=2,intermediate_size=32"
 
 

@@ -69,6 +69,7 @@ def test_train_save_report_and_never_mix_two_runs(words, tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("figures_not_drawn")
 def test_what_a_run_says_before_it_trains_and_how_its_folder_runs_it_again(words, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     assert main([*words, "--dry_run"]) == 0

@@ -230,6 +230,8 @@ def main() -> None:
             trainer = run(engine, method, folder / f"{label}-{how}", how=how, precision_name=precision_name)
             continue
         overrides["precision_name"] = precision_name
+        if how != "resume":
+            overrides["save_steps"] = STEPS  # nobody reads what the middle would save
         trainer = run(engine, method, folder / label, drift=how == "drift" and odd, **overrides)
         if how == "resume":
             middle = folder / label / f"checkpoint-{MIDDLE}"

@@ -12,13 +12,14 @@ from test_engines import assert_same_outcome, launch, outcome
 SCRIPT = Path(__file__).with_name("variant_run.py")
 NARROW = ["plain", "immunity_matched", "smooth", "midpoint"]  # three neurons for four processes
 WIDE = ["plain", "smooth", "midpoint"]  # whose communication is measured
-EXPERTS = "experts=smooth,family=mixtral"  # the weights of all experts of a layer lie in one parameter
+LAST = "save_steps=10"  # nobody reads what would be saved earlier
+EXPERTS = f"experts=smooth,family=mixtral,{LAST}"  # the weights of all experts of a layer lie in one parameter
 D_FF, WIDTH, BLOCKS = 64, 16, 2
 
 
 def _words(prefix: str, methods: list[str], d_ff: int, fraction: float, more: str = "") -> list[str]:
     return [
-        f"{prefix}_{method}={method},d_ff={d_ff}"
+        f"{prefix}_{method}={method},d_ff={d_ff},{LAST}"
         + (f",recycle_fraction={fraction}" if "recycle_steps" in METHODS[method] else "")
         + more
         for method in methods

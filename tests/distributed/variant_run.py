@@ -2,9 +2,10 @@
 
     variant_run.py PROCESSES ENGINE FOLDER NAME=METHOD[,SETTING=VALUE ...][:CHECKPOINT] ...
 
-Each run saves every four steps and writes to FOLDER/NAME. If it is refused, FOLDER/NAME.error gets the message of each
-process. The settings `d_ff` and `family` are those of the model, `measured` writes FOLDER/NAME/measured.json: what the
-methods communicated and held, by event (see `Measure`); the others are training arguments.
+Each run writes to FOLDER/NAME and saves every four steps, if no setting says otherwise. If it is refused,
+FOLDER/NAME.error gets the message of each process. The settings `d_ff` and `family` are those of the model, `measured`
+writes FOLDER/NAME/measured.json: what the methods communicated and held, by event (see `Measure`); the others are
+training arguments.
 """
 
 import functools
@@ -82,13 +83,13 @@ def main() -> None:
         method, *settings = what.split(",")
         texts = dict(setting.split("=") for setting in settings)
         family = texts.pop("family", None)
-        overrides = {key: _value(text) for key, text in texts.items()}
+        overrides = {"save_steps": 4} | {key: _value(text) for key, text in texts.items()}
         if overrides.pop("measured", False):
             measured = measure_methods() if measured is None else measured
             measured.clear()
         resume = Path(checkpoint) if checkpoint else None
         try:
-            trainer = run(engine, method, folder / name, resume=resume, save_steps=4, family=family, **overrides)
+            trainer = run(engine, method, folder / name, resume=resume, family=family, **overrides)
         except ValueError as error:
             folder.mkdir(exist_ok=True, parents=True)
             with open(folder / f"{name}.error", "a") as file:

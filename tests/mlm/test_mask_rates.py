@@ -4,6 +4,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from support.tiny_runs import end_workers
 from transformers import BertConfig, BertForMaskedLM, set_seed
 
 from hf_recycle import RecyclingArguments, RecyclingTrainer
@@ -124,6 +125,8 @@ def test_every_step_masks_its_share_and_a_resumed_run_the_same_tokens(run, strea
     assert found == pytest.approx(SHARES, abs=0.06)
     resumed = run(stream=stream, resume=True, **loading)
     assert resumed.seen == whole.seen[14:]
+    for trainer in (whole, resumed):
+        end_workers(trainer)
 
 
 def test_an_evaluation_masks_the_share_of_every_other_run(run):

@@ -1,4 +1,4 @@
-"""Every architecture of transformers: what is found, what is said, and that the page tells it."""
+"""Architectures of transformers: what is found, what is said, and that the page tells it."""
 
 import importlib.util
 import sys
@@ -37,17 +37,30 @@ def test_some_of_each_kind(model_type):
     assert bool(row.reason) == (result != "full")
 
 
+PAGE = (DOCS / "models.md").read_text(encoding="utf-8")
+RESULTS = {row[0]: row[2] for row in (line[2:].split(" | ") for line in PAGE.splitlines()) if len(row) == 5}
+needs_this_version = pytest.mark.skipif(
+    f"transformers {transformers.__version__}:" not in PAGE, reason="the page is of another version of transformers"
+)
+
+
+@needs_this_version
+def test_the_page_has_every_architecture():
+    assert [name for name in RESULTS if name != "model type"] == list(models_table.architectures())
+
+
+@needs_this_version
 @pytest.mark.slow
-def test_the_page_tells_of_every_architecture():
-    """And no architecture that was built is there without blocks, a list of what is left out, or a reason."""
-    rows = list(models_table.sweep())
-    for row in rows:
+def test_the_page_tells_what_is_found():
+    """In every architecture of which something is left out, and in one of twelve of the others: all take two minutes,
+    and the command that makes the page looks at them. None is without blocks, a list of what is left out, or a reason.
+    """
+    full = [name for name, result in RESULTS.items() if result == models_table.FULL]
+    others = [name for name, result in RESULTS.items() if result in (models_table.PARTIAL, models_table.REFUSED)]
+    assert len(others) > 20
+    for row in models_table.sweep([*others, *full[::12]]):
         assert (row.result == "full") == bool(row.blocks and not row.reason), row
         assert (row.result == "partial") == bool(row.blocks and row.reason), row
-    text = (DOCS / "models.md").read_text(encoding="utf-8")
-    if f"transformers {transformers.__version__}:" not in text:
-        pytest.skip("the page is of another version of transformers")
-    # What can't be built depends on which other packages are installed.
-    built = [row for row in rows if row.result != models_table.NOT_BUILT]
-    missing = [row.model_type for row in built if models_table.line(row) not in text]
-    assert not missing, "run python docs/models_table.py docs/models.md"
+        # What can't be built depends on which other packages are installed.
+        if row.result != models_table.NOT_BUILT:
+            assert models_table.line(row) in PAGE, "run python docs/models_table.py docs/models.md"

@@ -48,7 +48,7 @@ def results(tmp_path_factory):
     root, runs = tmp_path_factory.mktemp("runs"), {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_RECYCLE_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr("hf_recycle.plots.run.figure_images", lambda *_, **__: {})
+        patch.setattr("hf_recycle.plots.run._figures", lambda *_: {})
         for run in study.runs():
             folder = root / run.folder
             folder.mkdir()

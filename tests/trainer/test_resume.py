@@ -8,7 +8,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from support.tiny_runs import assert_same_weights, losses, run, sentences, tiny_bert
+from support.tiny_runs import assert_same_weights, end_workers, losses, run, sentences, tiny_bert
 from torch.utils.data import DataLoader, IterableDataset, WeightedRandomSampler
 from transformers import DataCollatorForLanguageModeling, Trainer, TrainerCallback
 
@@ -183,6 +183,8 @@ def test_resume_is_exact_in_a_later_epoch(way, train):
         assert [row.get("epoch") for row in whole.state.log_history] == [
             row.get("epoch") for row in resumed.state.log_history
         ]
+        end_workers(resumed)
+    end_workers(whole)
 
 
 @pytest.mark.slow
