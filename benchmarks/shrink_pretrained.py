@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from datasets import Dataset
 
 from hf_recycle.analysis.data_scores import check_choice, least
@@ -27,6 +28,7 @@ from hf_recycle.data.tokenizer import load_tokenizer
 from hf_recycle.errors import UserError
 from hf_recycle.methods.recycling.selection import CRITERIA
 from hf_recycle.methods.registry import FOLDS
+from hf_recycle.mlm.loss import IGNORED, token_losses
 from hf_recycle.mlm.tasks import TASKS
 from hf_recycle.neurons.find import find_feed_forwards
 from hf_recycle.utils.command_line import Parser
@@ -42,10 +44,13 @@ class Removed:
     Attributes:
         losses: of each batch, summed.
         cost: against the whole model.
+        right: share of the masked tokens that it names. A loss that falls without neurons may say no more than that the
+            model is less sure of its mistakes.
     """
 
     losses: list[float]
     cost: Cost
+    right: float
 
 
 Key = tuple[str, str, float]
@@ -74,7 +79,8 @@ def remove(
 ) -> Iterator[tuple[Key, Removed]]:
     """The model without a share of every layer's neurons, and then as it was: for each criterion, fold and share."""
     blocks = find_feed_forwards(subject.model)
-    neurons, before, tokens = subject.neurons(blocks), subject.batch_losses(), subject.batch_tokens()
+    neurons, tokens = subject.neurons(blocks), subject.batch_tokens()
+    before, _ = predict(subject)
     counts = {share: [round(share * block.num_neurons) for block in blocks] for share in shares}
     for criterion in criteria:
         scores = neurons.scores(criterion, counts[max(shares)])
@@ -82,8 +88,22 @@ def remove(
             for share in shares:
                 gone = [least(*pair) for pair in zip(scores, counts[share], strict=True)]
                 with neurons.without(gone, fold):
-                    losses = subject.batch_losses()
-                yield (criterion, fold, share), Removed(losses, Cost.paired(before, losses, tokens))
+                    losses, right = predict(subject)
+                yield (criterion, fold, share), Removed(losses, Cost.paired(before, losses, tokens), right)
+
+
+@torch.inference_mode()
+def predict(subject: LanguageModel) -> tuple[list[float], float]:
+    """The loss of each batch, summed, and the share of the masked tokens that are named right."""
+    losses, right = [], 0
+    for batch in subject.batches:
+        targets = subject.task.targets(batch["labels"])
+        chosen = targets != IGNORED
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        logits, wanted = subject.model(**inputs).logits[chosen], targets[chosen]
+        losses.append(float(token_losses(logits, wanted).sum(dtype=torch.float64)))
+        right += int((logits.argmax(-1) == wanted).sum())
+    return losses, right / subject.tokens
 
 
 def speed(subject: LanguageModel, share: float) -> Speedup:
@@ -93,28 +113,33 @@ def speed(subject: LanguageModel, share: float) -> Speedup:
     return speedup(forward(subject.model, inputs), forward(smaller, inputs), pairs=31)
 
 
-def table(subject: LanguageModel, found: dict[Key, Removed]) -> str:
-    """Losses without neurons: a row for each criterion. The lowest of a column is bold; a star marks those that can't
-    be told from it, being no more than two standard deviations of the paired difference above it."""
+def tables(subject: LanguageModel, found: dict[Key, Removed]) -> tuple[str, str]:
+    """Losses without neurons, and shares of tokens named right: a row for each criterion. The lowest loss of a column
+    is bold; a star marks those that can't be told from it, being no more than two standard deviations of the paired
+    difference above it."""
     criteria = list(dict.fromkeys(criterion for criterion, _, _ in found))
     columns = sorted(dict.fromkeys((fold, share) for _, fold, share in found), key=lambda column: column[1])
-    tokens = subject.batch_tokens()
-    lines = ["| criterion | " + " | ".join(f"{100 * share:g}%, {fold}" for fold, share in columns) + " |"]
-    lines.append("|---" * (len(columns) + 1) + "|")
-    best = {
-        (fold, share): min((found[name, fold, share] for name in criteria), key=_mean_cost) for fold, share in columns
-    }
+    heading = ["criterion", *(f"{100 * share:g}%, {fold}" for fold, share in columns)]
+    best = [min((found[name, *column] for name in criteria), key=_mean_cost) for column in columns]
+    losses, rights = [heading, ["---"] * len(heading)], [heading, ["---"] * len(heading)]
     for name in criteria:
-        cells = []
-        for fold, share in columns:
-            mine, lowest = found[name, fold, share], best[fold, share]
-            loss = f"{sum(mine.losses) / subject.tokens:.3f}"
-            above = Cost.paired(lowest.losses, mine.losses, tokens)
-            equal = above.mean <= 2 * above.sd
-            cells.append(f"**{loss}**" if mine is lowest else f"{loss}\\*" if equal else loss)
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    least_cost = [f"{best[column].cost.mean:+.3f} ± {best[column].cost.sd:.3f}" for column in columns]
-    return "\n".join([*lines, f"| lowest, against the whole model | {' | '.join(least_cost)} |"])
+        cells = [found[name, *column] for column in columns]
+        pairs = zip(cells, best, strict=True)
+        losses.append([name, *(_loss(mine, lowest, subject.batch_tokens()) for mine, lowest in pairs)])
+        rights.append([name, *(f"{100 * mine.right:.1f}%" for mine in cells)])
+    costs = [f"{lowest.cost.mean:+.3f} ± {lowest.cost.sd:.3f}" for lowest in best]
+    losses.append(["lowest, against the whole model", *costs])
+    return _markdown(losses), _markdown(rights)
+
+
+def _loss(mine: Removed, lowest: Removed, tokens: Sequence[int]) -> str:
+    loss = f"{sum(mine.losses) / sum(tokens):.3f}"
+    above = Cost.paired(lowest.losses, mine.losses, tokens)
+    return f"**{loss}**" if mine is lowest else f"{loss}\\*" if above.mean <= 2 * above.sd else loss
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def _mean_cost(removed: Removed) -> float:
@@ -158,9 +183,10 @@ def _report(options: argparse.Namespace) -> str:
         f"{Path(options.model).name}: loss {subject.loss():.3f} nats per masked token ({subject.tokens:,} of them, in "
         f"{options.lines} lines) with all neurons, and without a share of every layer's:"
     )
-    return "\n".join(
-        [heading, "", table(subject, found), "", "A forward pass, in one run, medians of 31 pairs:", "", *faster]
-    )
+    losses, rights = tables(subject, found)
+    named = f"Masked tokens named right, {100 * predict(subject)[1]:.1f}% with all neurons:"
+    timing = "A forward pass, in one run, medians of 31 pairs:"
+    return "\n".join([heading, "", losses, "", named, "", rights, "", timing, "", *faster])
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from support.text_model import save_text_model
 from transformers import AutoTokenizer
 
 from benchmarks import shrink_pretrained
-from benchmarks.shrink_pretrained import Removed, load, main, remove, table
+from benchmarks.shrink_pretrained import Removed, load, main, predict, remove, tables
 from hf_recycle.analysis.pruning import PruneSettings, measure_curve
 from hf_recycle.analysis.verdict import Cost
 from hf_recycle.neurons.find import find_feed_forwards
@@ -60,12 +60,26 @@ def test_the_lowest_is_bold_and_what_can_not_be_told_from_it_has_a_star(folder):
     found = {}
     for name, extra in above.items():
         losses = [loss + more * count for loss, more, count in zip(before, extra, tokens, strict=True)]
-        found[name, "none", 0.5] = Removed(losses, Cost.paired(before, losses, tokens))
-    lines = [line.split("|") for line in table(subject, found).splitlines()[2:]]
+        found[name, "none", 0.5] = Removed(losses, Cost.paired(before, losses, tokens), 0.25)
+    lines = [line.split("|") for line in tables(subject, found)[0].splitlines()[2:]]
     rows = {cells[1].strip(): cells[2].strip() for cells in lines}
     assert rows["low_magnitude"] == "**1.000**"
     assert re.fullmatch(r"\d\.\d+\\\*", rows["random"])
     assert rows["obs"] == "1.300"
+
+
+def test_what_is_named_right_is_counted(folder):
+    subject = load(str(folder), str(folder.parent / "text.txt"), lines=8, length=16)
+    losses, right = predict(subject)
+    assert losses == pytest.approx(subject.batch_losses(), rel=1e-6)
+    hits = [
+        bool(subject.model(batch["input_ids"]).logits[row, column].argmax() == label)
+        for batch in subject.batches
+        for row, labels in enumerate(batch["labels"].tolist())
+        for column, label in enumerate(labels)
+        if label != -100
+    ]
+    assert right == pytest.approx(sum(hits) / len(hits))
 
 
 def test_the_command_prints_a_table_and_the_speed(folder, capsys, monkeypatch):
@@ -76,6 +90,7 @@ def test_the_command_prints_a_table_and_the_speed(folder, capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert [shrunk.d_ff for shrunk in widths] == [32, 24]  # multiples of 8, of 40
     assert re.search(r"^\| criterion \| 25%, none \| 25%, mean \| 50%, none \| 50%, mean \|$", printed, re.MULTILINE)
+    assert printed.count("| flap |") == 2  # losses, and tokens named right
     assert printed.count("x as fast") == 2
 
 
