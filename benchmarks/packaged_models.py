@@ -5,8 +5,8 @@
 
 `models/antiberty`, a BERT of antibody sequences, and `models/rxnfp`, one of chemical reactions, with `text.txt` in
 each: antibodies are germline V and J segments (allele *01) of one chain and species, taken from anarci and joined
-without a D segment or mutations; reactions are put together here from templates and fragments, since no package was found that
-holds more than a few. Nothing of the packages is run.
+without a D segment or mutations; reactions are put together here from templates and fragments, since we found no
+package that holds more than a few. Nothing of the packages is run.
 """
 
 import argparse
