@@ -165,7 +165,8 @@ def _check_folder(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder} holds an adapter of PEFT, and not the neurons of its model; merge it first")
     if not any((folder / name).exists() for name in OPTIMIZER_FILES):
         raise UserError(
-            f"{folder} holds no {PLAIN}, so no training goes on from it; make its model smaller with hf-recycle shrink"
+            f"{folder} holds no {PLAIN}, so no training goes on from it; name one of its checkpoint-N folders, or make "
+            "its model smaller with hf-recycle shrink"
         )
     check_list(folder)
     try:

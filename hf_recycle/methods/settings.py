@@ -174,7 +174,7 @@ class RecyclingSettings(Settings):
     )
     noise_scale: float = setting(
         0.05,
-        "copy_noise: standard deviation of the noise, in standard deviations of the matrix.",
+        "copy_noise and split: standard deviation of the noise, in standard deviations of the matrix.",
         _not_negative,
     )
     immunity: int = setting(0, "Phases for which a recycled neuron can't be selected again.", _whole)

@@ -156,6 +156,7 @@ def parse_seeds(value: Any) -> tuple[int, ...]:
     Raises:
         UserError: for anything else.
     """
+    given = value
     try:
         if isinstance(value, str):
             value = [int(part) for part in value.split(",")] if "," in value else int(value)
@@ -165,7 +166,7 @@ def parse_seeds(value: Any) -> tuple[int, ...]:
     except ValueError:
         seeds = ()
     if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
-        raise UserError(f"seeds={value!r} must be a number of seeds from 1, or a list of different seeds")
+        raise UserError(f"seeds={given!r} must be a number of seeds from 1, or a list of different seeds")
     return seeds
 
 

@@ -114,6 +114,7 @@ def test_fewer_arms_keep_the_baseline_and_the_figures_that_are_left(study):
         ("scale: laptop", "scales: laptop", "scales='laptop' must be a mapping"),
         ("scale: laptop", "scales: {laptop: {seed: 3}}", "seed is not a setting of a study"),
         ("seeds: 2", "seeds: 2.5", "seeds=2.5 must be a number of seeds"),
+        ("seeds: 2", "seeds: 0", "seeds=0 must be a number of seeds"),
         ("seeds: 2", "seeds: [1, 1]", r"seeds=\[1, 1\] must be a number of seeds"),
         (
             "[vicious_cycle]",

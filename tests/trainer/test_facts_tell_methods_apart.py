@@ -18,8 +18,8 @@ CLEARLY = 0.05
 """Nats; what is seen is more."""
 
 STEPS = 400
-FACTS = Facts(keys=24, values=32, number=24**2, epochs=STEPS // 2)
-HALF_AN_EPOCH, ONE_EPOCH = 288, 256  # facts of a step, see FACTS and TASKS
+FACTS = Facts(keys=32, values=32, number=32**2, epochs=STEPS // 2)
+HALF_AN_EPOCH, ONE_EPOCH = 512, 256  # facts of a step, see FACTS and TASKS
 TASKS = Facts(keys=16, values=32, number=16**2, tasks=12, epochs=50)
 
 DEAD = {"recycle_steps": STEPS // 10, "recycle_fraction": 0.2, "recycle_probe_batches": 4}
@@ -41,7 +41,7 @@ def final_loss(arguments):  # noqa: F811
             vocab_size=5 + 2 * data.keys + data.values,
             hidden_size=D_MODEL,
             num_hidden_layers=1,
-            num_attention_heads=2,
+            num_attention_heads=4,
             intermediate_size=neurons,
             hidden_act="relu",
             hidden_dropout_prob=0,
