@@ -120,7 +120,9 @@ def write_report(
         "control": control(results),
         "control_separates": control(results).verdict == HOLDS,
         "published": [
-            (row, PUBLISHED_LOSS_DIFFERENCES[row.arm]) for row in rows if row.arm in PUBLISHED_LOSS_DIFFERENCES
+            (row, PUBLISHED_LOSS_DIFFERENCES[row.arm])
+            for row in rows
+            if row.arm in PUBLISHED_LOSS_DIFFERENCES and row.difference is not None  # another study's baseline
         ],
         "removal": removal_rows(results),
         "counts": counts_rows(results),
