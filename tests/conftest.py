@@ -44,7 +44,7 @@ def pytest_collection_modifyitems(items):
         seen.add(test)
     # With `--dist loadfile` one worker does all tests of a module, whose launches they share. The longest modules
     # begin: those that start real processes, then whole trainings; so all workers end together.
-    folders = ("distributed", "studies", "bench", "cli", "trainer", "docs", "hub")
+    folders = ("distributed", "neurons", "studies", "bench", "cli", "trainer", "docs", "hub")
     items.sort(key=lambda item: (*folders, item.path.parent.name).index(item.path.parent.name))
 
 
