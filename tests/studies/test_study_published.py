@@ -1,6 +1,7 @@
 """Measured numbers beside the published ones."""
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -52,4 +53,13 @@ def test_the_pages_set_them_side_by_side(results, tmp_path):
 
 def test_nothing_published_and_nothing_recycled_say_nothing(made_up, tmp_path):
     for page in write_report(made_up({"baseline": [2.0], "own": [2.1]}), tmp_path, "hf-recycle study x", jobs=1):
+        assert "published" not in page.read_text()
+
+
+def test_arms_that_only_share_a_name_with_published_ones_say_nothing(made_up, tmp_path):
+    """`plain` is recycling in the article, and ordinary training elsewhere."""
+    arms, recycled = {"plain": [2.0, 2.1], "own": [2.0, 2.0]}, {"own": {"phases": 5}}
+    results = made_up(arms, recycled, figures=[("recycle_counts", "Times", ["own"])])
+    results = replace(results, study=replace(results.study, baseline="plain"))
+    for page in write_report(results, tmp_path, "hf-recycle study x", jobs=1):
         assert "published" not in page.read_text()
