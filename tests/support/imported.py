@@ -12,7 +12,11 @@ import hf_recycle.trainer.trainer  # noqa: F401
 from support.quick import make_runs_quick
 
 with contextlib.suppress(ImportError):
+    import deepspeed.ops
     import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+
+    # Of use to inference alone. Compiling it takes a minute, and when that is killed, its lock holds up the next launch.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 get_checkpoint_conversion_mapping("bert")  # makes the table of all models, which the first save would
 make_runs_quick()
