@@ -21,10 +21,8 @@ from hf_recycle.card.limitations import limitations
 from hf_recycle.card.merge import BEGIN, compose_card, merge_card
 from hf_recycle.card.run_facts import is_repo_id
 from hf_recycle.card.templates import load_template
-from hf_recycle.records.files import write_bytes
 from hf_recycle.records.history import RecyclingHistory
-
-__all__ = ["card_for", "merge_card", "render_card", "write_card"]
+from hf_recycle.utils.whole_files import write_bytes
 
 logger = logging.get_logger(__name__)
 

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from transformers import Trainer
 
+from hf_recycle import __version__
 from hf_recycle.hub.scrub import Secrets, is_private
 from hf_recycle.internals.of_transformers import is_from_files
 from hf_recycle.neurons.slices import full_shape
-from hf_recycle.records.files import package_version
 from hf_recycle.records.run_schema import MAX_TEXT
 
 # What the arguments derive from others or from the machine, and what is said elsewhere in the card.
@@ -60,7 +60,7 @@ def run_facts(trainer: Trainer) -> dict[str, Any]:
         "hardware": hardware(trainer),
         "versions": {
             "python": platform.python_version(),
-            "hf_recycle": package_version(),
+            "hf_recycle": __version__,
             **{name: importlib.metadata.version(name) for name in _LIBRARIES},
         },
         "card": dict(getattr(trainer, "card_words", {})),

@@ -93,7 +93,7 @@ def remove_half_saved(folder: Path) -> None:
 
 def _read(folder: Path) -> FileSet:
     config = files.read_config(folder)
-    tensors, _ = files.read_state(folder, config["blocks"])
+    tensors = files.read_state(folder, config["blocks"])
     history, stats = files.read_history(folder, config["blocks"]), files.read_stats(folder)
     # Only now: what has its checksum after it was read had it before.
     for name, checksum in config.get(_CHECKSUMS, {}).items():

@@ -9,9 +9,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from hf_recycle.records.files import CONFIG_FILE, write_bytes
+from hf_recycle.records.files import CONFIG_FILE
 from hf_recycle.records.history import RecyclingHistory
 from hf_recycle.studies.plan import PlannedRun, Study
+from hf_recycle.utils.whole_files import write_bytes
 
 RESULT_FILE = "study_result.json"
 

@@ -9,6 +9,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers.utils import logging
 
+from hf_recycle import __version__
 from hf_recycle.hub.asking import Asking
 from hf_recycle.hub.deadline import Deadline
 from hf_recycle.hub.push.commit import Commit, Refused
@@ -16,7 +17,6 @@ from hf_recycle.hub.push.job import Push
 from hf_recycle.hub.push.staging import is_overtaken
 from hf_recycle.hub.retry import RetryPolicy, say, status_of
 from hf_recycle.hub.scrub import Secrets
-from hf_recycle.records.files import package_version
 
 logger = logging.get_logger(__name__)
 
@@ -48,7 +48,7 @@ class Repository:
         self.name, self.token, self.private, self.revision = name, token, private, revision
         self.output_dir, self.named_by = output_dir, named_by
         self.policy = policy or RetryPolicy()
-        self.api = HfApi(library_name="hf_recycle", library_version=package_version())
+        self.api = HfApi(library_name="hf_recycle", library_version=__version__)
         self.repo_id: str | None = None  # once it is known to exist
         self._branches: set[str] = set()
 
