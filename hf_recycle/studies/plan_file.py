@@ -99,8 +99,7 @@ def load_study(path: Path) -> Study:
     # Late: they bring matplotlib.
     from hf_recycle.studies.figures import FIGURES
     from hf_recycle.studies.measures import MEASURES
-    from hf_recycle.studies.statements import STATEMENTS
-    from hf_recycle.studies.verdicts import judges_losses
+    from hf_recycle.studies.verdicts import STATEMENTS, judges_losses
 
     where = f"study {path}"
     values = _read(path, ())

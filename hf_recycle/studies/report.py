@@ -23,9 +23,8 @@ from hf_recycle.studies.key import code_version
 from hf_recycle.studies.measures import measure_words, values_of
 from hf_recycle.studies.published import PUBLISHED_LOSS_DIFFERENCES, counts_rows
 from hf_recycle.studies.results import StudyResults
-from hf_recycle.studies.statements import check
 from hf_recycle.studies.tuning import Tuned
-from hf_recycle.studies.verdicts import HOLDS, MISSING, check_claim, control, difference
+from hf_recycle.studies.verdicts import HOLDS, MISSING, check, check_claim, control, difference
 from hf_recycle.utils.whole_files import write_bytes
 
 

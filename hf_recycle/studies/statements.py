@@ -24,7 +24,6 @@ from hf_recycle.studies.verdicts import (
     UNCLEAR,
     Verdict,
     below_zero,
-    check,
     difference,
     every_seed,
     first_present,
@@ -33,8 +32,6 @@ from hf_recycle.studies.verdicts import (
     no_better,
     of_losses,
 )
-
-__all__ = ["STATEMENTS", "check"]
 
 _IMMUNITIES = ("immunity-6", "immunity-2", "immunity-9")
 _RECORDED = "magnitude_steps"

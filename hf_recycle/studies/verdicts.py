@@ -35,7 +35,7 @@ class Verdict:
 
 Check = Callable[[StudyResults], Verdict]
 
-STATEMENTS: Registry[Check] = Registry("statement")
+STATEMENTS: Registry[Check] = Registry("statement", "hf_recycle.studies.statements")
 """Checks by name; the first line of a check's docstring is the statement."""
 
 
