@@ -18,6 +18,7 @@ from transformers.utils import logging
 
 from hf_recycle.data.arguments import ModelArguments
 from hf_recycle.data.overrides import apply_overrides, parse_overrides
+from hf_recycle.data.tokenizer import loading_problem
 from hf_recycle.errors import UserError
 from hf_recycle.hub.checks.configuration import configuration_problem
 from hf_recycle.hub.fetch import check_small_files, fetch_file
@@ -75,7 +76,7 @@ def load_model(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase, ma
             arguments.model_name_or_path
             or f"a {config.model_type} with config_overrides={arguments.config_overrides!r}"
         )
-        raise UserError(f"{source} could not be built: {_first_line(error)}") from error
+        raise UserError(f"{source} could not be built: {loading_problem(error)}") from error
     note_commit(model.config, getattr(arguments.model_revision, "resolved", None))
     return model
 
@@ -120,7 +121,7 @@ def load_config(arguments: ModelArguments) -> PreTrainedConfig:
             )
         except (OSError, ValueError) as error:
             raise UserError(
-                f"{argument}={name!r} could not be loaded ({_first_line(error)}); name a model of "
+                f"{argument}={name!r} could not be loaded ({loading_problem(error)}); name a model of "
                 "the Hub or a local "
                 "folder that holds a config.json"
             ) from error
@@ -260,9 +261,3 @@ def _counts_from_padding(config: PreTrainedConfig) -> bool:
         "xlm-roberta-xl",
         "xmod",
     }
-
-
-def _first_line(error: BaseException) -> str:
-    if "trust_remote_code" in str(error):
-        return "it brings code of its own, which is run only with --trust_remote_code true"
-    return str(error).strip().split("\n", 1)[0].rstrip(". ") or type(error).__name__
