@@ -148,7 +148,6 @@ def _tokenizer(tokenizer: Any) -> dict[str, Any] | None:
 def hardware(trainer: Trainer) -> dict[str, Any]:
     """On what a training runs: device, number of processes, engine and precision."""
     args, device = trainer.args, trainer.args.device
-    assert trainer.model is not None
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
     if trainer.is_deepspeed_enabled:
         stage = trainer.accelerator.state.deepspeed_plugin.zero_stage
@@ -157,12 +156,15 @@ def hardware(trainer: Trainer) -> dict[str, Any]:
         engine = "FSDP2"
     else:
         engine = "one process" if args.world_size == 1 else "DistributedDataParallel"
-    precision = "fp16 mixed" if args.fp16 else "bf16 mixed" if args.bf16 else _dtype(trainer.model)
-    return {"device": name, "processes": args.world_size, "engine": engine, "precision": precision}
+    return {"device": name, "processes": args.world_size, "engine": engine, "precision": precision(trainer)}
 
 
-def _dtype(model: torch.nn.Module) -> str:
-    return str(next(model.parameters()).dtype).removeprefix("torch.")
+def precision(trainer: Trainer) -> str:
+    """What a training computes in: mixed, or the dtype of its weights."""
+    assert trainer.model is not None
+    if trainer.args.fp16 or trainer.args.bf16:
+        return "fp16 mixed" if trainer.args.fp16 else "bf16 mixed"
+    return str(next(trainer.model.parameters()).dtype).removeprefix("torch.")
 
 
 def is_repo_id(name: Any) -> bool:

@@ -71,6 +71,25 @@ class Repository:
             self.repo_id = url.repo_id
         return self.repo_id
 
+    def check_at_start(self) -> str:
+        """As `ensure`, before training; where the Hub can't be reached the name as the user wrote it, with a warning.
+
+        Raises:
+            Refused: if nothing can ever be pushed there.
+        """
+        try:
+            return self.ensure(Deadline(self.policy.start_patience))
+        except Refused:
+            raise
+        except Exception as error:
+            logger.warning(
+                "The Hub can't be reached now (%s). Training starts; what it publishes to %s is kept in its output "
+                "folder and pushed once the Hub answers.",
+                say(error),
+                self.name,
+            )
+            return self.name
+
     def publish(self, push: Push, deadline: Deadline) -> CommitInfo:
         """One commit that holds everything of a push, and its tag.
 
