@@ -143,8 +143,7 @@ def _methods(arguments: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _settings(method: type[Settings], arguments: Mapping[str, Any]) -> Settings | None:
-    names = [item.name for item in fields(method) if method.prefix + item.name in arguments]
-    settings = method(**{name: arguments[method.prefix + name] for name in names})
+    settings = method.from_flat(arguments)
     try:
         settings.validate(method.prefix)
     except (ValueError, TypeError):  # of a newer version, or made up

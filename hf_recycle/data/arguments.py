@@ -155,8 +155,7 @@ class DataArguments:
         """Check what can be checked without loading anything."""
         if self.dataset_name and self.train_file:
             raise UserError(
-                f"dataset_name={self.dataset_name!r} and train_file={self.train_file!r} both name "
-                "training data; "
+                f"dataset_name={self.dataset_name!r} and train_file={self.train_file!r} both name training data; "
                 "set one of them to null"
             )
         if self.validation_file and not (self.dataset_name or self.train_file):

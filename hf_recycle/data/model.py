@@ -122,8 +122,7 @@ def load_config(arguments: ModelArguments) -> PreTrainedConfig:
         except (OSError, ValueError) as error:
             raise UserError(
                 f"{argument}={name!r} could not be loaded ({loading_problem(error)}); name a model of "
-                "the Hub or a local "
-                "folder that holds a config.json"
+                "the Hub or a local folder that holds a config.json"
             ) from error
     if not arguments.model_type:
         raise UserError("no model is named; pass model_type (such as bert) or model_name_or_path, or a scale recipe")
@@ -217,8 +216,7 @@ def _check_fit(
     vocabulary = getattr(config, "vocab_size", None)
     if vocabulary is not None and len(tokenizer) > vocabulary:
         raise UserError(
-            f"the tokenizer has {len(tokenizer)} entries, more than the model's vocabulary of "
-            f"{vocabulary}; name the "
+            f"the tokenizer has {len(tokenizer)} entries, more than the model's vocabulary of {vocabulary}; name the "
             "model's own tokenizer, or build a model from scratch with config_overrides "
             f"vocab_size={len(tokenizer)} or more"
         )
@@ -227,14 +225,12 @@ def _check_fit(
         raise UserError(
             f"max_seq_length={max_seq_length} needs {positions_needed(config, max_seq_length)} "
             "positions, but the model "
-            f"has max_position_embeddings={positions}; shorten the sequences, or change it in "
-            "config_overrides of a "
+            f"has max_position_embeddings={positions}; shorten the sequences, or change it in config_overrides of a "
             "model from scratch"
         )
     if arguments.task == "mlm" and tokenizer.mask_token_id is None:
         raise UserError(
-            f"task='mlm' needs a tokenizer with a mask token, which {tokenizer.name_or_path!r} "
-            "lacks; name another "
+            f"task='mlm' needs a tokenizer with a mask token, which {tokenizer.name_or_path!r} lacks; name another "
             "tokenizer, or train with task=clm"
         )
 

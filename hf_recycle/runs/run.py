@@ -203,8 +203,7 @@ def find_checkpoint(output_dir: str, resume: str | None) -> str | None:
         if found is not None:
             raise UserError(
                 f"output_dir={output_dir!r} already holds checkpoints of a run; pass "
-                "--resume_from_checkpoint true to go "
-                "on with it, or another --output_dir"
+                "--resume_from_checkpoint true to go on with it, or another --output_dir"
             )
         return None
     if resume.lower() == "true":
@@ -263,8 +262,7 @@ def check_evaluation(args: Any, validation: Any) -> None:
     if validation is None and args.eval_strategy != "no":
         raise UserError(
             f"eval_strategy={args.eval_strategy.value!r} needs something to evaluate on, and a "
-            "stream has no validation "
-            "data of its own; pass validation_file or eval_strategy=no"
+            "stream has no validation data of its own; pass validation_file or eval_strategy=no"
         )
 
 
