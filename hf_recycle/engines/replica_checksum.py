@@ -38,7 +38,7 @@ class ReplicaChecksum:
         if not self._several:
             return
         mine = torch.tensor([self._checksum], dtype=torch.int64, device=device)
-        everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+        everyone = [torch.empty_like(mine) for _ in range(process_count())]
         dist.all_gather(everyone, mine)
         values = [int(other) for other in everyone]
         if len(set(values)) > 1:
@@ -101,7 +101,7 @@ def on_every_process(check: Callable[[], None], *, here: bool = True) -> None:
         except UserError as error:
             refused = error
     if process_count() > 1:
-        everyone: list[UserError | None] = [None] * dist.get_world_size()
+        everyone: list[UserError | None] = [None] * process_count()
         dist.all_gather_object(everyone, refused)
         refused = next(filter(None, everyone), None)
     if refused is not None:
