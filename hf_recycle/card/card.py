@@ -1,7 +1,5 @@
 """The model card: `README.md` and `figures/` of a checkpoint or an output folder."""
 
-from __future__ import annotations
-
 import functools
 import os
 import re

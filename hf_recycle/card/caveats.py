@@ -1,7 +1,5 @@
 """What a card says its numbers were compared with, and what a run does not show."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

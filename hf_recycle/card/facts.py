@@ -3,8 +3,6 @@
 Everything here may come from a stranger's repository: texts are plain texts, to be escaped by whoever lays them out.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os

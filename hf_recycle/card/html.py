@@ -1,7 +1,5 @@
 """A run as one HTML page that needs nothing beside it: no file, no network."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What a run was: collected while it trains, stored as `run` in `recycling_config.json`, told by the card."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import math
 import os

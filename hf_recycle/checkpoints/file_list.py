@@ -3,8 +3,6 @@
 A checkpoint of the stock Trainer has none, and one from the Hub neither: what is published is checked in other ways.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What a training begins with: a folder of its own, and a checkpoint that is whole and can be read."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -1,7 +1,5 @@
 """`hf-recycle report`: a run as one HTML page."""
 
-from __future__ import annotations
-
 import argparse
 import os
 from contextlib import suppress

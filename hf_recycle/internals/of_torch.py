@@ -1,7 +1,5 @@
 """What torch keeps to itself (seen in torch 2.13)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 

@@ -4,8 +4,6 @@ Figures are matplotlib's `Figure` objects, without pyplot and rcParams: nothing 
 thread may draw. A figure is as wide as the text of a printed page, so its fonts have the sizes given here.
 """
 
-from __future__ import annotations
-
 import io
 import textwrap
 from collections.abc import Sequence

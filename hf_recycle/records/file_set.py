@@ -1,7 +1,5 @@
 """The four recycling files as a set: what is read together was saved together, also while a run saves it anew."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import shutil

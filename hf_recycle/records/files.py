@@ -7,8 +7,6 @@ Writers check what they are given in the same way, and what they write is whole 
 together is the care of `file_set`.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

@@ -1,7 +1,5 @@
 """Facts for the model card that only the command line knows."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """What a study measures of its final models: one-shot pruning curves, kept beside each run, and dead neurons."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import asdict
 from pathlib import Path

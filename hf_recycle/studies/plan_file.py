@@ -25,8 +25,6 @@ verdict about losses is "can't tell". With `include`, the name of another study,
 figures, claims and statements are added.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The report of a study: what was measured, as Markdown and as one self-contained HTML page."""
 
-from __future__ import annotations
-
 import math
 import os
 import platform

@@ -1,7 +1,5 @@
 """What came out of the runs of a study."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass

@@ -4,8 +4,6 @@ To add one, write a function here and decorate it; a study names it under `state
 that they have in `recipes/studies/article.yaml`. A check that judges losses is decorated with `of_losses` too.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Sequence
 

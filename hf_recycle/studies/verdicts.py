@@ -1,7 +1,5 @@
 """What a study says of a statement, and how that is decided: by intervals over seeds, and margins."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass

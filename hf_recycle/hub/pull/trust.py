@@ -1,7 +1,5 @@
 """Checks on the content of a pulled checkpoint, before the Trainer reads it. Nothing here executes what it reads."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """A repository on the Hub: made sure of before training, and brought up to date in one commit per push."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, HfApi, constants, get_token

@@ -1,7 +1,5 @@
 """Publishing while training: the stock Trainer's arguments and methods, and nothing lost on the way."""
 
-from __future__ import annotations
-
 import inspect
 from concurrent.futures import Future
 from pathlib import Path
