@@ -50,9 +50,9 @@ def line_style(number: int, *, marker: bool = False) -> dict[str, Any]:
     return style | {"marker": _MARKERS[number % len(_MARKERS)], "markersize": 3.5} if marker else style
 
 
-def new_figure(height: float, width: float = WIDTH, layout: Literal["constrained"] | None = "constrained") -> Figure:
-    """An empty figure of so many inches."""
-    figure = Figure(figsize=(width, height), layout=layout, facecolor="white")
+def new_figure(height: float, layout: Literal["constrained"] | None = "constrained") -> Figure:
+    """An empty figure, `height` inches high."""
+    figure = Figure(figsize=(WIDTH, height), layout=layout, facecolor="white")
     FigureCanvasAgg(figure)
     return figure
 
