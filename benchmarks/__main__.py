@@ -8,9 +8,9 @@ from pathlib import Path
 
 from hf_recycle.cli.common import complain, no_progress_bars
 from hf_recycle.errors import UserError
-from hf_recycle.records.files import write_bytes
 from hf_recycle.utils.command_line import Parser
 from hf_recycle.utils.suggest import nearest
+from hf_recycle.utils.whole_files import write_bytes
 
 DESCRIPTION = """\
 Measure training with this package against the stock Trainer of transformers, and what each method adds to a step. What

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.pages import renew_between
+
 FLOAT32 = 4
 """Bytes of a master weight, of its gradient and of each of its moments, whatever the precision of the products."""
 
@@ -167,8 +169,6 @@ def _table(what: str, count: Callable[..., dict[str, int]], unit: float) -> list
 
 def renew(text: str) -> str:
     """`text` with its tables renewed."""
-    from hf_recycle.cli.argument_table import renew_between  # brings transformers, which counting does without
-
     return renew_between(text, "floor", floor_tables())
 
 

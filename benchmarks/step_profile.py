@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.contestant import OURS, STOCK, Contestant, make_trainer
+from benchmarks.pages import renew_between
 from benchmarks.shapes import MEDIUM, Shape
 
 _PARTS = {
@@ -126,7 +127,6 @@ def contestants(shape: Shape) -> dict[str, Contestant]:
 def main(pages: Sequence[str]) -> None:
     """Profiles the steps of BERT Medium, and renews the table of some pages or prints it."""
     from benchmarks.facts import machine_facts
-    from hf_recycle.cli.argument_table import renew_between
 
     facts = machine_facts()
     table = profile_table({name: profile_step(contestant) for name, contestant in contestants(MEDIUM).items()})

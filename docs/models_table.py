@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto as auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from hf_recycle.cli.argument_table import renew_between
+from benchmarks.pages import renew_between
 from hf_recycle.neurons.find import survey
 from hf_recycle.neurons.left_out import alike, summary
 

@@ -4,11 +4,15 @@
 """
 
 import contextlib
+import dataclasses
 import io
 import os
 from pathlib import Path
 
-from hf_recycle.cli.argument_table import argument_table, renew_between
+from transformers import TrainingArguments
+
+from benchmarks.pages import renew_between
+from hf_recycle.arguments import RecyclingArguments
 from hf_recycle.cli.main import COMMANDS, main
 from hf_recycle.methods.folding import FOLDED
 from hf_recycle.methods.registry import CRITERIA, FOLDS, REINITIALIZATIONS, STATISTICS, needs_of
@@ -19,7 +23,7 @@ DOCS = Path(__file__).parent
 def renewed_pages() -> dict[Path, str]:
     """What each page should say."""
     parts = {
-        "arguments.md": {"arguments": argument_table()},
+        "arguments.md": {"arguments": _arguments()},
         "methods.md": {
             "criteria": _registered(CRITERIA),
             "births": _registered(REINITIALIZATIONS),
@@ -34,6 +38,18 @@ def renewed_pages() -> dict[Path, str]:
         for name, content in contents.items():
             pages[DOCS / page] = renew_between(pages[DOCS / page], name, content)
     return pages
+
+
+def _arguments() -> str:
+    """A row for each argument that `RecyclingArguments` adds to `TrainingArguments`."""
+    inherited = {field.name for field in dataclasses.fields(TrainingArguments)}
+    rows = {}
+    for field in dataclasses.fields(RecyclingArguments):
+        if field.name not in inherited:
+            default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+            default = " ".join(default) if isinstance(default, list) else default
+            rows[field.name] = ("`seed`" if field.name.endswith("_seed") else f"`{default}`", field.metadata["help"])
+    return _table("argument", rows, "default", "meaning")
 
 
 def _registered(registry) -> str:

@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from hf_recycle.cli.argument_table import renew_between
+from benchmarks.pages import renew_between
 
 
 @dataclass(frozen=True)

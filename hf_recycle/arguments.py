@@ -88,7 +88,7 @@ class RecyclingArguments(OwnArguments, TrainingArguments):
         Raises:
             ValueError: for a value that is not allowed.
         """
-        settings = method(**{item.name: getattr(self, method.prefix + item.name) for item in fields(method)})
+        settings = method.from_flat(vars(self))
         settings.validate(method.prefix)
         return settings
 

@@ -13,7 +13,7 @@ from hf_recycle.methods.base import LossOf
 from hf_recycle.methods.folding import check_can_fold, fold
 from hf_recycle.methods.overtraining.callback import model_loss
 from hf_recycle.methods.probe import Statistics, check_can_gather, gather_statistics
-from hf_recycle.methods.recycling.selection import CRITERIA, Signals, select
+from hf_recycle.methods.recycling.selection import CRITERIA, Signals, others, select
 from hf_recycle.methods.registry import FOLDS, needs_of
 from hf_recycle.neurons.blocks import FeedForward
 from hf_recycle.utils.seeds import generator_for
@@ -125,9 +125,7 @@ class ModelNeurons:
             raise UserError(str(error).rstrip(".")) from error
         known = self.statistics(dict.fromkeys(sorted(FOLDS[how]), f"fold={how!r}"))
         for block, index, statistics in zip(self.blocks, removed, known, strict=True):
-            stays = torch.ones(block.num_neurons, dtype=torch.bool)
-            stays[index] = False
-            fold(how, block, statistics, index, stays.nonzero().flatten())
+            fold(how, block, statistics, index, others(block.num_neurons, index))
             block.zero_(index)
 
     @contextmanager

@@ -10,9 +10,10 @@ from transformers import PreTrainedModel
 
 from hf_recycle.analysis.data_scores import ModelNeurons, least
 from hf_recycle.analysis.random_inputs import outputs, random_inputs
-from hf_recycle.analysis.shrink import difference_of, others, take_out
+from hf_recycle.analysis.shrink import difference_of, take_out
 from hf_recycle.errors import UserError
 from hf_recycle.methods.recycling.births import Options
+from hf_recycle.methods.recycling.selection import others
 from hf_recycle.methods.registry import REINITIALIZATIONS, needs_of
 from hf_recycle.neurons.blocks import FeedForward
 from hf_recycle.neurons.initial import FreshModules
@@ -156,7 +157,7 @@ def _narrow(
         for each, mask, count in zip(scores, pruned, counts, strict=True)
     ]
     new, blocks, difference = take_out(neurons, removed, settings.fold, values)
-    former = [others(block, index) for block, index in zip(neurons.blocks, removed, strict=True)]
+    former = [others(block.num_neurons, index) for block, index in zip(neurons.blocks, removed, strict=True)]
     note = f"the others went by criterion={settings.criterion}, fold={settings.fold}"
     return Resized(new, blocks, former, difference, note)
 

@@ -33,9 +33,8 @@ from hf_recycle.neurons.find import find_feed_forwards
 from hf_recycle.neurons.magnitudes import on_cpu
 from hf_recycle.neurons.optimizer_state import resized_entry
 from hf_recycle.neurons.width import Field, Value
-from hf_recycle.records.file_set import FileSet, write_files
-from hf_recycle.records.files import CONFIG_FILE, RECYCLING_FILES, read_config, read_history, read_state, read_stats
-from hf_recycle.records.history_checks import check_agreement
+from hf_recycle.records.file_set import FileSet, read_files, write_files
+from hf_recycle.records.files import CONFIG_FILE, RECYCLING_FILES
 from hf_recycle.records.recorder import HistoryRecorder
 from hf_recycle.records.summary import summarize
 from hf_recycle.trainer.muon import hidden_matrices
@@ -180,16 +179,13 @@ def _check_folder(folder: Path) -> dict[str, Any]:
 def _read_recycling_files(folder: Path) -> FileSet | None:
     if not (folder / CONFIG_FILE).is_file():
         return None
-    config = read_config(folder)
-    tensors, _ = read_state(folder, config["blocks"])
-    history, stats = read_history(folder, config["blocks"]), read_stats(folder)
-    check_agreement(folder, config, tensors, history, stats)
-    if int(tensors.get("trainer/initial_weights", torch.zeros(1))):
+    _, content = read_files(folder)
+    if int(content.tensors.get("trainer/initial_weights", torch.zeros(1))):
         raise UserError(
             f"{folder} is of a run with l2_init_weight, whose initial weights have the width that it began with; a run "
             "that is to be resized goes without"
         )
-    return FileSet(config, tensors, history, stats)
+    return content
 
 
 def _masks(blocks: list[FeedForward], tensors: Mapping[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:

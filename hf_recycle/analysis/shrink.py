@@ -19,6 +19,7 @@ from hf_recycle.analysis.data_scores import ModelNeurons, least
 from hf_recycle.analysis.evaluation import LanguageModel
 from hf_recycle.analysis.random_inputs import outputs, random_inputs
 from hf_recycle.errors import UserError
+from hf_recycle.methods.recycling.selection import others
 from hf_recycle.neurons.blocks import FeedForward
 from hf_recycle.neurons.find import find_feed_forwards
 from hf_recycle.neurons.width import Field, Value, width_fields, with_neurons
@@ -89,7 +90,7 @@ def shrink(model: PreTrainedModel, settings: ShrinkSettings, text: LanguageModel
         raise UserError(str(error)) from error
     neurons = ModelNeurons(model, blocks, seed=settings.seed) if text is None else text.neurons(blocks, settings.seed)
     removed = removed_neurons(neurons, settings)
-    kept = [others(block, index) for block, index in zip(blocks, removed, strict=True)]
+    kept = [others(block.num_neurons, index) for block, index in zip(blocks, removed, strict=True)]
     shares = [_width(len(index), block, settings.multiple_of) for index, block in zip(kept, blocks, strict=True)]
     fields = width_fields(model, blocks)
     values = {field: field.value_for(max(shares[n] for n in field.blocks)) for field in fields}
@@ -112,7 +113,7 @@ def take_out(
         UserError: see `ModelNeurons.remove`; or the new model does not compute what the masked one does.
     """
     model: Any = neurons.model
-    kept = [others(block, index) for block, index in zip(neurons.blocks, removed, strict=True)]
+    kept = [others(block.num_neurons, index) for block, index in zip(neurons.blocks, removed, strict=True)]
     inputs = random_inputs(model, batch=2, length=16)
     with neurons.without(removed, fold):
         new, new_blocks = with_neurons(model, neurons.blocks, kept, values)
@@ -190,13 +191,6 @@ def check_pruned_are_zero(blocks: Sequence[FeedForward], masks: dict[str, Tensor
                 f"block {block.name}: {int(alive.sum())} neurons that the recycling state calls pruned are not zero in "
                 "the weights; this checkpoint was changed after it was written, use the original"
             )
-
-
-def others(block: FeedForward, index: Tensor) -> Tensor:
-    """The neurons of a block that are not in `index`, int64, ascending."""
-    rest = torch.ones(block.num_neurons, dtype=torch.bool)
-    rest[index] = False
-    return rest.nonzero().flatten()
 
 
 def difference_of(first: Tensor, second: Tensor) -> float:

@@ -22,7 +22,7 @@ from transformers import (
 from hf_recycle.analysis.checkpoint import Checkpoint
 from hf_recycle.analysis.shrink import check_pruned_are_zero
 from hf_recycle.analysis.source import Source
-from hf_recycle.errors import UserError
+from hf_recycle.errors import UserError, reason_of
 from hf_recycle.hub.explain import explained
 from hf_recycle.hub.fetch import check_small_files
 from hf_recycle.neurons.find import find_feed_forwards
@@ -66,8 +66,7 @@ def load_model(
     try:
         model = cls.from_pretrained(where, config=checkpoint.config, dtype="auto", **options).eval()
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = (str(error).strip().split("\n", 1)[0] or type(error).__name__).rstrip(". ")
-        raise UserError(f"{source.name} could not be loaded: {reason}") from error
+        raise UserError(f"{source.name} could not be loaded: {reason_of(error)}") from error
     check_pruned_are_zero(find_feed_forwards(model, pattern, ff_blocks), _pruned_masks(source))
     return model, _processor(source, where, options.get("revision"))
 

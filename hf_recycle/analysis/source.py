@@ -9,6 +9,7 @@ from typing import Any
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
+from hf_recycle.checkpoints.run_folder import step_of_name
 from hf_recycle.errors import UserError
 from hf_recycle.hub.address import is_address, locate
 from hf_recycle.hub.explain import explain, is_maybe_a_folder
@@ -58,7 +59,7 @@ class Source:
     def label(self) -> str:
         """How the checkpoint is called in tables and figures."""
         if self.folder is not None:
-            return _clean(self.name)
+            return self.name.rstrip("/") or self.name
         revision = f"@{self.revision[:8]}" if self.revision else ""
         return f"{self.name}{revision}{self.subfolder and '/'}{self.subfolder.rstrip('/')}"
 
@@ -138,12 +139,6 @@ def _checkpoint_of(folder: Path) -> Path:
     """`folder`, or the newest `checkpoint-N` in it if it holds no model itself."""
     if (folder / "config.json").is_file():
         return folder
-    found = [
-        (int(match[1]), path) for path in folder.iterdir() if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
-    ]
+    found = [(step, path) for path in folder.iterdir() if (step := step_of_name(path)) is not None]
     models = [path for _, path in sorted(found) if (path / "config.json").is_file()]
     return models[-1] if models else folder
-
-
-def _clean(name: str) -> str:
-    return name.rstrip("/") or name

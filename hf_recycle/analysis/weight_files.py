@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from hf_recycle.errors import UserError
+from hf_recycle.errors import UserError, reason_of
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _MAX_HEADER = 100_000_000  # what the safetensors format allows
@@ -95,7 +95,7 @@ def read_pickled(path: Path) -> Tensors:
         return Tensors(path, {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)})
     except Exception as error:  # the unpickler and the archive reader have many
         raise UserError(
-            f"{path} can't be read as plain weights ({_first_line(error)}); load the model with transformers and "
+            f"{path} can't be read as plain weights ({reason_of(error)}); load the model with transformers and "
             "save it with save_pretrained, which writes safetensors"
         ) from error
 
@@ -117,7 +117,7 @@ def _read_header(path: Path) -> dict[str, Entry]:
         header.pop("__metadata__", None)
         entries = {name: _entry(fields, 8 + length) for name, fields in header.items()}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        _damaged(path, f"its header can't be read: {_first_line(error)}")
+        _damaged(path, f"its header can't be read: {reason_of(error)}")
     end = 8 + length
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
         itemsize = _DTYPES[entry.dtype].itemsize if entry.dtype in _DTYPES else None
@@ -148,7 +148,3 @@ def _read_into(file: Any, data: bytearray, path: Path) -> None:
 
 def _damaged(path: Path, problem: str) -> NoReturn:
     raise UserError(f"{path} is damaged ({problem}); copy or download it again")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().split("\n", 1)[0] or type(error).__name__)[:200].rstrip(". ")

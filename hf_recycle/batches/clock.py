@@ -1,7 +1,5 @@
 """When an example is trained: at which optimizer step, known in the data worker that reads it, however far ahead."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar

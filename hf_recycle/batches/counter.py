@@ -4,8 +4,6 @@ The mixing function is the finaliser of splitmix64, and drawing number c of key 
 the splitmix64 generator itself, entered at any place.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)

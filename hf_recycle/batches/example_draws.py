@@ -1,7 +1,5 @@
 """Random numbers for each example of a batch, whatever code draws them."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any

@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import IterableDataset
 from transformers.trainer_utils import has_length
 
-from hf_recycle.batches.numbered import Numbered
+from hf_recycle.batches.numbered import Numbered, load_examples
 from hf_recycle.batches.seeded import SeededCollator
 from hf_recycle.utils.seeds import generator_for
 
@@ -48,8 +48,7 @@ class ExtraBatches:
         """Samples number `position` to `position + size` of the stream, collated, on the CPU."""
         places = [divmod(number, len(self.dataset)) for number in range(position, position + size)]
         indices = [self._index(*place) for place in places]
-        several = getattr(self.dataset, "__getitems__", None)
-        samples = several(indices) if several else [self.dataset[index] for index in indices]
+        samples = load_examples(self.dataset, indices)
         return self.collator(
             [Numbered(epoch, index, sample) for (epoch, _), index, sample in zip(places, indices, samples, strict=True)]
         )

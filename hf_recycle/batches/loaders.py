@@ -1,7 +1,5 @@
 """Makes what a data loader gives a pure function of seed, epoch and place, whoever built the loader."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from accelerate.data_loader import IterableDatasetShard

@@ -78,9 +78,9 @@ class NumberedDataset(_Wrapper, Dataset):
         if self._draws:
             seed = seed_of("dataset", self._seed, epoch, *numbers)
             with OwnRandomState(seed, generators_of(self.dataset), once=True):
-                examples = _load(self.dataset, indices)
+                examples = load_examples(self.dataset, indices)
         else:
-            examples = _load(self.dataset, indices)
+            examples = load_examples(self.dataset, indices)
         return [Numbered(epoch, *each) for each in zip(numbers, examples, moments, strict=True)]
 
 
@@ -134,7 +134,8 @@ def _may_draw(dataset: Any) -> bool:
     return type(dataset) is not list
 
 
-def _load(dataset: Any, indices: Sequence[Any]) -> list[Any]:
+def load_examples(dataset: Any, indices: Sequence[Any]) -> list[Any]:
+    """The examples of a map-style dataset at some indices, all at once where it can."""
     several = getattr(dataset, "__getitems__", None)
     return several(indices) if several else [dataset[index] for index in indices]
 

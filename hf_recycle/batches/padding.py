@@ -1,7 +1,5 @@
 """Examples to padded numpy arrays."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """The order of the training examples in each epoch, as a pure function of seed and epoch."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any

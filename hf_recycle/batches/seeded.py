@@ -1,7 +1,5 @@
 """Any collator, its random numbers a pure function of seed, epoch and example."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Where a stream is, so that a resumed run need not read again what was read before."""
 
-from __future__ import annotations
-
 import copy
 import io
 from collections import deque

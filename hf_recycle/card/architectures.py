@@ -1,7 +1,5 @@
 """What a model's architecture says about its task: the class that loads it, and the Hub's name of what it does."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from transformers.models.auto import modeling_auto

@@ -1,7 +1,5 @@
 """The model card: `README.md` and `figures/` of a checkpoint or an output folder."""
 
-from __future__ import annotations
-
 import functools
 import os
 import re
@@ -13,18 +11,15 @@ import jinja2
 from huggingface_hub import EvalResult, ModelCardData
 from transformers.utils import logging
 
+from hf_recycle.card.caveats import comparisons, limitations
 from hf_recycle.card.citation import CITATION
-from hf_recycle.card.comparisons import comparisons
 from hf_recycle.card.escape import markdown_code, markdown_text, one_line
 from hf_recycle.card.facts import BUILT_IN_CORPUS, FIGURES, block_columns, card_facts, facts_of
-from hf_recycle.card.limitations import limitations
 from hf_recycle.card.merge import BEGIN, compose_card, merge_card
 from hf_recycle.card.run_facts import is_repo_id
 from hf_recycle.card.templates import load_template
-from hf_recycle.records.files import write_bytes
 from hf_recycle.records.history import RecyclingHistory
-
-__all__ = ["card_for", "merge_card", "render_card", "write_card"]
+from hf_recycle.utils.whole_files import write_bytes
 
 logger = logging.get_logger(__name__)
 

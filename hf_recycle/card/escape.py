@@ -1,7 +1,5 @@
 """Texts of unknown origin into Markdown."""
 
-from __future__ import annotations
-
 import re
 
 # What Markdown or HTML could take for markup. An underscore between letters is not among them.

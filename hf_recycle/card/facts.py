@@ -3,8 +3,6 @@
 Everything here may come from a stranger's repository: texts are plain texts, to be escaped by whoever lays them out.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os
@@ -143,8 +141,7 @@ def _methods(arguments: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _settings(method: type[Settings], arguments: Mapping[str, Any]) -> Settings | None:
-    names = [item.name for item in fields(method) if method.prefix + item.name in arguments]
-    settings = method(**{name: arguments[method.prefix + name] for name in names})
+    settings = method.from_flat(arguments)
     try:
         settings.validate(method.prefix)
     except (ValueError, TypeError):  # of a newer version, or made up

@@ -1,14 +1,11 @@
 """A run as one HTML page that needs nothing beside it: no file, no network."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 
+from hf_recycle.card.caveats import comparisons, limitations
 from hf_recycle.card.citation import CITATION
-from hf_recycle.card.comparisons import comparisons
 from hf_recycle.card.facts import FIGURES, block_columns
-from hf_recycle.card.limitations import limitations
 from hf_recycle.card.templates import load_template
 from hf_recycle.card.zoom import Zoom, inline_svg
 

@@ -1,7 +1,5 @@
 """What a run was: collected while it trains, stored as `run` in `recycling_config.json`, told by the card."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import math
 import os
@@ -15,10 +13,10 @@ from typing import Any
 import torch
 from transformers import Trainer
 
+from hf_recycle import __version__
 from hf_recycle.hub.scrub import Secrets, is_private
 from hf_recycle.internals.of_transformers import is_from_files
 from hf_recycle.neurons.slices import full_shape
-from hf_recycle.records.files import package_version
 from hf_recycle.records.run_schema import MAX_TEXT
 
 # What the arguments derive from others or from the machine, and what is said elsewhere in the card.
@@ -60,7 +58,7 @@ def run_facts(trainer: Trainer) -> dict[str, Any]:
         "hardware": hardware(trainer),
         "versions": {
             "python": platform.python_version(),
-            "hf_recycle": package_version(),
+            "hf_recycle": __version__,
             **{name: importlib.metadata.version(name) for name in _LIBRARIES},
         },
         "card": dict(getattr(trainer, "card_words", {})),
@@ -148,7 +146,6 @@ def _tokenizer(tokenizer: Any) -> dict[str, Any] | None:
 def hardware(trainer: Trainer) -> dict[str, Any]:
     """On what a training runs: device, number of processes, engine and precision."""
     args, device = trainer.args, trainer.args.device
-    assert trainer.model is not None
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
     if trainer.is_deepspeed_enabled:
         stage = trainer.accelerator.state.deepspeed_plugin.zero_stage
@@ -157,12 +154,15 @@ def hardware(trainer: Trainer) -> dict[str, Any]:
         engine = "FSDP2"
     else:
         engine = "one process" if args.world_size == 1 else "DistributedDataParallel"
-    precision = "fp16 mixed" if args.fp16 else "bf16 mixed" if args.bf16 else _dtype(trainer.model)
-    return {"device": name, "processes": args.world_size, "engine": engine, "precision": precision}
+    return {"device": name, "processes": args.world_size, "engine": engine, "precision": precision(trainer)}
 
 
-def _dtype(model: torch.nn.Module) -> str:
-    return str(next(model.parameters()).dtype).removeprefix("torch.")
+def precision(trainer: Trainer) -> str:
+    """What a training computes in: mixed, or the dtype of its weights."""
+    assert trainer.model is not None
+    if trainer.args.fp16 or trainer.args.bf16:
+        return "fp16 mixed" if trainer.args.fp16 else "bf16 mixed"
+    return str(next(trainer.model.parameters()).dtype).removeprefix("torch.")
 
 
 def is_repo_id(name: Any) -> bool:

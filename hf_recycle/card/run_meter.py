@@ -1,7 +1,5 @@
 """How long a run has trained and on how many tokens, over all its resumes."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Mapping
 from typing import Any

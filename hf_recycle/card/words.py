@@ -1,7 +1,5 @@
 """What a caller of `create_model_card` tells, as facts of the card."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from itertools import zip_longest
 from typing import Any

@@ -1,7 +1,5 @@
 """A run's folder belongs to one training at a time, and every process of it finds what another has saved."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from torch import nn
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
+from hf_recycle.card.run_facts import precision
 from hf_recycle.engines.resume import EngineCheckpointMixin
 from hf_recycle.errors import UserError
 from hf_recycle.trainer.base import NeuronTrainer
@@ -84,7 +84,7 @@ def made_with(trainer: NeuronTrainer) -> dict[str, Any]:
         "examples": len(dataset) if has_length(dataset) else None,
         **{name: getattr(args, name) for name in _KEPT},
         "lr_scheduler_type": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
-        "precision": "fp16 mixed" if args.fp16 else "bf16 mixed" if args.bf16 else _dtype(trainer.model),
+        "precision": precision(trainer),
     }
     if not args.auto_find_batch_size:  # it may be found anew
         facts["batch_size"] = trainer.get_total_train_batch_size(args)
@@ -134,10 +134,6 @@ def check_continues(folder: str | Path, before: Mapping[str, Any], now: Mapping[
 def _is_plain(value: Any) -> bool:
     """Whether JSON knows a value; it has no number for infinity."""
     return value is None or (type(value) in (bool, int, float, str) and value not in (math.inf, -math.inf))
-
-
-def _dtype(model: nn.Module) -> str:
-    return str(next(model.parameters()).dtype).removeprefix("torch.")
 
 
 def _class_of(optimizer: Any) -> str:

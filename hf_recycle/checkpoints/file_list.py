@@ -3,14 +3,13 @@
 A checkpoint of the stock Trainer has none, and one from the Hub neither: what is published is checked in other ways.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
+from hf_recycle import __version__
 from hf_recycle.checkpoints.run_folder import step_of_name
 from hf_recycle.records.file_checks import FORMAT_VERSION, check_version, fail
-from hf_recycle.records.files import package_version, read_json, write_json
+from hf_recycle.records.files import read_json, write_json
 from hf_recycle.utils.whole_files import sha256_of
 
 LIST_FILE = "checkpoint_files.json"
@@ -36,7 +35,7 @@ def write_list(folder: Path, step: int, *, checksum_all: bool) -> None:
             listed[inside.as_posix()] = {"size": size}
             if checksum_all or size <= _SMALL:
                 listed[inside.as_posix()]["sha256"] = sha256_of(path)
-    versions = {"format_version": FORMAT_VERSION, "package_version": package_version()}
+    versions = {"format_version": FORMAT_VERSION, "package_version": __version__}
     write_json(folder / LIST_FILE, {**versions, "step": step, "files": listed})
 
 

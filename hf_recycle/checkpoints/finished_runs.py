@@ -1,7 +1,5 @@
 """Resuming a run that has taken all its steps: it trains no further, says so, and ends once more."""
 
-from __future__ import annotations
-
 import time
 
 from transformers.utils import logging

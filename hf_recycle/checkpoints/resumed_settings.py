@@ -1,6 +1,5 @@
 """The settings that a resumed run goes on with: those that it began with, if they are still asked for."""
 
-from dataclasses import fields
 from typing import Any
 
 from hf_recycle.methods.settings import METHODS, MagnitudeSettings, Settings
@@ -26,12 +25,12 @@ def began_with(
     """
     found: dict[str, Settings] = {}
     for method in METHODS:
-        given_then, given_now = _settings(method, config["arguments"]), _settings(method, current)
+        given_then, given_now = method.from_flat(config["arguments"]), method.from_flat(current)
         try:
             if method is MagnitudeSettings or not given_then.enabled:
                 continue
             given_then.validate(method.prefix)
-            began = _settings(method, config["arguments"] | config.get("resolved", {}))
+            began = method.from_flat(config["arguments"] | config.get("resolved", {}))
             began.validate(method.prefix)
             began = began.resolve(max_steps, seed)
         except (TypeError, ValueError) as error:
@@ -52,11 +51,6 @@ def began_with(
             )
         found[method.prefix] = began
     return found
-
-
-def _settings(method: type[Settings], values: dict[str, Any]) -> Settings:
-    names = (item.name for item in fields(method))
-    return method(**{name: values[method.prefix + name] for name in names if method.prefix + name in values})
 
 
 def _shown(name: str, given: Settings, resolved: Settings) -> Any:

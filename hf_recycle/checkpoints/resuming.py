@@ -67,7 +67,7 @@ class CheckpointMixin(CheckpointWritingMixin, FinishedRunMixin, ContinuationMixi
         self.neuron_methods.began_with = began_with(
             folder, config, self.recycling_arguments(), self.state.max_steps, self.args.seed
         )
-        tensors, _ = files.read_state(folder, config["blocks"])
+        tensors = files.read_state(folder, config["blocks"])
         try:
             table.load_state_dict(tensors)
         except ValueError as error:

@@ -3,8 +3,6 @@
 What is on its way in or out bears a name that nothing takes for a checkpoint (`get_last_checkpoint` either).
 """
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

@@ -1,12 +1,13 @@
 """What a training begins with: a folder of its own, and a checkpoint that is whole and can be read."""
 
-from __future__ import annotations
-
 import contextlib
+import json
 import os
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import safetensors
 import torch
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
@@ -15,7 +16,6 @@ from transformers.utils import logging
 
 from hf_recycle.checkpoints.claims import claimed
 from hf_recycle.checkpoints.file_list import check_list
-from hf_recycle.checkpoints.unreadable import unreadable_file
 from hf_recycle.engines.replica_checksum import on_every_process
 from hf_recycle.errors import UserError, first_line
 from hf_recycle.trainer.base import NeuronTrainer
@@ -99,13 +99,34 @@ def _reading(folder: str | None, what: str | None = None) -> Iterator[None]:
     except (UserError, torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:
-        found = unreadable_file(Path(folder)) if folder is not None else None
+        found = _unreadable_file(Path(folder)) if folder is not None else None
         if folder is None or (found is None and what is None):
             raise
         if not Path(folder).is_dir():
             raise UserError(str(error)) from error  # as the Trainer says it
         path, problem = found or (folder, f"{what} in it can't be loaded into this run ({first_line(error)})")
         raise UserError(f"{path}: {problem}; restore it, or use another checkpoint") from error
+
+
+def _unreadable_file(folder: Path) -> tuple[Path, str] | None:
+    """The first file of a checkpoint whose format is broken, and what is wrong with it; None if all are well-formed.
+
+    Nothing is unpickled, so it does not matter who wrote them.
+    """
+    for path in sorted(folder.rglob("*")):
+        try:
+            if path.suffix == ".safetensors":
+                with safetensors.safe_open(path, "pt"):
+                    pass
+            elif path.suffix in (".pt", ".pth", ".bin"):
+                with zipfile.ZipFile(path) as archive:  # as `torch.save` writes
+                    if damaged := archive.testzip():
+                        raise ValueError(f"its part {damaged} is damaged")
+            elif path.suffix == ".json":
+                json.loads(path.read_text("utf-8"))
+        except Exception as error:  # whatever a library says of it
+            return path, f"it can't be read ({first_line(error)})"
+    return None
 
 
 def _check_state(checkpoint: Path) -> None:

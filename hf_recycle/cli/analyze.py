@@ -11,6 +11,7 @@ from hf_recycle.cli.model_arguments import (
     add_revision_argument,
     add_text_arguments,
     add_trust_argument,
+    text_of,
 )
 from hf_recycle.errors import UserError
 from hf_recycle.utils.command_line import Parser
@@ -138,10 +139,11 @@ def _check_text(options: argparse.Namespace) -> None:
 
 
 def _magnitudes(options: argparse.Namespace) -> None:
+    from hf_recycle.analysis.blocks import Thresholds
     from hf_recycle.analysis.model import analyze
     from hf_recycle.analysis.tables import analysis_text
 
-    thresholds = _thresholds(options)
+    thresholds = Thresholds(options.dead, options.duplicate)
     analyses = [analyze(source, options.ff_pattern, thresholds, options.ff_blocks) for source in _sources(options)]
     print_result(options, {"models": [analysis.to_json() for analysis in analyses]}, lambda: analysis_text(analyses))
     if options.output is not None:
@@ -172,16 +174,13 @@ def _revisions(options: argparse.Namespace) -> None:
 def _prune_curves(options: argparse.Namespace) -> None:
     no_progress_bars()
     from hf_recycle.analysis.curves import curves_text, draw_curves
-    from hf_recycle.analysis.evaluation import EvaluationSettings
     from hf_recycle.analysis.pruning import PruneSettings, prune_curves
 
     settings = PruneSettings.parse(
         options.criteria, options.shares, options.seed, options.ff_pattern, options.fold or "none"
     )
-    evaluation = EvaluationSettings(
-        options.eval_file, options.max_seq_length, options.max_eval_samples, options.batch_size
-    )
-    curves = [prune_curves(source, settings, evaluation) for source in _sources(options)]
+    text = text_of(options)
+    curves = [prune_curves(source, settings, text) for source in _sources(options)]
     print_result(options, {"models": [curve.to_json() for curve in curves]}, lambda: curves_text(curves))
     if options.output is not None:
         _say_where(draw_curves(curves, options.output))
@@ -191,18 +190,14 @@ def _ceilings(options: argparse.Namespace) -> None:
     no_progress_bars()
     from hf_recycle.analysis.ceiling import SHARES, ceiling
     from hf_recycle.analysis.ceiling_report import ceiling_text, check_has_card, draw_ceilings, write_to_card
-    from hf_recycle.analysis.evaluation import EvaluationSettings
     from hf_recycle.analysis.pruning import parse_shares
 
     shares = SHARES if options.shares is None else parse_shares(options.shares)
-    evaluation = EvaluationSettings(
-        options.eval_file, options.max_seq_length, options.max_eval_samples, options.batch_size
-    )
+    text = text_of(options)
     sources = _sources(options)
     folders = [check_has_card(source) for source in sources] if options.card else []
     found = [
-        ceiling(source, evaluation, shares, options.duplicate, options.ff_pattern, options.ff_blocks)
-        for source in sources
+        ceiling(source, text, shares, options.duplicate, options.ff_pattern, options.ff_blocks) for source in sources
     ]
     print_result(options, {"models": [each.to_json() for each in found]}, lambda: ceiling_text(found))
     if options.output is not None:
@@ -215,12 +210,6 @@ def _sources(options: argparse.Namespace) -> list:
     from hf_recycle.analysis.source import Source
 
     return [Source(model, options.revision, trust_pickle=options.trust_pickle) for model in options.models]
-
-
-def _thresholds(options: argparse.Namespace):
-    from hf_recycle.analysis.blocks import Thresholds
-
-    return Thresholds(options.dead, options.duplicate)
 
 
 def _say_where(paths: Sequence[Path]) -> None:

@@ -86,9 +86,13 @@ def removal_text(options: argparse.Namespace):
         UserError: an unknown criterion, or there is no text for what looks at data.
     """
     from hf_recycle.analysis.data_scores import check_removal
-    from hf_recycle.analysis.evaluation import EvaluationSettings
 
     check_removal(options.criterion, options.fold, has_data=options.eval_file is not None)
-    if options.eval_file is None:
-        return None
+    return None if options.eval_file is None else text_of(options)
+
+
+def text_of(options: argparse.Namespace):
+    """The `EvaluationSettings` of --eval_file."""
+    from hf_recycle.analysis.evaluation import EvaluationSettings
+
     return EvaluationSettings(options.eval_file, options.max_seq_length, options.max_eval_samples, options.batch_size)

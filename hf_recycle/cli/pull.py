@@ -1,7 +1,5 @@
 """`hf-recycle pull`: a checkpoint of the Hub, brought here and checked."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import shlex

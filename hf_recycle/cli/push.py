@@ -1,7 +1,5 @@
 """`hf-recycle push FOLDER REPO`: publish a run, a checkpoint, or what could not be published during training."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from pathlib import Path

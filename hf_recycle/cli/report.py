@@ -1,7 +1,5 @@
 """`hf-recycle report`: a run as one HTML page."""
 
-from __future__ import annotations
-
 import argparse
 import os
 from contextlib import suppress
@@ -80,7 +78,7 @@ def _small_files(text: str, revision: str | None) -> Path:
 
 
 def _write(path: Path, page: str) -> None:
-    from hf_recycle.records.files import write_bytes
+    from hf_recycle.utils.whole_files import write_bytes
 
     try:
         write_bytes(path, page.encode("utf-8"))

@@ -70,23 +70,19 @@ class ModelArguments:
             raise UserError(f"ff_factor={self.ff_factor} must be a number from 0")
         if self.ff_stages is not None:
             Stages.of(self.ff_stages)
-        if self.model_name_or_path and self.ff_factor != 1:
-            raise UserError(
-                f"ff_factor={self.ff_factor} changes a model built from scratch, but "
-                f"model_name_or_path={self.model_name_or_path!r} names a trained one; set one of them to null"
-            )
         if not 0 <= self.dead_fraction <= 1:
             raise UserError(f"dead_fraction={self.dead_fraction} must lie between 0 and 1")
-        if self.model_name_or_path and self.dead_fraction:
-            raise UserError(
-                f"dead_fraction={self.dead_fraction} changes a model built from scratch, but "
-                f"model_name_or_path={self.model_name_or_path!r} names a trained one; set one of them to null"
-            )
-        if self.model_name_or_path and self.config_overrides:
-            raise UserError(
-                f"config_overrides={self.config_overrides!r} changes a model built from scratch, but "
-                f"model_name_or_path={self.model_name_or_path!r} names a trained one; set one of them to null"
-            )
+        of_scratch = {
+            "ff_factor": self.ff_factor != 1,
+            "dead_fraction": self.dead_fraction != 0,
+            "config_overrides": bool(self.config_overrides),
+        }
+        for name, is_set in of_scratch.items():
+            if self.model_name_or_path and is_set:
+                raise UserError(
+                    f"{name}={getattr(self, name)!r} changes a model built from scratch, but "
+                    f"model_name_or_path={self.model_name_or_path!r} names a trained one; set one of them to null"
+                )
 
     def _split_address(self, name: str) -> None:
         text = getattr(self, name)
@@ -159,8 +155,7 @@ class DataArguments:
         """Check what can be checked without loading anything."""
         if self.dataset_name and self.train_file:
             raise UserError(
-                f"dataset_name={self.dataset_name!r} and train_file={self.train_file!r} both name "
-                "training data; "
+                f"dataset_name={self.dataset_name!r} and train_file={self.train_file!r} both name training data; "
                 "set one of them to null"
             )
         if self.validation_file and not (self.dataset_name or self.train_file):

@@ -48,8 +48,7 @@ def builtin_corpus() -> tuple[list[str], list[str]]:
         (validation if _is_validation(paragraph) else train).append(paragraph)
     if not train or not validation:
         raise RuntimeError(
-            "the built-in corpus is empty: this Python has neither its help topics nor the "
-            "sources of its standard "
+            "the built-in corpus is empty: this Python has neither its help topics nor the sources of its standard "
             "library; pass train_file or dataset_name instead"
         )
     return train, validation

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 from transformers import PreTrainedTokenizerFast
 
 from hf_recycle.data.arguments import DataArguments
@@ -67,26 +67,9 @@ class Facts(Dataset):
             samples.append({"input_ids": ids, "labels": labels})
         return samples
 
-    def last_task(self) -> "LastTask":
+    def last_task(self) -> Subset:
         """The facts of the last task, once each: what a model is to know at the end of training."""
-        return LastTask(self)
-
-
-class LastTask(Dataset):
-    """The last epoch of some facts."""
-
-    def __init__(self, facts: Facts):
-        self._facts = facts
-
-    def __len__(self) -> int:
-        return self._facts.number
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.__getitems__([index])[0]
-
-    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        first = len(self._facts) - self._facts.number
-        return self._facts.__getitems__([first + index for index in indices])
+        return Subset(self, range(len(self) - self.number, len(self)))
 
 
 @lru_cache(maxsize=128)

@@ -244,8 +244,7 @@ def _cut_off(train: Dataset, percentage: int) -> tuple[Dataset, Dataset]:
     total = len(train)
     if total < 2:
         raise UserError(
-            "the training data gives a single sequence, which leaves none to evaluate on; pass "
-            "more text or a "
+            "the training data gives a single sequence, which leaves none to evaluate on; pass more text or a "
             "validation_file"
         )
     count = max(1, round(total * percentage / 100))

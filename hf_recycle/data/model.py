@@ -18,6 +18,7 @@ from transformers.utils import logging
 
 from hf_recycle.data.arguments import ModelArguments
 from hf_recycle.data.overrides import apply_overrides, parse_overrides
+from hf_recycle.data.tokenizer import loading_problem
 from hf_recycle.errors import UserError
 from hf_recycle.hub.checks.configuration import configuration_problem
 from hf_recycle.hub.fetch import check_small_files, fetch_file
@@ -75,7 +76,7 @@ def load_model(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase, ma
             arguments.model_name_or_path
             or f"a {config.model_type} with config_overrides={arguments.config_overrides!r}"
         )
-        raise UserError(f"{source} could not be built: {_first_line(error)}") from error
+        raise UserError(f"{source} could not be built: {loading_problem(error)}") from error
     note_commit(model.config, getattr(arguments.model_revision, "resolved", None))
     return model
 
@@ -120,9 +121,8 @@ def load_config(arguments: ModelArguments) -> PreTrainedConfig:
             )
         except (OSError, ValueError) as error:
             raise UserError(
-                f"{argument}={name!r} could not be loaded ({_first_line(error)}); name a model of "
-                "the Hub or a local "
-                "folder that holds a config.json"
+                f"{argument}={name!r} could not be loaded ({loading_problem(error)}); name a model of "
+                "the Hub or a local folder that holds a config.json"
             ) from error
     if not arguments.model_type:
         raise UserError("no model is named; pass model_type (such as bert) or model_name_or_path, or a scale recipe")
@@ -216,8 +216,7 @@ def _check_fit(
     vocabulary = getattr(config, "vocab_size", None)
     if vocabulary is not None and len(tokenizer) > vocabulary:
         raise UserError(
-            f"the tokenizer has {len(tokenizer)} entries, more than the model's vocabulary of "
-            f"{vocabulary}; name the "
+            f"the tokenizer has {len(tokenizer)} entries, more than the model's vocabulary of {vocabulary}; name the "
             "model's own tokenizer, or build a model from scratch with config_overrides "
             f"vocab_size={len(tokenizer)} or more"
         )
@@ -226,14 +225,12 @@ def _check_fit(
         raise UserError(
             f"max_seq_length={max_seq_length} needs {positions_needed(config, max_seq_length)} "
             "positions, but the model "
-            f"has max_position_embeddings={positions}; shorten the sequences, or change it in "
-            "config_overrides of a "
+            f"has max_position_embeddings={positions}; shorten the sequences, or change it in config_overrides of a "
             "model from scratch"
         )
     if arguments.task == "mlm" and tokenizer.mask_token_id is None:
         raise UserError(
-            f"task='mlm' needs a tokenizer with a mask token, which {tokenizer.name_or_path!r} "
-            "lacks; name another "
+            f"task='mlm' needs a tokenizer with a mask token, which {tokenizer.name_or_path!r} lacks; name another "
             "tokenizer, or train with task=clm"
         )
 
@@ -260,9 +257,3 @@ def _counts_from_padding(config: PreTrainedConfig) -> bool:
         "xlm-roberta-xl",
         "xmod",
     }
-
-
-def _first_line(error: BaseException) -> str:
-    if "trust_remote_code" in str(error):
-        return "it brings code of its own, which is run only with --trust_remote_code true"
-    return str(error).strip().split("\n", 1)[0].rstrip(". ") or type(error).__name__

@@ -11,7 +11,7 @@ from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict,
 
 from hf_recycle.data.arguments import DataArguments, is_tab_separated, text_builder
 from hf_recycle.data.corpus import builtin_corpus
-from hf_recycle.errors import UserError
+from hf_recycle.errors import UserError, reason_of
 from hf_recycle.internals.of_datasets import with_features
 
 # A WordPiece vocabulary gains nothing from more text than this.
@@ -70,9 +70,8 @@ def _hub_texts(
     try:
         splits = load_dataset(name, arguments.dataset_config_name, streaming=arguments.streaming)
     except Exception as error:  # the Hub, its client and each builder have their own
-        reason = (str(error).strip().split("\n", 1)[0] or type(error).__name__).rstrip(". ")
         raise UserError(
-            f"dataset_name={name!r} could not be loaded ({reason}); check its name, dataset_config_name="
+            f"dataset_name={name!r} could not be loaded ({reason_of(error)}); check its name, dataset_config_name="
             f"{arguments.dataset_config_name!r} and the network, or pass train_file"
         ) from error
     if not isinstance(splits, DatasetDict | IterableDatasetDict) or "train" not in splits:
@@ -87,8 +86,7 @@ def _file_texts(path: str, argument: str, streaming: bool) -> Dataset | Iterable
     try:
         return load_dataset(builder, data_files={"train": [file]}, split="train", streaming=streaming, **options)
     except Exception as error:
-        cause = error.__cause__ or error
-        reason = (str(cause).strip().split("\n", 1)[0] or type(cause).__name__).rstrip(". ")
+        reason = reason_of(error.__cause__ or error)
         raise UserError(
             f"{argument}={path!r} could not be read as {builder} ({reason}); check that its content fits its extension"
         ) from error

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from hf_recycle.data.byte_bpe import byte_bpe_tokenizer
 from hf_recycle.data.cache import cache_folder, cached_folder
 from hf_recycle.data.wordpiece import wordpiece_tokenizer
-from hf_recycle.errors import UserError
+from hf_recycle.errors import UserError, reason_of
 
 # Raise it when a kind's training changes, so that old cached tokenizers are not taken for new ones.
 _VERSION = 1
@@ -30,8 +30,7 @@ def load_tokenizer(
         )
     except (OSError, ValueError) as error:
         raise UserError(
-            f"tokenizer_name={name_or_path!r} could not be loaded ({_first_line(error)}); name a "
-            "tokenizer of the "
+            f"tokenizer_name={name_or_path!r} could not be loaded ({loading_problem(error)}); name a tokenizer of the "
             "Hub or a local folder, or name none to have one trained on the corpus"
         ) from error
     # Texts are packed to full sequences, so a longer text is no reason for a warning.
@@ -70,7 +69,8 @@ def corpus_key(texts: Iterable[str], vocab_size: int, kind: str = "wordpiece") -
     return digest.hexdigest()[:32]
 
 
-def _first_line(error: BaseException) -> str:
+def loading_problem(error: BaseException) -> str:
+    """Why transformers could not load something, in a clause."""
     if "trust_remote_code" in str(error):
         return "it brings code of its own, which is run only with --trust_remote_code true"
-    return str(error).strip().split("\n", 1)[0].rstrip(". ") or type(error).__name__
+    return reason_of(error)

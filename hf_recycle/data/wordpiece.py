@@ -38,8 +38,7 @@ def train_wordpiece(texts: Sequence[str], vocab_size: int) -> Tokenizer:
     pieces = [f"##{character}" for character in alphabet]
     if len(_SPECIAL_TOKENS) + len(alphabet) + len(pieces) >= vocab_size:
         raise UserError(
-            f"tokenizer_vocab_size={vocab_size} is too small for the {len(alphabet)} characters "
-            "of the corpus, "
+            f"tokenizer_vocab_size={vocab_size} is too small for the {len(alphabet)} characters of the corpus, "
             f"which take {len(_SPECIAL_TOKENS) + 2 * len(alphabet)} entries; pass a larger one"
         )
     trainer = trainers.WordPieceTrainer(

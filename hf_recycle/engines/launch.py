@@ -7,6 +7,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from hf_recycle.engines.replica_checksum import process_count
 from hf_recycle.errors import UserError
 
 EXPECTED_PROCESSES = "HF_RECYCLE_NUM_PROCESSES"
@@ -56,10 +57,10 @@ def check_same(values: Mapping[str, Any]) -> None:
     Raises:
         UserError: on every process, naming the first that differs.
     """
-    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+    if process_count() == 1:
         return
     mine = {name: json.dumps(value, sort_keys=True, default=_named) for name, value in values.items()}
-    everyone: list[dict[str, str]] = [{} for _ in range(dist.get_world_size())]
+    everyone: list[dict[str, str]] = [{} for _ in range(process_count())]
     dist.all_gather_object(everyone, mine)
     for name in dict.fromkeys(name for process in everyone for name in process):
         found = [process.get(name, "nothing") for process in everyone]

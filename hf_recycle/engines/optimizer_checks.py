@@ -4,8 +4,6 @@ PyTorch's optimizers believe what they load: with a state of another shape the f
 with other strides they mix up its entries, and a learning rate of NaN is a learning rate.
 """
 
-from __future__ import annotations
-
 import contextlib
 import inspect
 import math

@@ -17,7 +17,7 @@ class ReplicaChecksum:
     """Whether all processes did the same, by a checksum of what each notes; with one process it costs nothing."""
 
     def __init__(self) -> None:
-        self._several, self._checksum = _are_several(), 0
+        self._several, self._checksum = process_count() > 1, 0
 
     def note(self, tensors: Iterable[Tensor]) -> None:
         """Adds the bytes of some tensors to the checksum."""
@@ -38,7 +38,7 @@ class ReplicaChecksum:
         if not self._several:
             return
         mine = torch.tensor([self._checksum], dtype=torch.int64, device=device)
-        everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+        everyone = [torch.empty_like(mine) for _ in range(process_count())]
         dist.all_gather(everyone, mine)
         values = [int(other) for other in everyone]
         if len(set(values)) > 1:
@@ -50,7 +50,7 @@ class ReplicaChecksum:
 
 
 def compare_replicas(tensors: Iterable[Tensor], what: str, device: torch.device) -> None:
-    """Compares tensors across processes, see `Agreement`."""
+    """Compares tensors across processes, see `ReplicaChecksum`."""
     checksum = ReplicaChecksum()
     checksum.note(tensors)
     checksum.check(what, device)
@@ -59,7 +59,7 @@ def compare_replicas(tensors: Iterable[Tensor], what: str, device: torch.device)
 def true_everywhere(flag: Tensor) -> bool:
     """Whether `flag`, a bool of one item on a device that the process group can send from, is true on every process."""
     flag = flag.reshape(1).to(torch.int32)
-    if _are_several():
+    if process_count() > 1:
         dist.all_reduce(flag, op=dist.ReduceOp.MIN)
     return bool(flag)
 
@@ -74,7 +74,7 @@ def from_main_process(make: Callable[[], Result], device: torch.device) -> Resul
     Raises:
         UserError: on every process, if `make` does.
     """
-    if not _are_several():
+    if process_count() == 1:
         return make()
     outcome: list[Any] = [None]
     if dist.get_rank() == 0:
@@ -100,13 +100,14 @@ def on_every_process(check: Callable[[], None], *, here: bool = True) -> None:
             check()
         except UserError as error:
             refused = error
-    if _are_several():
-        everyone: list[UserError | None] = [None] * dist.get_world_size()
+    if process_count() > 1:
+        everyone: list[UserError | None] = [None] * process_count()
         dist.all_gather_object(everyone, refused)
         refused = next(filter(None, everyone), None)
     if refused is not None:
         raise refused
 
 
-def _are_several() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+def process_count() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

@@ -1,7 +1,5 @@
 """Calls of the Hub's client, each tried a few times and held to a deadline."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any

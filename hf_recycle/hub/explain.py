@@ -1,7 +1,5 @@
 """What went wrong with the Hub, in a user's words."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

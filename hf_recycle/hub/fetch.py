@@ -1,7 +1,5 @@
 """Downloads files of a repository into the Hub's cache, unless one is larger than its kind can be."""
 
-from __future__ import annotations
-
 from pathlib import Path, PurePosixPath
 
 from huggingface_hub import HfApi, hf_hub_download

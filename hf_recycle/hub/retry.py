@@ -1,7 +1,5 @@
 """Which failures of the Hub pass by themselves, and how long to wait before the next attempt."""
 
-from __future__ import annotations
-
 import random
 import time
 from collections.abc import Callable, Iterator

@@ -102,7 +102,7 @@ class Secrets:
         text = PATH.sub(lambda match: last_part(match[0]), text)
         return text if _REPOSITORY.fullmatch(text) else without(self.names, text)
 
-    def command(self, words: Sequence[str], known: Collection[str] = ()) -> str:
+    def command(self, words: Sequence[str], known: Collection[str]) -> str:
         """A command line as one line of shell, without private options and without any path, relative ones included.
 
         Args:
@@ -132,11 +132,6 @@ class Secrets:
         for token in self.tokens:
             text = text.replace(token, "…")
         return _CREDENTIALS.sub("", TOKEN.sub("…", text))
-
-
-def scrub_command(words: Sequence[str], known: Collection[str] = ()) -> str:
-    """A command line as it may be published, see `Secrets.command`."""
-    return Secrets.of_this_machine().command(words, known)
 
 
 def without(names: Sequence[str], text: str) -> str:

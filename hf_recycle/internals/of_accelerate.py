@@ -1,7 +1,5 @@
 """What accelerate keeps to itself (seen in accelerate 1.15)."""
 
-from __future__ import annotations
-
 from torch import nn
 
 

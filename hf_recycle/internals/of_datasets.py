@@ -1,7 +1,5 @@
 """What datasets keeps to itself (seen in datasets 5.2)."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from datasets import Dataset, IterableDataset

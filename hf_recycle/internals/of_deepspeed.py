@@ -5,8 +5,6 @@ copy what is offloaded to the accelerator: a phase that changes some lines of ev
 Nothing here imports DeepSpeed; what it needs is on the parameters.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """What Python's standard library keeps to itself (seen in Python 3.11)."""
 
-from __future__ import annotations
-
 import argparse
 import atexit
 import threading

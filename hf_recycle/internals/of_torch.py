@@ -1,7 +1,5 @@
 """What torch keeps to itself (seen in torch 2.13)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -9,24 +7,7 @@ import torch
 from torch import Tensor, nn
 
 # The way to watch every operation that `torch.testing` and the extension guide use; no public module has it.
-from torch.utils._python_dispatch import TorchDispatchMode
-
-__all__ = [
-    "TorchDispatchMode",
-    "all_hooks",
-    "assert_on_device",
-    "forward_hooks",
-    "is_in_backward",
-    "is_mutating",
-    "keeps_saved_tensors",
-    "linear_by_onednn",
-    "may_be_dynamic",
-    "rebuilt",
-    "saved_approximation",
-    "saved_input",
-    "transforms_are_active",
-    "version_of",
-]
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 
 _FORWARD_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")

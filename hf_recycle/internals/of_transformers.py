@@ -1,8 +1,6 @@
 """What transformers keeps to itself (seen in transformers 5.23); what our mixins use of `Trainer` lists
 `tests/test_internals.py`."""
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from typing import Any
 

@@ -1,6 +1,6 @@
 """What a method is: its settings, and what it does around each optimizer step."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
@@ -88,6 +88,23 @@ class StepInfo:
     max_steps: int
     rate: Callable[[NeuronSlice], float | Tensor]
     loss_is_finite: Callable[[], bool]
+
+
+def refuse_half_precision(pieces: Iterable[NeuronSlice], argument: str) -> None:
+    """Refuses slices in which small steps are lost, unless the optimizer steps float32 masters beside them.
+
+    Args:
+        argument: the one that switched the method on, with its value.
+
+    Raises:
+        ValueError: as said.
+    """
+    half = [piece.dtype for piece in pieces if piece.dtype.itemsize < 4 and not piece.storage.separate_masters]
+    if half:
+        raise ValueError(
+            f"{argument} can't be used with {half[0]} weights, in which its small steps are lost: load the model in "
+            "float32 and train with bf16=True or fp16=True (autocast) instead."
+        )
 
 
 SettingsT = TypeVar("SettingsT", bound=Settings)

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from hf_recycle.methods.base import Method, Run
+from hf_recycle.methods.base import Method, Run, refuse_half_precision
 from hf_recycle.methods.coordinator import NeuronCallback
 from hf_recycle.methods.settings import L2InitSettings
 from hf_recycle.neurons.blocks import FeedForward, NeuronSlice, whole_slices
@@ -42,7 +42,9 @@ class L2Init(Method[L2InitSettings]):
         model = extract_model_from_parallel(run.model, keep_torch_compile=False)
         slices = whole_slices(model, parameters_of(model, run.table.blocks, settings.parts))
         self._slices = {name: piece for name, piece in slices.items() if run.watch.is_optimized(piece)}
-        self._check_parameters(model)
+        if not self._slices:
+            raise ValueError(f"l2_init_parts={settings.parts} names nothing that {type(model).__name__} trains.")
+        refuse_half_precision(self._slices.values(), f"l2_init_weight={settings.weight}")
         if run.step == 0:
             initial = {name: piece.storage.read(piece, piece.lines()) for name, piece in self._slices.items()}
             self._write(Path(run.args.output_dir or "", FILE), initial)
@@ -57,17 +59,6 @@ class L2Init(Method[L2InitSettings]):
         # Right behind the optimizer's own step: DeepSpeed makes the weights of the masters just then. It comes before
         # neurons that fade in take their effective weights again, and pruned ones become zero, as weight decay does.
         self._handle = unwrap_optimizer(run.optimizer).register_step_post_hook(self._pull)
-
-    def _check_parameters(self, model: nn.Module) -> None:
-        if not self._slices:
-            raise ValueError(f"l2_init_parts={self.settings.parts} names nothing that {type(model).__name__} trains.")
-        trained = [piece for piece in self._slices.values() if not piece.storage.separate_masters]
-        half = [piece.dtype for piece in trained if piece.dtype.itemsize < 4]
-        if half:
-            raise ValueError(
-                f"l2_init_weight={self.settings.weight} can't be used with {half[0]} weights, in which its small steps "
-                "are lost: load the model in float32 and train with bf16=True or fp16=True (autocast) instead."
-            )
 
     @torch.no_grad()
     def _pull(self, optimizer: torch.optim.Optimizer, args, kwargs) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from hf_recycle.methods.base import Method, Run, StepInfo
+from hf_recycle.methods.base import Method, Run, StepInfo, refuse_half_precision
 from hf_recycle.methods.coordinator import NeuronCallback
 from hf_recycle.methods.settings import MidpointSettings
 from hf_recycle.neurons.blocks import NeuronSlice, norms_of
@@ -126,13 +126,8 @@ class Midpoint(Method[MidpointSettings]):
         self._left_out: set[int] = set()
         self._said: set[int] = set()
         check_optimizer(run.optimizer, "midpoint_weight", settings.weight)
-        pieces = [piece for block in run.table.blocks for piece in block.slices]
-        half = [piece.dtype for piece in pieces if piece.dtype.itemsize < 4 and not piece.storage.separate_masters]
-        if half:
-            raise ValueError(
-                f"midpoint_weight={settings.weight} can't be used with {half[0]} weights, in which its small "
-                "steps are lost: load the model in float32 and train with bf16=True or fp16=True (autocast) instead."
-            )
+        pieces = (piece for block in run.table.blocks for piece in block.slices)
+        refuse_half_precision(pieces, f"midpoint_weight={settings.weight}")
 
     @torch.no_grad()
     def after_step(self, info: StepInfo) -> None:

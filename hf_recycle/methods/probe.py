@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from hf_recycle.engines.replica_checksum import process_count
 from hf_recycle.methods.activity import Activity
 from hf_recycle.methods.base import LossOf, Run
 from hf_recycle.methods.isolated_training import isolated_training
@@ -308,9 +309,8 @@ class _Sums:
             for tile in piece.storage.gradient_tiles(piece):
                 row[tile.neurons] += tile.values.float().abs().sum(1)
             total += piece.storage.sum_over_processes(piece, row)
-        processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
         # Every process has the same: their sum, which is to come, must be that.
-        total /= sum(piece.width for piece in self._block.in_slices) * batches * processes
+        total /= sum(piece.width for piece in self._block.in_slices) * batches * process_count()
 
     def mean(self, name: str) -> Tensor:
         """The mean over positions; zero where the block was not computed."""
@@ -373,7 +373,7 @@ def _finished(sums: _Sums, names: Collection[str]) -> dict[str, Tensor]:
 
 def _sum_over_processes(sums: Sequence[_Sums]) -> None:
     """One sum for all vectors, and one for each matrix, in place, because there may be no room for two."""
-    if not dist.is_available() or not dist.is_initialized():
+    if process_count() == 1:
         return
     values = [value for each in sums for value in each.values.values()]
     vectors = [value for value in values if value.dim() == 1]

@@ -4,7 +4,7 @@
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any, ClassVar, Self
 
@@ -112,6 +112,11 @@ class Settings:
     """Base of one method's settings. `validate` names a field as the user wrote it: with `prefix`, or without."""
 
     prefix: ClassVar[str] = ""
+
+    @classmethod
+    def from_flat(cls, values: Mapping[str, Any]) -> Self:
+        """From values by name with the prefix, see `flat`; what is not among them has its default."""
+        return cls(**{item.name: values[name] for item in fields(cls) if (name := cls.prefix + item.name) in values})
 
     @property
     def enabled(self) -> bool:

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from hf_recycle.engines.replica_checksum import process_count
 from hf_recycle.neurons.blocks import FeedForward
 from hf_recycle.utils.seeds import generator_for
 
@@ -92,8 +93,8 @@ class TokenDraw:
     def drawn(self) -> list[Tensor]:
         """For each block the inputs at the tokens drawn, float32 `(n, d_model)` on its device, in the order of the
         draw; to be called on every process, on which they are the same."""
-        several = dist.is_available() and dist.is_initialized()
-        rank, processes = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
+        processes = process_count()
+        several, rank = processes > 1, dist.get_rank() if processes > 1 else 0
         # Every process fills in its own part, and a sum puts the parts together.
         keys = torch.zeros(processes, self._count, dtype=torch.float64)
         keys[rank] = torch.inf

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-IGNORED = -100
+from hf_recycle.mlm.loss import IGNORED
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,6 @@ chunk, the gradients of the head's input and weights with it, and the logits of 
 gradients are the same but for the order of sums; memory is that of one chunk.
 """
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager

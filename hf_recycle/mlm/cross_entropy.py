@@ -1,7 +1,5 @@
 """Summed cross entropy whose backward pass needs one array of the logits' size."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F

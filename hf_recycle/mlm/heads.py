@@ -6,8 +6,6 @@ gradients are the same, the work a sixth. A forward pre-hook on the head's first
 touching the model.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

@@ -6,8 +6,6 @@ before the in-projection; its outputs are put back in their places, zeros elsewh
 dropout, residual and norm see the shapes they always see, and dropout draws the same numbers.
 """
 
-from __future__ import annotations
-
 import weakref
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Cross entropy over masked tokens, computed as transformers computes it."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """The share of tokens that is masked, as a schedule over a training."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Masks for language modelling, vectorised, by random keys of the examples."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The share of masked tokens predicted exactly, as an `evaluate` metric that ships with the package."""
 
-from __future__ import annotations
-
 import math
 import os
 from typing import Any

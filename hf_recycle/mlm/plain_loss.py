@@ -5,8 +5,6 @@ model's labels are first moved by one. Only classes of transformers are known to
 they came with.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable
 from typing import Literal, cast

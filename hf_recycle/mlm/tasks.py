@@ -4,8 +4,6 @@ Everything that depends on the task asks one of these objects. Loss, metrics and
 position the token that its logits predict, or -100.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal

@@ -298,7 +298,7 @@ class StepWatch:
         optimizer: the optimizer, wrapped or not.
 
     Attributes:
-        taken: whether a step was taken since the last `reset`.
+        stepped: whether a step was taken since the last `reset`.
     """
 
     def __init__(self, optimizer):

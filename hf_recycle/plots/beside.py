@@ -4,8 +4,6 @@ Measured once, on two cores with other programs running: a step of a tiny BERT o
 beside a thread that drew; 145 ms alone and 168 ms beside a process that did (medians).
 """
 
-from __future__ import annotations
-
 import functools
 import os
 import subprocess

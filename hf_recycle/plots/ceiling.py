@@ -1,7 +1,5 @@
 """What neurons do on a text: idle ones by layer, and what the loss would be without some."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """How often, and how long ago, neurons were recycled. Axes of counts are linear: twice as many is twice as high."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Magnitudes of neurons over training."""
 
-from __future__ import annotations
-
 import numpy as np
 import pandas as pd
 from matplotlib.colors import PowerNorm

@@ -1,7 +1,5 @@
 """Loss against the share of neurons pruned at once, by criterion: one panel for each model."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 from matplotlib.figure import Figure

@@ -1,7 +1,5 @@
 """The figures of a run, drawn from its `RecyclingHistory` alone."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from matplotlib.figure import Figure

@@ -4,8 +4,6 @@ Figures are matplotlib's `Figure` objects, without pyplot and rcParams: nothing 
 thread may draw. A figure is as wide as the text of a printed page, so its fonts have the sizes given here.
 """
 
-from __future__ import annotations
-
 import io
 import textwrap
 from collections.abc import Sequence
@@ -52,9 +50,9 @@ def line_style(number: int, *, marker: bool = False) -> dict[str, Any]:
     return style | {"marker": _MARKERS[number % len(_MARKERS)], "markersize": 3.5} if marker else style
 
 
-def new_figure(height: float, width: float = WIDTH, layout: Literal["constrained"] | None = "constrained") -> Figure:
-    """An empty figure of so many inches."""
-    figure = Figure(figsize=(width, height), layout=layout, facecolor="white")
+def new_figure(height: float, layout: Literal["constrained"] | None = "constrained") -> Figure:
+    """An empty figure, `height` inches high."""
+    figure = Figure(figsize=(WIDTH, height), layout=layout, facecolor="white")
     FigureCanvasAgg(figure)
     return figure
 

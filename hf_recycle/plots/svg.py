@@ -1,7 +1,5 @@
 """SVG of figures: the same bytes for the same figure, values that show when a pointer rests on them, ids of its own."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Sequence

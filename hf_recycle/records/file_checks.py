@@ -3,8 +3,6 @@
 The functions take the path only to name it. They return nothing and raise `RecyclingFileError`.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path

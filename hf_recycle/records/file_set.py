@@ -1,7 +1,5 @@
 """The four recycling files as a set: what is read together was saved together, also while a run saves it anew."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import shutil
@@ -93,7 +91,7 @@ def remove_half_saved(folder: Path) -> None:
 
 def _read(folder: Path) -> FileSet:
     config = files.read_config(folder)
-    tensors, _ = files.read_state(folder, config["blocks"])
+    tensors = files.read_state(folder, config["blocks"])
     history, stats = files.read_history(folder, config["blocks"]), files.read_stats(folder)
     # Only now: what has its checksum after it was read had it before.
     for name, checksum in config.get(_CHECKSUMS, {}).items():

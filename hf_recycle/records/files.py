@@ -7,8 +7,6 @@ Writers check what they are given in the same way, and what they write is whole 
 together is the care of `file_set`.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math
@@ -23,7 +21,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-import hf_recycle
+from hf_recycle import __version__
 from hf_recycle.errors import first_line
 from hf_recycle.records.file_checks import (
     FORMAT_VERSION,
@@ -37,27 +35,6 @@ from hf_recycle.records.file_checks import (
 from hf_recycle.records.history_checks import check_history
 from hf_recycle.utils.whole_files import put, write_bytes
 
-__all__ = [
-    "CONFIG_FILE",
-    "HISTORY_FILE",
-    "RECYCLING_FILES",
-    "STATE_FILE",
-    "STATS_FILE",
-    "RecyclingFileError",
-    "package_version",
-    "read_config",
-    "read_history",
-    "read_json",
-    "read_state",
-    "read_stats",
-    "write_bytes",
-    "write_config",
-    "write_history",
-    "write_json",
-    "write_state",
-    "write_stats",
-]
-
 CONFIG_FILE = "recycling_config.json"
 STATE_FILE = "recycling_state.safetensors"
 HISTORY_FILE = "recycling_history.parquet"
@@ -68,13 +45,9 @@ _MAX_JSON = 16 * 2**20
 _MAX_PARQUET = 2 * 2**30
 _MAX_STATE = 64 * 2**30
 _CHECKSUM = "sha256"
+_VERSIONS = {"format_version": str(FORMAT_VERSION), "package_version": __version__}
 
 Folder = str | os.PathLike[str]
-
-
-def package_version() -> str:
-    """The version of this package, as written into every file."""
-    return hf_recycle.__version__
 
 
 def write_config(folder: Folder, config: Mapping[str, Any]) -> Path:
@@ -114,27 +87,23 @@ def read_stats(folder: Folder) -> dict[str, Any]:
     return stats
 
 
-def write_state(folder: Folder, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> Path:
+def write_state(folder: Folder, tensors: Mapping[str, torch.Tensor]) -> Path:
     """Write `recycling_state.safetensors`; returns its path.
 
     Args:
         tensors: per block `{block}/counts` int32, `{block}/last_phase` int32, `{block}/last_step` int64, all
             (d_ff,); any tensors under `{block}/fade_in/` and `trainer/`. On any device.
-        metadata: texts to store beside them; versions and a checksum are added.
     """
     path = Path(folder, STATE_FILE)
     check_state(path, tensors)
     # Clones: safetensors refuses views that share memory, and a checksum needs the bytes on the CPU.
     owned = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
-    texts = {"format_version": str(FORMAT_VERSION), "package_version": package_version(), **(metadata or {})}
-    texts[_CHECKSUM] = _checksum(owned)
+    texts = {**_VERSIONS, _CHECKSUM: _checksum(owned)}
     return put(path, lambda temporary: safetensors.torch.save_file(owned, temporary, metadata=texts))
 
 
-def read_state(
-    folder: Folder, blocks: Sequence[Mapping[str, Any]] | None = None
-) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Read and check `recycling_state.safetensors`: `(tensors on the CPU, metadata)`, see `write_state`.
+def read_state(folder: Folder, blocks: Sequence[Mapping[str, Any]] | None = None) -> dict[str, torch.Tensor]:
+    """Read and check `recycling_state.safetensors`: its tensors, on the CPU, see `write_state`.
 
     Args:
         blocks: the config's blocks, to check that the state holds exactly these, with their sizes.
@@ -151,17 +120,17 @@ def read_state(
     except Exception as error:  # a damaged file makes the parser raise many things
         fail(path, f"it can't be read as safetensors ({first_line(error)})")
     # The checksum finds damage, not malice: who rewrites the tensors can rewrite it. Hence the checks too.
-    if metadata.pop(_CHECKSUM, None) != _checksum(tensors):
+    if metadata.get(_CHECKSUM) != _checksum(tensors):
         fail(path, "it was changed or damaged after it was written (its checksum is missing or wrong)")
     check_state(path, tensors, blocks)
-    return tensors, metadata
+    return tensors
 
 
 def write_history(folder: Folder, table: pa.Table) -> Path:
     """Write `recycling_history.parquet` from `HistoryRecorder.to_table()`; returns its path."""
     path = Path(folder, HISTORY_FILE)
     check_history(path, table)
-    table = table.replace_schema_metadata({"format_version": str(FORMAT_VERSION), "package_version": package_version()})
+    table = table.replace_schema_metadata(_VERSIONS)
     return put(path, lambda temporary: pq.write_table(table, temporary, compression="zstd", write_page_checksum=True))
 
 
@@ -195,7 +164,7 @@ def _check_text_version(path: Path, metadata: Mapping[str, str]) -> None:
 
 
 def _with_versions(content: Mapping[str, Any]) -> dict[str, Any]:
-    return {"format_version": FORMAT_VERSION, "package_version": package_version(), **content}
+    return {"format_version": FORMAT_VERSION, "package_version": __version__, **content}
 
 
 def _without_nan(value: Any) -> Any:

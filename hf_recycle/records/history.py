@@ -22,11 +22,8 @@ from hf_recycle.hub.fetch import fetch_file
 from hf_recycle.records.file_checks import RecyclingFileError, fail
 from hf_recycle.records.file_set import read_files
 from hf_recycle.records.files import CONFIG_FILE, RECYCLING_FILES
-from hf_recycle.records.recorder import ACTIVITY_METRICS, HistoryRecorder, activity_rows, metric_values, rows_of_kind
-from hf_recycle.records.summary import summarize
+from hf_recycle.records.recorder import ACTIVITY_METRICS, activity_rows, metric_values, rows_of_kind
 from hf_recycle.records.untrusted.recycling_files import check_content, check_expansion
-
-__all__ = ["HistoryRecorder", "RecyclingHistory", "summarize"]
 
 
 class RecyclingHistory:

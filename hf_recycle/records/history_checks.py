@@ -4,8 +4,6 @@ Files that others wrote are held to more, see `hub.checks`. Everything is done c
 rows takes about a second.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any

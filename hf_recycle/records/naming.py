@@ -1,7 +1,5 @@
 """Names of blocks that fit into a figure or a line."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 

@@ -1,7 +1,5 @@
 """What `recycling_config.json` may say about a run under its key `run`, checked before it is used or shown."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """The summary of a run so far: the content of `recycling_stats.json`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 

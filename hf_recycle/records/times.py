@@ -1,7 +1,5 @@
 """Grouping of "times recycled", so that a table or a figure of it stays short."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Facts for the model card that only the command line knows."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Sequence
@@ -13,7 +11,7 @@ from huggingface_hub import try_to_load_from_cache
 from hf_recycle.card.facts import BUILT_IN_CORPUS
 from hf_recycle.card.run_facts import is_repo_id, split_arguments
 from hf_recycle.data.arguments import DataArguments, ModelArguments
-from hf_recycle.hub.scrub import scrub_command
+from hf_recycle.hub.scrub import Secrets
 from hf_recycle.runs.parse import RunArguments
 from hf_recycle.runs.recipes import recipe_names
 
@@ -33,7 +31,7 @@ def run_context(arguments: RunArguments, words: Sequence[str], unigram_entropy: 
     # Relative paths as well say where things lie on this machine.
     changed |= {name: Path(changed[name]).name for name in _LOCAL if name in changed and os.path.exists(changed[name])}
     return {
-        "command": scrub_command(["hf-recycle", "train", *words], known=recipe_names()),
+        "command": Secrets.of_this_machine().command(["hf-recycle", "train", *words], recipe_names()),
         "arguments": changed,
         "defaults": unchanged,
         "base_model": _base_model(arguments.model),

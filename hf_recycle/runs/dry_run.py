@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -13,7 +12,6 @@ from transformers import PreTrainedModel, set_seed
 from hf_recycle.arguments import RecyclingArguments
 from hf_recycle.data.model import load_model, pin_revision
 from hf_recycle.data.stages import Stages
-from hf_recycle.engines.launch import check_process_count, check_same, shared_arguments
 from hf_recycle.errors import UserError
 from hf_recycle.methods.all import CALLBACKS
 from hf_recycle.methods.base import Method
@@ -26,8 +24,8 @@ from hf_recycle.neurons.left_out import summary
 from hf_recycle.runs.announcement import batch_text, blocks_text, method_text
 from hf_recycle.runs.memory import activation_bytes, optimizer_bytes
 from hf_recycle.runs.parse import RunArguments
-from hf_recycle.runs.run import check_evaluation, check_facts, find_checkpoint, prepare_data
-from hf_recycle.runs.stages import as_wide_as, check_stages, first_stage
+from hf_recycle.runs.run import check_arguments, check_evaluation, find_checkpoint, prepare_data
+from hf_recycle.runs.stages import as_wide_as, first_stage
 
 
 def dry_run(arguments: RunArguments) -> str:
@@ -37,10 +35,7 @@ def dry_run(arguments: RunArguments) -> str:
         UserError, ValueError: what the run refuses, but for what only the devices and engines can tell.
     """
     args = arguments.training
-    check_process_count(args.world_size)
-    check_same(asdict(arguments.model) | asdict(arguments.data) | shared_arguments(args))
-    check_facts(arguments)
-    check_stages(arguments)
+    check_arguments(arguments)
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     pin_revision(arguments.model)
     set_seed(args.seed)

@@ -53,15 +53,11 @@ class Run:
             quiet: no banner when training begins, and no progress.
 
         Raises:
-            UserError: see `check_process_count`, `check_same`, `load_texts`, `load_data`, `load_model` and
-                `find_checkpoint`.
+            UserError: see `check_arguments`, `load_texts`, `load_data`, `load_model` and `find_checkpoint`.
             ValueError: what the trainer refuses.
         """
         args = arguments.training
-        check_process_count(args.world_size)
-        check_same(asdict(arguments.model) | asdict(arguments.data) | shared_arguments(args))
-        check_facts(arguments)
-        check_stages(arguments)
+        check_arguments(arguments)
         _check_folder(args.output_dir)
         # A second run in the folder is refused before its data is prepared, and what a killed one left is put right.
         with claimed(Path(args.output_dir), args):
@@ -207,8 +203,7 @@ def find_checkpoint(output_dir: str, resume: str | None) -> str | None:
         if found is not None:
             raise UserError(
                 f"output_dir={output_dir!r} already holds checkpoints of a run; pass "
-                "--resume_from_checkpoint true to go "
-                "on with it, or another --output_dir"
+                "--resume_from_checkpoint true to go on with it, or another --output_dir"
             )
         return None
     if resume.lower() == "true":
@@ -229,7 +224,21 @@ def find_checkpoint(output_dir: str, resume: str | None) -> str | None:
     return resume
 
 
-def check_facts(arguments: RunArguments) -> None:
+def check_arguments(arguments: RunArguments) -> None:
+    """What can be told before anything is loaded.
+
+    Raises:
+        UserError: the processes are not those that were asked for, or were started with other arguments; see
+            `check_stages`; or something can't be used with the built-in task of facts.
+    """
+    args = arguments.training
+    check_process_count(args.world_size)
+    check_same(asdict(arguments.model) | asdict(arguments.data) | shared_arguments(args))
+    _check_facts(arguments)
+    check_stages(arguments)
+
+
+def _check_facts(arguments: RunArguments) -> None:
     """Raises a UserError for what can't be used with the built-in task of facts."""
     model, data, training = arguments.model, arguments.data, arguments.training
     if not data.are_facts:
@@ -253,8 +262,7 @@ def check_evaluation(args: Any, validation: Any) -> None:
     if validation is None and args.eval_strategy != "no":
         raise UserError(
             f"eval_strategy={args.eval_strategy.value!r} needs something to evaluate on, and a "
-            "stream has no validation "
-            "data of its own; pass validation_file or eval_strategy=no"
+            "stream has no validation data of its own; pass validation_file or eval_strategy=no"
         )
 
 

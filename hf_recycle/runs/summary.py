@@ -1,7 +1,5 @@
 """The short summary that is printed at the end of a run."""
 
-from __future__ import annotations
-
 import math
 import shlex
 

@@ -4,8 +4,6 @@ A step of BERT Medium with all methods peaks at 1,655 instead of 1,930 MiB with 
 1,517 instead of 1,625 with 2.41, for 4% of the time (docs/profile-step.md, "Memory").
 """
 
-from __future__ import annotations
-
 import ctypes
 import os
 from functools import cache

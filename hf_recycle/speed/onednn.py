@@ -6,8 +6,6 @@ about twice as fast, and a step of BERT Medium 1.5 times (docs/benchmarks.md). T
 the order of sums differs. On other processors it gains nothing, so it is off unless asked for.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

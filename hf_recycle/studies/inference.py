@@ -1,7 +1,5 @@
 """Differences between arms over seeds: paired, with their uncertainty."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Sequence

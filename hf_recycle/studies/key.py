@@ -1,7 +1,5 @@
 """The key of a run: a hash of all that its result depends on, so that equal runs are done once, and only those."""
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """A run is done by one process at a time, also where several studies share it."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

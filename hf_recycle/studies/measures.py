@@ -1,7 +1,5 @@
 """The one number of a run that a study compares its arms by. To add one, write a function here and decorate it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import numpy as np

@@ -1,7 +1,5 @@
 """What a study measures of its final models: one-shot pruning curves, kept beside each run, and dead neurons."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -16,12 +14,12 @@ from hf_recycle.data.model import load_model
 from hf_recycle.errors import UserError
 from hf_recycle.mlm.tasks import TASKS
 from hf_recycle.neurons.find import find_feed_forwards
-from hf_recycle.records.files import write_bytes
 from hf_recycle.runs.parse import parse_run
 from hf_recycle.runs.run import make_collator, prepare_data
 from hf_recycle.studies.plan import Removal
 from hf_recycle.studies.results import RunResult
 from hf_recycle.studies.runner import SETTINGS_FILE
+from hf_recycle.utils.whole_files import write_bytes
 
 CURVES_FILE, REMOVAL_FILE = "study_prune_curves.json", "study_removal.json"
 _CURVES = Removal(

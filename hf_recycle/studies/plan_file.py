@@ -25,8 +25,6 @@ verdict about losses is "can't tell". With `include`, the name of another study,
 figures, claims and statements are added.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -99,8 +97,7 @@ def load_study(path: Path) -> Study:
     # Late: they bring matplotlib.
     from hf_recycle.studies.figures import FIGURES
     from hf_recycle.studies.measures import MEASURES
-    from hf_recycle.studies.statements import STATEMENTS
-    from hf_recycle.studies.verdicts import judges_losses
+    from hf_recycle.studies.verdicts import STATEMENTS, judges_losses
 
     where = f"study {path}"
     values = _read(path, ())

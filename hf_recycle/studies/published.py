@@ -4,8 +4,6 @@ Source: *Neuron Recycling* and the plots of its research code, for BERT Medium a
 have the names of `recipes/studies/article.yaml`.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from dataclasses import dataclass
 

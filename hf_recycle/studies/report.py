@@ -1,7 +1,5 @@
 """The report of a study: what was measured, as Markdown and as one self-contained HTML page."""
 
-from __future__ import annotations
-
 import math
 import os
 import platform
@@ -14,18 +12,18 @@ import jinja2
 import numpy as np
 import torch
 
+from hf_recycle import __version__
 from hf_recycle.card.zoom import Zoom, inline_svg
 from hf_recycle.plots.style import save
-from hf_recycle.records.files import package_version, write_bytes
 from hf_recycle.studies.figures import FIGURES
 from hf_recycle.studies.inference import DIVERGED, PairedDifference, paired_difference
 from hf_recycle.studies.key import code_version
 from hf_recycle.studies.measures import measure_words, values_of
 from hf_recycle.studies.published import PUBLISHED_LOSS_DIFFERENCES, counts_rows
 from hf_recycle.studies.results import StudyResults
-from hf_recycle.studies.statements import check
 from hf_recycle.studies.tuning import Tuned
-from hf_recycle.studies.verdicts import HOLDS, MISSING, check_claim, control, difference
+from hf_recycle.studies.verdicts import HOLDS, MISSING, check, check_claim, control, difference
+from hf_recycle.utils.whole_files import write_bytes
 
 
 @dataclass(frozen=True)
@@ -194,7 +192,7 @@ def _machine(jobs: int) -> str:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{cores} CPU cores"
     libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
     at_a_time = "one run at a time" if jobs == 1 else f"{jobs} runs at a time"
-    code = f"hf_recycle {package_version()} (sources {code_version()})"
+    code = f"hf_recycle {__version__} (sources {code_version()})"
     return f"{device}, {at_a_time}; {code}, {libraries}, Python {platform.python_version()}"
 
 

@@ -1,7 +1,5 @@
 """What came out of the runs of a study."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -9,9 +7,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from hf_recycle.records.files import CONFIG_FILE, write_bytes
+from hf_recycle.records.files import CONFIG_FILE
 from hf_recycle.records.history import RecyclingHistory
 from hf_recycle.studies.plan import PlannedRun, Study
+from hf_recycle.utils.whole_files import write_bytes
 
 RESULT_FILE = "study_result.json"
 

@@ -1,7 +1,5 @@
 """Does the runs of a study: each in its own process, several at a time, resumable, each once."""
 
-from __future__ import annotations
-
 import os
 import queue
 import runpy

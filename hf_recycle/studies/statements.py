@@ -4,8 +4,6 @@ To add one, write a function here and decorate it; a study names it under `state
 that they have in `recipes/studies/article.yaml`. A check that judges losses is decorated with `of_losses` too.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Sequence
 
@@ -24,7 +22,6 @@ from hf_recycle.studies.verdicts import (
     UNCLEAR,
     Verdict,
     below_zero,
-    check,
     difference,
     every_seed,
     first_present,
@@ -33,8 +30,6 @@ from hf_recycle.studies.verdicts import (
     no_better,
     of_losses,
 )
-
-__all__ = ["STATEMENTS", "check"]
 
 _IMMUNITIES = ("immunity-6", "immunity-2", "immunity-9")
 _RECORDED = "magnitude_steps"

@@ -1,7 +1,5 @@
 """Tuning: each arm's best settings, on seeds of their own, before the arms are compared."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """What a study says of a statement, and how that is decided: by intervals over seeds, and margins."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -35,7 +33,7 @@ class Verdict:
 
 Check = Callable[[StudyResults], Verdict]
 
-STATEMENTS: Registry[Check] = Registry("statement")
+STATEMENTS: Registry[Check] = Registry("statement", "hf_recycle.studies.statements")
 """Checks by name; the first line of a check's docstring is the statement."""
 
 

@@ -1,8 +1,6 @@
 """Processes that begin with everything imported, which takes as long as a short run: forked from one that did it once.
 Where there is no fork (Windows), each imports for itself."""
 
-from __future__ import annotations
-
 import contextlib
 import multiprocessing
 import os

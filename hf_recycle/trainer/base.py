@@ -1,7 +1,5 @@
 """`NeuronTrainer`: what all parts of `RecyclingTrainer` know of its model's neurons."""
 
-from __future__ import annotations
-
 import os
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What a Trainer does differently with its data: random numbers by example, order by epoch, streams that resume."""
 
-from __future__ import annotations
-
 import inspect
 from pathlib import Path
 

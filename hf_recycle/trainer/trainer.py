@@ -26,9 +26,9 @@ from hf_recycle.engines.checks import (
 from hf_recycle.engines.launch import check_same, shared_arguments
 from hf_recycle.hub.pull.resume import local_checkpoint
 from hf_recycle.hub.push.trainer import HubMixin
-from hf_recycle.methods.all import CALLBACKS, NeuronMethods
+from hf_recycle.methods.all import CALLBACKS
 from hf_recycle.methods.base import Method
-from hf_recycle.methods.coordinator import NeuronCallback
+from hf_recycle.methods.coordinator import NeuronCallback, NeuronMethods
 from hf_recycle.methods.overtraining.callback import Overtraining
 from hf_recycle.neurons.slices import full_shape
 from hf_recycle.neurons.table import NeuronTable

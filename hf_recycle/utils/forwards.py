@@ -1,7 +1,5 @@
 """Modules that compute in another way for a while, and leave no trace of it behind."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial

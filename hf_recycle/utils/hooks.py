@@ -1,7 +1,5 @@
 """Hooks that are on a model for a while only."""
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager

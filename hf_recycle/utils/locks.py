@@ -1,7 +1,5 @@
 """A lock on a folder that dies with its process, however that ends."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import socket

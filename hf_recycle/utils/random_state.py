@@ -1,7 +1,5 @@
 """Random states: one's own for a while, and everything back as it was afterwards."""
 
-from __future__ import annotations
-
 import hashlib
 import random
 from collections.abc import Iterable

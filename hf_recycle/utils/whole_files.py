@@ -1,7 +1,5 @@
 """Files that are whole or absent, and on the disk before anybody relies on them."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import os

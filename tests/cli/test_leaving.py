@@ -8,7 +8,7 @@ import pytest
 
 SCRIPT = """
 import atexit, ctypes, sys, threading, time
-from hf_recycle.runs.leaving import leave
+from hf_recycle.train import leave
 
 libc = ctypes.CDLL(None)
 libc.__cxa_atexit(libc.abort, None, None)  # as a thread that outlives its library

@@ -13,7 +13,7 @@ if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 from matrix import ENGINES, LAYOUTS, METHODS
 
-from hf_recycle.cli.argument_table import renew_between
+from benchmarks.pages import renew_between
 
 SEVERAL = [name for name in ENGINES if name != "single"]
 

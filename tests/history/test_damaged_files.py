@@ -76,8 +76,8 @@ def test_any_flipped_bit_is_found_or_changes_nothing(tmp_path, name, data):
     if name == files.HISTORY_FILE:
         assert after.equals(before)
     else:
-        assert after[0].keys() == before[0].keys()
-        assert all(torch.equal(after[0][key], before[0][key]) for key in before[0])
+        assert after.keys() == before.keys()
+        assert all(torch.equal(after[key], before[key]) for key in before)
 
 
 @pytest.mark.parametrize("name", [files.CONFIG_FILE, files.STATS_FILE])

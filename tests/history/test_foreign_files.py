@@ -61,7 +61,7 @@ def refused(run, message) -> None:
 def check(run) -> None:
     """As `from_pretrained`, without a process that reads the history first."""
     history = RecyclingHistory.of_own_run(run)
-    check_content(run, history.config, files.read_state(run)[0], history.table, history.stats)
+    check_content(run, history.config, files.read_state(run), history.table, history.stats)
 
 
 def made_elsewhere(function) -> None:
@@ -126,12 +126,11 @@ def test_a_large_file_is_not_opened(run, name, size):
 
 def state(run, **changes) -> None:
     """Changes the state, with the right checksum: `name__kind` for the tensor of a block."""
-    tensors, texts = files.read_state(run)
+    tensors = files.read_state(run)
     for key, change in changes.items():
         key = key.replace("__", "/")
         tensors[key] = change(tensors.get(key))
-    metadata = texts | {"sha256": files._checksum(tensors)}
-    safetensors.torch.save_file(tensors, run / files.STATE_FILE, metadata)
+    safetensors.torch.save_file(tensors, run / files.STATE_FILE, files._VERSIONS | {"sha256": files._checksum(tensors)})
 
 
 def fade_in(run, index=(1,), age=(2,), **more) -> None:
@@ -157,7 +156,7 @@ def run(tmp_path):
 
 
 def recycled_at_30(run) -> int:
-    tensors, _ = files.read_state(run)
+    tensors = files.read_state(run)
     return int((tensors["a/last_step"] == 30).nonzero()[0])
 
 

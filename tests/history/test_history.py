@@ -13,8 +13,9 @@ from support.simulated_runs import write_run
 from hf_recycle.records import files, history
 from hf_recycle.records.file_checks import FORMAT_VERSION
 from hf_recycle.records.files import RecyclingFileError
-from hf_recycle.records.history import HistoryRecorder, RecyclingHistory, summarize
-from hf_recycle.records.recorder import QUANTILE_LEVELS, BlockRecord
+from hf_recycle.records.history import RecyclingHistory
+from hf_recycle.records.recorder import QUANTILE_LEVELS, BlockRecord, HistoryRecorder
+from hf_recycle.records.summary import summarize
 
 NAMES = ("z.layer.10", "z.layer.2", "a")  # an order that no sorting gives
 
@@ -85,7 +86,7 @@ def test_a_run_that_did_nothing_has_empty_tables(tmp_path):
 
 
 def forge_state(run, kind, change):
-    tensors, _ = files.read_state(run)
+    tensors = files.read_state(run)
     change(tensors[f"a/{kind}"], tensors)
     files.write_state(run, tensors)
 
@@ -114,7 +115,7 @@ def test_a_history_without_the_phases_that_were_counted(run):
 
 def test_an_older_summary(run):
     recorder = HistoryRecorder.from_table(files.read_history(run))
-    tensors, _ = files.read_state(run)
+    tensors = files.read_state(run)
     counts = {name: tensors[f"{name}/counts"] for name in NAMES}
     none = {name: torch.zeros_like(count) for name, count in counts.items()}
     for stats, message in (

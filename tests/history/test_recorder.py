@@ -9,13 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_recycle.records.history import HistoryRecorder
 from hf_recycle.records.recorder import (
     ACTIVITY_METRICS,
     HISTOGRAM_BINS,
     HISTORY_SCHEMA,
     QUANTILE_LEVELS,
     BlockRecord,
+    HistoryRecorder,
     metric_values,
 )
 

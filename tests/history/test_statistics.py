@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_recycle.records.files import read_stats, write_stats
-from hf_recycle.records.history import HistoryRecorder, summarize
-from hf_recycle.records.recorder import BlockRecord
+from hf_recycle.records.recorder import BlockRecord, HistoryRecorder
+from hf_recycle.records.summary import summarize
 
 BLOCKS = st.dictionaries(
     st.sampled_from(["layer.0", "layer.1", "z"]), st.lists(st.integers(0, 9), min_size=1, max_size=30)

@@ -15,7 +15,7 @@ import httpx2
 sys.path.insert(0, str(Path(__file__).parent))
 from publishing_runs import make_trainer
 
-from hf_recycle.runs.leaving import leave
+from hf_recycle.train import leave
 
 FOLDER, RANK = Path(sys.argv[1]), int(os.environ["RANK"])
 OPTIONS = {"hub_strategy": "checkpoint", "hub_always_push": True, "save_steps": 3}

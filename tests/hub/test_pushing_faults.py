@@ -12,7 +12,6 @@ from publishing_runs import QUICK, make_trainer
 from hf_recycle.card.card import card_for
 from hf_recycle.errors import UserError
 from hf_recycle.hub.push.job import Push
-from hf_recycle.hub.push.preflight import check_repository
 from hf_recycle.hub.push.publisher import Publisher
 from hf_recycle.hub.push.repository import Refused, Repository
 
@@ -253,7 +252,7 @@ def test_a_run_that_could_never_publish_does_not_start(online, hub, tmp_path, mo
 
 def test_a_passing_failure_at_the_start_is_tried_again(online, hub, name):
     hub.faults.set([Fault("repos/create", times=2)])
-    assert check_repository(Repository(name.removeprefix("alice/"), policy=QUICK)) == name
+    assert Repository(name.removeprefix("alice/"), policy=QUICK).check_at_start() == name
 
 
 def test_a_hub_that_is_away_at_the_start_is_a_warning(online, monkeypatch, checkpoint, caplog):
@@ -262,7 +261,7 @@ def test_a_hub_that_is_away_at_the_start_is_a_warning(online, monkeypatch, check
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     repository = Repository("alice/away", policy=QUICK)
     with caplog.at_level("WARNING"):
-        assert check_repository(repository) == "alice/away"
+        assert repository.check_at_start() == "alice/away"
     assert "Training starts" in caplog.text
 
 

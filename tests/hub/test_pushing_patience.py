@@ -13,7 +13,6 @@ from publishing_runs import QUICK
 from transformers import BertConfig, BertForMaskedLM
 
 from hf_recycle.hub.push.job import Push
-from hf_recycle.hub.push.preflight import check_repository
 from hf_recycle.hub.push.publisher import Publisher
 from hf_recycle.hub.push.repository import Repository
 from hf_recycle.hub.retry import RetryPolicy
@@ -95,7 +94,7 @@ def test_at_the_start_too_and_nothing_is_left_in_the_clients_session(online, hub
     hooks = {kind: list(hooks) for kind, hooks in session.event_hooks.items()}
     began = time.monotonic()
     with caplog.at_level("WARNING"):
-        assert check_repository(Repository("alice/start", policy=PATIENCE)) == "alice/start"
+        assert Repository("alice/start", policy=PATIENCE).check_at_start() == "alice/start"
     assert time.monotonic() - began < PATIENCE.start_patience + 1
     assert "Training starts" in caplog.text
     assert get_session().timeout == httpx2.Timeout(None)

@@ -19,7 +19,8 @@ from hf_recycle.plots.magnitudes import magnitudes_figure, shares_between
 from hf_recycle.plots.run import draw_figures
 from hf_recycle.plots.style import SMALL, WIDTH, line_style, rows_of_panels, svg
 from hf_recycle.records import files
-from hf_recycle.records.history import HistoryRecorder, RecyclingHistory
+from hf_recycle.records.history import RecyclingHistory
+from hf_recycle.records.recorder import HistoryRecorder
 
 ALL = ["loss", "magnitudes", "recycle_counts", "ages"]
 

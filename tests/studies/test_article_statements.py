@@ -16,8 +16,7 @@ from hf_recycle.studies.one_shot import one_shot_curves
 from hf_recycle.studies.plan import Arm, Study
 from hf_recycle.studies.results import StudyResults, collect
 from hf_recycle.studies.runner import SETTINGS_FILE
-from hf_recycle.studies.statements import STATEMENTS, check
-from hf_recycle.studies.verdicts import CANT_TELL, HOLDS, UNCLEAR
+from hf_recycle.studies.verdicts import CANT_TELL, HOLDS, STATEMENTS, UNCLEAR, check
 
 pytestmark = pytest.mark.slow
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from hf_recycle import __version__
 from hf_recycle.cli.main import main
-from hf_recycle.records.files import package_version
 from hf_recycle.studies.plan_file import load_study
 
 STUDY = """\
@@ -173,7 +173,7 @@ def test_a_real_study_with_an_arm_that_fails(done):
     assert "check failed" not in page
     assert "not drawn" not in page
     assert "p-values of one group" in page
-    assert package_version() in page
+    assert __version__ in page
 
 
 @pytest.mark.slow

@@ -57,7 +57,7 @@ def test_overtraining_counts_as_well(finished):
     for step in (10, 20):
         recorder.overtraining(step, dict.fromkeys(OVERTRAINING_METRICS, 0.0) | {"batches": 2, "tokens": 150})
     files.write_history(folder, recorder.to_table())
-    tensors, _ = files.read_state(folder)
+    tensors = files.read_state(folder)
     files.write_state(folder, tensors | {"trainer/overtrain_tokens": torch.tensor([300])})
     stats = files.read_stats(folder)
     files.write_stats(folder, {**stats, "overtraining": overtraining_totals(recorder.to_table())})

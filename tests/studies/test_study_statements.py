@@ -2,13 +2,14 @@ import numpy as np
 import pytest
 
 from hf_recycle.studies import statements, verdicts
-from hf_recycle.studies.statements import STATEMENTS, check
 from hf_recycle.studies.verdicts import (
     CANT_TELL,
     FAILS,
     HOLDS,
     MISSING,
+    STATEMENTS,
     UNCLEAR,
+    check,
     every_seed,
     judges_losses,
     lower,

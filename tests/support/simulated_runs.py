@@ -6,8 +6,9 @@ import numpy as np
 import torch
 
 from hf_recycle.records import files
-from hf_recycle.records.history import HistoryRecorder, RecyclingHistory, summarize
-from hf_recycle.records.recorder import BlockRecord
+from hf_recycle.records.history import RecyclingHistory
+from hf_recycle.records.recorder import BlockRecord, HistoryRecorder
+from hf_recycle.records.summary import summarize
 
 
 def write_run(

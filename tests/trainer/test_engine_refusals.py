@@ -114,8 +114,7 @@ def test_what_another_process_can_not_go_on_from_is_refused_here_too(checkpoint,
     def gather(everyone, mine):
         everyone[:] = [mine, UserError("the other has no optimizer.pt")]
 
-    monkeypatch.setattr(agreement, "_are_several", lambda: True)
-    monkeypatch.setattr(agreement.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(agreement, "process_count", lambda: 2)
     monkeypatch.setattr(agreement.dist, "all_gather_object", gather)
     here = SimpleNamespace(_check_can_resume=lambda folder: None)
     with pytest.raises(UserError, match="the other has no optimizer"):

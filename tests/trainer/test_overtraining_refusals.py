@@ -70,7 +70,7 @@ def test_a_position_that_contradicts_the_history_is_refused(train, tmp_path):
 
     train(save_strategy="steps", save_steps=6, **OVERTRAINING)
     folder = tmp_path / "run" / "checkpoint-6"
-    tensors, _ = read_state(folder)
+    tensors = read_state(folder)
     tensors["trainer/overtrain_samples"] += 4
     write_state(folder, tensors)
     (folder / LIST_FILE).unlink()  # which would say that it was changed

@@ -1,7 +1,5 @@
 """Checks on a model's configuration of unknown origin, before transformers makes lists and layers of its numbers."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

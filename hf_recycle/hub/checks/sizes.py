@@ -3,8 +3,6 @@
 JSON takes some twenty times its size in memory, and nothing of a model's configuration or of a run's record is large.
 """
 
-from __future__ import annotations
-
 from fnmatch import fnmatchcase
 
 _MIB = 2**20

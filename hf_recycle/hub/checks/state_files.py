@@ -4,8 +4,6 @@ They are loaded with `weights_only=True` and mapped into memory, so no code is r
 an optimizer's state is that of the model is asked when it is loaded, see `hf_recycle.engines.optimizer_checks`.
 """
 
-from __future__ import annotations
-
 import math
 import random
 import zipfile

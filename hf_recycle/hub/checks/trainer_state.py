@@ -1,7 +1,5 @@
 """Checks on a `trainer_state.json` of unknown origin."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import fields

@@ -1,7 +1,5 @@
 """What the files of a repository may be called, and which of them make a checkpoint."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase

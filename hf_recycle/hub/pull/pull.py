@@ -1,7 +1,5 @@
 """A checkpoint brought from the Hub into its cache: one commit, only the files training needs, each checked."""
 
-from __future__ import annotations
-
 import itertools
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Resuming from the Hub: one commit for all processes, and a state that refers to nothing of another machine."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any

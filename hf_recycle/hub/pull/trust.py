@@ -1,7 +1,5 @@
 """Checks on the content of a pulled checkpoint, before the Trainer reads it. Nothing here executes what it reads."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable
@@ -11,7 +9,7 @@ from typing import Any, NoReturn
 import safetensors
 from transformers.trainer import TRAINER_STATE_NAME
 
-from hf_recycle.errors import UserError
+from hf_recycle.errors import UserError, reason_of
 from hf_recycle.hub.checks.configuration import configuration_problem
 from hf_recycle.hub.checks.sizes import small_file_problem
 from hf_recycle.hub.checks.state_files import check_state_file
@@ -56,7 +54,7 @@ def check_checkpoint(folder: Path, where: object) -> None:
         try:
             RecyclingHistory.from_pretrained(folder)
         except ValueError as error:
-            raise UserError(f"{where}: {_first_line(error)}") from error
+            raise UserError(f"{where}: {reason_of(error)}") from error
 
 
 def read_step(path: Path, where: object) -> int:
@@ -74,7 +72,7 @@ def _checked(where: object, path: Path, check: Callable[[Path], Any]) -> None:
         check(path)
     except Exception as error:  # whatever a library says about content made to upset it
         raise UserError(
-            f"{where}: {path.name} is not to be trusted or damaged ({_first_line(error)}); nothing of it was used"
+            f"{where}: {path.name} is not to be trusted or damaged ({reason_of(error)}); nothing of it was used"
         ) from error
 
 
@@ -125,7 +123,3 @@ def _refuse(problem: str | None) -> None:
 
 def _bad(problem: str) -> NoReturn:
     raise ValueError(problem)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n", 1)[0][:300].rstrip(". ") or type(error).__name__

@@ -1,7 +1,5 @@
 """One commit that holds everything of a push, made from what is in the repository now."""
 
-from __future__ import annotations
-
 import tempfile
 import warnings
 from dataclasses import dataclass

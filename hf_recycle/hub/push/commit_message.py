@@ -1,7 +1,5 @@
 """What the message of a commit says: step, loss and share of neurons recycled."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

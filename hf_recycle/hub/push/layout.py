@@ -3,8 +3,6 @@
 Nothing else goes up: a folder may hold notebooks, logs, data and keys of anybody, and no list of those is complete.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection, Iterable
 from pathlib import Path

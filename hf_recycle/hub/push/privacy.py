@@ -1,7 +1,5 @@
 """What of a file may be published: text loses tokens, local paths and names of this machine, and nothing else."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

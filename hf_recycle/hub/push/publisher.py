@@ -1,7 +1,5 @@
 """Pushes in the background: a queue, one thread, and a word about everything that could not be published."""
 
-from __future__ import annotations
-
 import atexit
 import math
 import threading

@@ -1,7 +1,5 @@
 """A repository on the Hub: made sure of before training, and brought up to date in one commit per push."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, HfApi, constants, get_token
@@ -9,6 +7,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers.utils import logging
 
+from hf_recycle import __version__
 from hf_recycle.hub.asking import Asking
 from hf_recycle.hub.deadline import Deadline
 from hf_recycle.hub.push.commit import Commit, Refused
@@ -16,7 +15,6 @@ from hf_recycle.hub.push.job import Push
 from hf_recycle.hub.push.staging import is_overtaken
 from hf_recycle.hub.retry import RetryPolicy, say, status_of
 from hf_recycle.hub.scrub import Secrets
-from hf_recycle.records.files import package_version
 
 logger = logging.get_logger(__name__)
 
@@ -48,7 +46,7 @@ class Repository:
         self.name, self.token, self.private, self.revision = name, token, private, revision
         self.output_dir, self.named_by = output_dir, named_by
         self.policy = policy or RetryPolicy()
-        self.api = HfApi(library_name="hf_recycle", library_version=package_version())
+        self.api = HfApi(library_name="hf_recycle", library_version=__version__)
         self.repo_id: str | None = None  # once it is known to exist
         self._branches: set[str] = set()
 
@@ -70,6 +68,25 @@ class Repository:
                 raise self._refusal(error) or error from error
             self.repo_id = url.repo_id
         return self.repo_id
+
+    def check_at_start(self) -> str:
+        """As `ensure`, before training; where the Hub can't be reached the name as the user wrote it, with a warning.
+
+        Raises:
+            Refused: if nothing can ever be pushed there.
+        """
+        try:
+            return self.ensure(Deadline(self.policy.start_patience))
+        except Refused:
+            raise
+        except Exception as error:
+            logger.warning(
+                "The Hub can't be reached now (%s). Training starts; what it publishes to %s is kept in its output "
+                "folder and pushed once the Hub answers.",
+                say(error),
+                self.name,
+            )
+            return self.name
 
     def publish(self, push: Push, deadline: Deadline) -> CommitInfo:
         """One commit that holds everything of a push, and its tag.

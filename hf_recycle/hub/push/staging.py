@@ -8,8 +8,6 @@ Their numbers go up for as long as there are any. What has landed is noted besid
 older copy over it later.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

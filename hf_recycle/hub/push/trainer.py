@@ -1,7 +1,5 @@
 """Publishing while training: the stock Trainer's arguments and methods, and nothing lost on the way."""
 
-from __future__ import annotations
-
 import inspect
 from concurrent.futures import Future
 from pathlib import Path
@@ -15,7 +13,6 @@ from hf_recycle.card.words import Words
 from hf_recycle.engines.replica_checksum import from_main_process
 from hf_recycle.hub.push.commit_message import commit_message, step_of
 from hf_recycle.hub.push.job import Push
-from hf_recycle.hub.push.preflight import check_repository
 from hf_recycle.hub.push.publisher import Publisher
 from hf_recycle.hub.push.repository import Repository
 from hf_recycle.hub.push.staging import leftovers, stage
@@ -65,7 +62,7 @@ class HubMixin(NeuronTrainer):
                 named_by="hub_model_id" if args.hub_model_id else "the name of output_dir, hub_model_id",
                 policy=self.push_policy,
             )
-            name = check_repository(repository)
+            name = repository.check_at_start()
             self.publisher = Publisher(repository)
             return name
 

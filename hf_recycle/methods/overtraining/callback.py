@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hf_recycle.batches.extra_batches import ExtraBatches
+from hf_recycle.engines.replica_checksum import process_count
 from hf_recycle.methods.base import Method, Run, StepInfo
 from hf_recycle.methods.coordinator import NeuronCallback
 from hf_recycle.methods.overtraining.subsets import subset_size
@@ -159,7 +160,7 @@ def _count_tokens(batch: Mapping[str, Any]) -> int:
 
 def _over_processes(values: list[float], device: torch.device) -> list[float]:
     """Sums over processes."""
-    if not dist.is_available() or not dist.is_initialized():
+    if process_count() == 1:
         return values
     total = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(total)

@@ -10,9 +10,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from hf_recycle.engines.replica_checksum import compare_replicas
+from hf_recycle.engines.replica_checksum import compare_replicas, process_count
 from hf_recycle.methods.isolated_training import isolated_training
 from hf_recycle.methods.overtraining.subsets import choose, warm_up
+from hf_recycle.methods.recycling.selection import others
 from hf_recycle.methods.schedule import resolved
 from hf_recycle.methods.settings import OvertrainingSettings
 from hf_recycle.neurons.fresh_optimizer import fresh_optimizer
@@ -78,7 +79,7 @@ def overtrain(
     if not any(rates):
         return None
     trained = [parameter for group in fresh.param_groups for parameter in group["params"]]
-    others = _Others(table, chosen)
+    bystanders = _Bystanders(table, chosen)
     scaler = getattr(optimizer, "scaler", None)
     scale = scaler.get_scale() if scaler is not None and scaler.is_enabled() else 1.0
     losses, skipped = [], 0
@@ -89,14 +90,14 @@ def overtrain(
             losses.append(loss.detach().float())
             (loss * scale).backward()
             reduce_gradients(trained, scale)
-            others.clear_gradients()
+            bystanders.clear_gradients()
             norm = torch.nn.utils.clip_grad_norm_(trained, max_grad_norm or float("inf"))
             norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
             if norm.isfinite():
                 for group, rate in zip(fresh.param_groups, rates, strict=True):
                     group["lr"] = rate * warm_up(number, settings.batches)
                 fresh.step()
-                others.put_back()
+                bystanders.put_back()
             else:
                 skipped += 1
                 scale = max(scale / 2, 1.0)  # what a gradient scaler does about an overflow
@@ -123,15 +124,13 @@ def _choose(
     return chosen
 
 
-class _Others:
+class _Bystanders:
     """The neurons that are not trained: they lie in the same parameters as those that are."""
 
     def __init__(self, table: NeuronTable, chosen: list[Tensor]):
         self._kept = []
         for block, index in zip(table.blocks, chosen, strict=True):
-            mask = torch.ones(block.num_neurons, dtype=torch.bool)
-            mask[index] = False
-            rest = mask.nonzero().flatten()
+            rest = others(block.num_neurons, index)
             if len(rest):
                 self._kept += [(piece, rest, piece.storage.read(piece, rest)) for piece in block.slices]
 
@@ -149,7 +148,7 @@ class _Others:
 @torch.no_grad()
 def reduce_gradients(parameters: list[nn.Parameter], scale: float) -> None:
     """Averages gradients over processes where no engine has done so, and takes the loss scale out of them."""
-    processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    processes = process_count()
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)  # every process has to take part

@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from hf_recycle.methods.recycling.selection import others
 from hf_recycle.methods.registry import REINITIALIZATIONS, needs
 
 
@@ -99,9 +100,8 @@ def matched_normal(block: Block, index: Tensor, generator: torch.Generator, opti
 @REINITIALIZATIONS.register
 def copy_noise(block: Block, index: Tensor, generator: torch.Generator, options: Options) -> Birth:
     """a copy of a neuron that is not being recycled, plus noise (article, "Copying existing neurons")"""
-    others = torch.ones(block.num_neurons, dtype=torch.bool)
-    others[index] = False
-    pool = others.nonzero().flatten() if others.any() else torch.arange(block.num_neurons)
+    pool = others(block.num_neurons, index)
+    pool = pool if len(pool) else torch.arange(block.num_neurons)
     sources = pool[torch.randint(len(pool), (len(index),), generator=generator)]
     values = block.read(sources)
     for role in block.weight_roles:
@@ -120,15 +120,15 @@ def zero_out(block: Block, index: Tensor, generator: torch.Generator, options: O
 @REINITIALIZATIONS.register
 def split(block: Block, index: Tensor, generator: torch.Generator, options: Options) -> Birth:
     """copies of the largest neurons, which share out-columns with them, unevenly and with the same sum (Net2Net)"""
-    others = _others(block, index, options)
+    pool = _pool(block, index, options)
     in_norm, out_norm = block.norms()
-    order = (in_norm * out_norm).cpu()[others].argsort(descending=True, stable=True)
-    if len(others) < len(index):
+    order = (in_norm * out_norm).cpu()[pool].argsort(descending=True, stable=True)
+    if len(pool) < len(index):
         raise ValueError(
-            f"recycle_reinit='split' has {len(others)} neurons to share with {len(index)} newborns: lower "
+            f"recycle_reinit='split' has {len(pool)} neurons to share with {len(index)} newborns: lower "
             "recycle_fraction."
         )
-    sources = others[order[: len(index)]]
+    sources = pool[order[: len(index)]]
     values, edits = block.read(sources), block.read(sources)
     share = torch.rand(len(index), 1, generator=generator).to(values["out"].device)
     noise = torch.randn(values["out"].shape, generator=generator).to(share.device)
@@ -171,12 +171,8 @@ def sample(block: Block, index: Tensor, generator: torch.Generator, options: Opt
     return Birth(_scaled_to_others(block, values, index, options, share=0.2))
 
 
-def _others(block: Block, index: Tensor, options: Options) -> Tensor:
-    if options.others is not None:
-        return options.others
-    mask = torch.ones(block.num_neurons, dtype=torch.bool)
-    mask[index] = False
-    return mask.nonzero().flatten()
+def _pool(block: Block, index: Tensor, options: Options) -> Tensor:
+    return others(block.num_neurons, index) if options.others is None else options.others
 
 
 def _without_outputs(block: Block, n: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -189,10 +185,10 @@ def _scaled_to_others(
     block: Block, values: dict[str, Tensor], index: Tensor, options: Options, share: float = 1.0
 ) -> dict[str, Tensor]:
     """`values` with in-rows `share` times as long as those of the other neurons on average, where there are others."""
-    others = _others(block, index, options)
-    if not len(others):
+    pool = _pool(block, index, options)
+    if not len(pool):
         return values
-    length = share * block.norms()[0].cpu().double()[others].mean()
+    length = share * block.norms()[0].cpu().double()[pool].mean()
     roles = [role for role in block.weight_roles if role != "out"]
     norms = torch.cat([values[role].double() for role in roles], dim=1).norm(dim=1, keepdim=True)
     factor = torch.where(norms > 0, length / norms, 0.0)

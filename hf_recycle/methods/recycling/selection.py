@@ -168,6 +168,13 @@ def _costs(inverse: Tensor, columns: Tensor) -> Tensor:
     return columns.square().sum(1) / inverse.diagonal()
 
 
+def others(count: int, index: Tensor) -> Tensor:
+    """Which of `count` neurons are not in `index` `(n,)`: ascending int64 indices."""
+    rest = torch.ones(count, dtype=torch.bool)
+    rest[index] = False
+    return rest.nonzero().flatten()
+
+
 def select(scores: Tensor, eligible: Tensor, k: int) -> Tensor:
     """The `k` eligible neurons of lowest score; fewer if fewer are eligible.
 

@@ -3,8 +3,6 @@
 Everything is checked column-wise, so a history of a million rows takes about a second.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any

@@ -5,8 +5,6 @@ footer claims of them. Some damaged footers even end the process that looks at t
 first, and ends itself as soon as Arrow has allocated too much.
 """
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

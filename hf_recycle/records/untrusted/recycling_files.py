@@ -1,7 +1,5 @@
 """Checks on recycling files of unknown origin: what they take to read, and whether their numbers are possible."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

@@ -1,12 +1,25 @@
-"""What a card says about what a run does not show."""
-
-from __future__ import annotations
+"""What a card says its numbers were compared with, and what a run does not show."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from hf_recycle.card.comparisons import changes_training
 from hf_recycle.card.facts import BUILT_IN_CORPUS
+
+
+def comparisons(facts: Mapping[str, Any]) -> list[str]:
+    """Sentences for the facts of a run."""
+    sentences = ["The numbers compare this run with itself over training."]
+    if facts["unigram_entropy"]:
+        sentences.append(
+            f"A model that knows only how frequent tokens are would reach {facts['unigram_entropy']:.4f} nats (the "
+            "unigram entropy)."
+        )
+    if changes_training(facts):
+        sentences.append(
+            "This run was not compared with a baseline: nothing here says that the methods helped it. For that, train "
+            "the same recipe without them, on the same seeds, and compare."
+        )
+    return sentences
 
 
 def limitations(facts: Mapping[str, Any]) -> list[str]:
@@ -37,3 +50,8 @@ def limitations(facts: Mapping[str, Any]) -> list[str]:
     if not facts["evaluation"]:
         sentences.append("It was not evaluated on data that it was not trained on.")
     return sentences
+
+
+def changes_training(facts: Mapping[str, Any]) -> bool:
+    """Whether a method was on that does more than record."""
+    return any(method["prefix"] != "magnitude_" for method in facts["methods"])
