@@ -13,9 +13,9 @@ from support.quick import make_runs_quick
 
 with contextlib.suppress(ImportError):
     import deepspeed.ops
-    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+    import deepspeed.runtime.zero.muon.muon_optimizer
 
-    # Of use to inference alone. Compiling it takes a minute, and when that is killed, its lock holds up the next launch.
+    # Of use to inference alone. Compiling it takes a minute; where that was killed, the next launch waits for its lock.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 get_checkpoint_conversion_mapping("bert")  # makes the table of all models, which the first save would
