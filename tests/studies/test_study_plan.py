@@ -204,7 +204,7 @@ def test_packaged_studies_have_runs(name):
         assert found.tuning
         assert found.control
         assert len(found.seeds) == 8
-    check_runs([found])
+    check_runs([found.changed(seeds=found.seeds[:1])])
 
 
 def test_the_full_study_has_every_arm_of_the_main_line():
