@@ -1,6 +1,7 @@
 """The loss of a language model on a text, always on the same sequences with the same masks."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,16 +64,23 @@ class EvaluationSettings:
 
     def data(self, length: int) -> DataArguments:
         """The text as the data pipeline takes it, in sequences of `length` tokens."""
-        try:
-            # Both parts are the one file: the training part is not looked at.
+        # Both parts are the one file: the training part is not looked at.
+        with _named_as_given():
             return DataArguments(
                 train_file=self.eval_file,
                 validation_file=self.eval_file,
                 max_seq_length=length,
                 max_eval_samples=2 * self.max_samples,
             )
-        except UserError as error:
-            raise UserError(str(error).replace("train_file", "eval_file")) from error
+
+
+@contextmanager
+def _named_as_given() -> Iterator[None]:
+    """What is said of `train_file` is said of `eval_file`."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error).replace("train_file", "eval_file")) from error
 
 
 @dataclass(frozen=True)
@@ -146,7 +154,8 @@ def load_language_model(
     if model is None:
         arguments = ModelArguments(model_name_or_path=where, model_revision=revision, task=task.name)
         model = load_model(arguments, tokenizer, length)
-    sequences = load_data(settings.data(length), tokenizer)[1]
+    with _named_as_given():
+        sequences = load_data(settings.data(length), tokenizer)[1]
     assert isinstance(sequences, Dataset), "eval_file is given"
     rows = [sequences[index] for index in range(len(sequences))]
     measured = min(settings.max_samples, -(-len(rows) // 2))

@@ -7,6 +7,7 @@ out-column is zero outputs nothing, whatever its in-row, its bias and the activa
 out changes nothing.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -124,6 +125,8 @@ def take_out(
                 f"a {type(model).__name__} of {new_blocks[0].num_neurons} neurons does not compute "
                 f"({str(error).splitlines()[0]}): pass another width or multiple_of"
             ) from error
+    if math.isnan(difference):
+        raise UserError("the model's outputs are NaN or infinite; this checkpoint is broken, use an earlier one")
     if not difference <= _TOLERANCES.get(model.dtype, 1e-3):
         raise UserError(
             f"the smaller model's outputs differ from those of the masked one by {difference:.2g}: its feed-forward "

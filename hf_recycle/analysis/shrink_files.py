@@ -72,9 +72,16 @@ def load_model(
 
 
 def save_whole(folder: Path, model: PreTrainedModel, processor: Processor | None) -> None:
-    """Saves into `folder`, which appears whole or not at all."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    """Saves into `folder`, which appears whole or not at all.
+
+    Raises:
+        UserError: nothing can be written there.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    except OSError as error:
+        raise UserError(f"output={str(folder)!r} can't be written ({error.strerror}); name another folder") from error
     try:
         model.save_pretrained(temporary)
         if processor is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import fields
 from typing import Any, ClassVar
 
 import torch
@@ -20,6 +21,7 @@ from hf_recycle.methods.settings import Settings
 from hf_recycle.neurons.optimizer_state import StepWatch
 from hf_recycle.neurons.table import NeuronTable
 from hf_recycle.records.recorder import HistoryRecorder
+from hf_recycle.utils.suggest import nearest
 
 logger = logging.get_logger(__name__)
 
@@ -227,7 +229,13 @@ class NeuronCallback(NeuronMethods):
 
     def __init__(self, *, ff_pattern: str | None = None, ff_blocks: str | None = None, **settings: Any):
         super().__init__(ff_pattern=ff_pattern, ff_blocks=ff_blocks)
-        checked = self.method_class.settings_class(**settings)
+        settings_class = self.method_class.settings_class
+        known = [setting.name for setting in fields(settings_class)]
+        for name in settings:
+            if name not in known:
+                meant = nearest(name.removeprefix(settings_class.prefix), known)
+                raise TypeError(f"{type(self).__name__} has no setting {name!r}; {meant}")
+        checked = settings_class(**settings)
         checked.validate()
         self.method = self.method_class(checked)
         self.leader: NeuronMethods | None = None

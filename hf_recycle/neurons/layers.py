@@ -19,11 +19,13 @@ class Layers:
     """The layers of a model: the elements of its lists of modules of one class.
 
     Attributes:
-        modules: every module by its path, in the model's own order.
+        modules: every module by its path, in the model's own order; without those in whose place a PEFT adapter trains
+            others.
     """
 
     def __init__(self, model: nn.Module):
-        self.modules = dict(model.named_modules())
+        named = model.named_modules()
+        self.modules = {path: module for path, module in named if "original_module" not in path.split(".")}
         self._lists = {path for path, module in self.modules.items() if _is_list_of_layers(module)}
         self._layers: dict[str, str] = {}
         for path, module in self.modules.items():
@@ -37,6 +39,8 @@ class Layers:
 
     def layer_of(self, path: str) -> str:
         """The path of the innermost layer that a module is or lies in; "" outside of them."""
+        while path not in self._layers:  # shared, or inside of what PEFT has put around a module
+            path = path.rpartition(".")[0]
         return self._layers[path]
 
     def within_one(self, paths: Iterable[str]) -> bool:

@@ -15,6 +15,7 @@ from hf_recycle.arguments import MUON, RecyclingArguments, check_training_number
 from hf_recycle.card.run_meter import RunMeter
 from hf_recycle.checkpoints.resuming import CheckpointMixin
 from hf_recycle.checkpoints.run_start import RunStartMixin
+from hf_recycle.checkpoints.termination import save_after_step
 from hf_recycle.engines.checks import (
     can_recompute,
     can_use_onednn,
@@ -89,6 +90,7 @@ class RecyclingTrainer(RunStartMixin, HubMixin, CheckpointMixin, LanguageModelin
         self.card_words = {name: value for name, value in words.items() if value}
         super().__init__(model, args, *positional, **kwargs)
         check_engine(self)
+        save_after_step(self)
         self._settle_arguments()
         self.neuron_methods.release()  # callbacks of the user's may train elsewhere before they do here
         self.set_up_language_modeling()

@@ -7,7 +7,7 @@ from hf_recycle import find_feed_forwards
 from hf_recycle.analysis.data_scores import ModelNeurons
 from hf_recycle.analysis.random_inputs import outputs, random_inputs
 from hf_recycle.analysis.shrink import ShrinkSettings, check_pruned_are_zero, removed_neurons, shrink
-from hf_recycle.analysis.shrink_files import load_model
+from hf_recycle.analysis.shrink_files import load_model, save_whole
 from hf_recycle.analysis.source import Source
 from hf_recycle.analysis.timing import Speedup
 from hf_recycle.errors import UserError
@@ -83,6 +83,19 @@ def test_what_can_not_be_shrunk(family_named):
         block.out_slice.parameter.data.zero_()
     with pytest.raises(UserError, match="every neuron of this model is pruned"):
         shrink(model, ShrinkSettings())
+
+
+def test_a_broken_model_is_called_broken(family_named):
+    model = family_named("bert").build()
+    find_feed_forwards(model)[0].out_slice.parameter.data[0, 0] = torch.nan
+    with pytest.raises(UserError, match="outputs are NaN or infinite; this checkpoint is broken"):
+        shrink(model, ShrinkSettings(fraction=0.5))
+
+
+def test_a_folder_that_can_not_be_made(family_named, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"output='.*small' can't be written \(.*\); name another folder"):
+        save_whole(tmp_path / "file" / "small", family_named("bert").build(), None)
 
 
 def test_neurons_called_pruned_must_be_zero(family_named):

@@ -217,9 +217,9 @@ def test_a_second_training_of_the_same_model_starts_afresh(bert, train):
 
 
 def test_an_unknown_setting():
-    with pytest.raises(TypeError, match="stpes"):
+    with pytest.raises(TypeError, match=r"RecyclingCallback has no setting 'stpes'; did you mean steps\?"):
         RecyclingCallback(stpes=100)
-    with pytest.raises(TypeError, match="recycle_steps"):
+    with pytest.raises(TypeError, match=r"no setting 'recycle_steps'; did you mean steps\?"):
         RecyclingCallback(recycle_steps=100)
 
 

@@ -113,6 +113,13 @@ def test_what_does_not_work_is_one_sentence(folder, capsys, more, message):
     assert err.count("\n") == 1
 
 
+def test_a_text_that_can_not_be_read_is_named_as_it_was_given(folder, tmp_path, capsys):
+    text = tmp_path / "bytes.txt"
+    text.write_bytes(bytes(range(256)))
+    assert main(["analyze", str(folder), "--ceiling", "--eval_file", str(text)]) == 2
+    assert f"error: eval_file={str(text)!r} could not be read as text" in capsys.readouterr().err
+
+
 def test_a_model_of_images_and_a_missing_text_are_refused(folder, tmp_path, capsys):
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     ViTForImageClassification(ViTConfig(image_size=16, patch_size=8, **sizes)).save_pretrained(tmp_path / "vit")

@@ -5,6 +5,7 @@ from support.tiny_runs import masked_sentences, tiny_bert
 
 from hf_recycle import RecyclingTrainer, find_feed_forwards
 from hf_recycle.methods.saved_weights import check_weights_are_saved
+from hf_recycle.neurons.find import survey
 
 # Of peft itself, which the tests' rule on transformers' deprecations is not for.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
@@ -51,6 +52,14 @@ def test_weights_that_the_adapter_saves_are_recycled(name, arguments):
     trainer = trainer_of(model, arguments, **METHODS["recycling"], recycle_fraction=0.25, ff_pattern=pattern)
     trainer.train()
     assert sum(int(counts.sum()) for counts in trainer.neuron_table().counts.values()) == 2 * 8
+
+
+@pytest.mark.parametrize("saved", [["intermediate", "output"], ["intermediate.dense", "output.dense"]])
+def test_weights_that_the_adapter_saves_are_found(saved):
+    found = survey(adapted(modules_to_save=saved))
+    assert [block.name for block in found.blocks] == [f"base_model.model.bert.encoder.layer.{i}" for i in (0, 1)]
+    assert not any(block.is_frozen for block in found.blocks)
+    assert not found.left_out
 
 
 def test_what_is_sharded_is_looked_at_too():

@@ -102,6 +102,26 @@ def test_resume_is_exact_at_and_after_the_end_of_a_pass(at, train):
     interrupt_and_compare(train, at, max_steps=26, **EVERYTHING)
 
 
+class Terminated(RecyclingTrainer):
+    """SIGTERM comes while the sixth step computes."""
+
+    def training_step(self, *args, **kwargs):
+        if self.state.global_step == 5:
+            found = (callback for callback in self.callback_handler.callbacks if hasattr(callback, "jit_manager"))
+            next(found).jit_manager.is_checkpoint_requested = True
+        return super().training_step(*args, **kwargs)
+
+
+def test_resume_is_exact_after_a_termination(train):
+    """With `enable_jit_checkpoint`, and a phase at the end of that step."""
+    whole = train("whole", **EVERYTHING)
+    stopped = train("run", cls=Terminated, enable_jit_checkpoint=True, **EVERYTHING)
+    assert stopped.state.global_step == 6
+    resumed = train("run", resume=True, **EVERYTHING)
+    assert_same_weights(whole, resumed)
+    assert losses(whole) == losses(resumed)
+
+
 def ragged(count: int = 48) -> list[dict]:
     return [{"input_ids": row["input_ids"][: 6 + number % 7]} for number, row in enumerate(sentences(count))]
 
