@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_engines import assert_same_outcome, launch, outcome
 
-COMPILED = ["plain", "smooth", "midpoint"]
+COMPILED = ["smooth", "midpoint"]
 
 
 @pytest.fixture(scope="module")
