@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 from support.english import english
+from support.scripts import run_script
 from transformers import AutoModelForMaskedLM
 
 from hf_recycle import RecyclingHistory
@@ -242,15 +243,19 @@ def test_a_script_of_ones_own_on_two_processes_is_as_on_one(start, workplace, mo
     assert len(both) == 5
 
 
-def test_processes_with_different_recipes_are_stopped(start, workplace):
+def test_processes_with_different_recipes_are_stopped(workplace):
     script = workplace / "uneven.py"
     script.write_text(
-        "import os, sys\nfrom hf_recycle.train import main\n"
-        "more = ['--mlm_probability', '0.3'] if os.environ['RANK'] == '1' else []\n"
-        "sys.exit(main([*sys.argv[1:], *more]))\n"
+        "import os, sys\nfrom support.processes import run_in_processes\n"
+        "def uneven():\n"
+        "    from hf_recycle.train import main\n"
+        "    more = ['--mlm_probability', '0.3'] if os.environ['RANK'] == '1' else []\n"
+        "    assert main([*sys.argv[1:], *more]) == 1\n"
+        "sys.exit(run_in_processes('ddp', 2, uneven))\n"
     )
     out = workplace / "uneven"
-    errors = finish(start(*TORCHRUN, script, workplace / "tiny.yaml", "--output_dir", out, "--use_cpu"))
+    words = [workplace / "tiny.yaml", "--output_dir", out, "--use_cpu"]
+    errors = run_script(script, *words, HF_RECYCLE_CACHE=str(workplace / "cache")).stderr
     assert "error: the processes disagree about mlm_probability: process 0 has 0.15, process 1 has 0.3;" in errors
     assert not list(out.glob("checkpoint-*"))
 

@@ -10,8 +10,8 @@ from matrix import METHODS
 from test_engines import assert_same_outcome, launch, outcome
 
 SCRIPT = Path(__file__).with_name("variant_run.py")
-NARROW = ["plain", "immunity_matched", "smooth", "midpoint"]  # three neurons for four processes
-WIDE = ["plain", "smooth", "midpoint"]  # whose communication is measured
+NARROW = ["immunity_matched", "smooth", "midpoint"]  # three neurons for four processes
+WIDE = ["smooth", "midpoint"]  # whose communication is measured
 LAST = "save_steps=10"  # nobody reads what would be saved earlier
 EXPERTS = f"experts=smooth,family=mixtral,{LAST}"  # the weights of all experts of a layer lie in one parameter
 D_FF, WIDTH, BLOCKS = 64, 16, 2
