@@ -50,13 +50,19 @@ cycle: $(VENV)/.installed ## Show the vicious cycle, and how immunity and matche
 	$(BIN)/hf-recycle train vicious-cycle --recycle_immunity 6 --output_dir runs/cycle-immunity
 	$(BIN)/hf-recycle train vicious-cycle --recycle_reinit matched_normal --output_dir runs/cycle-matched-normal
 
+PYTEST = $(TEST_ENV) $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+
 .PHONY: test
-test: install ## Run all tests
-	$(TEST_ENV) $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+test: install ## Run the tests, but for those of test-long
+	$(PYTEST) -m "not long"
+
+.PHONY: test-long
+test-long: install ## Run the tests that launch many processes or train for half a minute each
+	$(PYTEST) -m long
 
 .PHONY: test-fast
 test-fast: install ## Run the tests that take no more than seconds, with a third of the cases of each
-	$(TEST_ENV) $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not slow"
+	$(PYTEST) -m "not slow"
 
 .PHONY: lint
 lint: install ## Check style and types

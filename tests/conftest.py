@@ -37,6 +37,8 @@ def pytest_collection_modifyitems(items):
     seen = set()
     for item in items:
         test = item.nodeid.partition("[")[0]
+        if item.get_closest_marker("long"):
+            item.add_marker(pytest.mark.slow)
         if item.get_closest_marker("slow"):
             continue
         if test in seen and crc32(item.name.encode()) % 3:

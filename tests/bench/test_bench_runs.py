@@ -15,7 +15,7 @@ from benchmarks.memory import Memory
 from benchmarks.shapes import TINY
 from hf_recycle.errors import UserError
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 
 @pytest.fixture(autouse=True)

@@ -25,7 +25,7 @@ def test_the_table_compares_with_the_first():
     assert "| page faults of a step | 12,345 | 12,345 |" in table
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_steps_of_a_training():
     for name in ("stock", "ours"):
         profile = profile_step(contestants(TINY)[name], steps=2)

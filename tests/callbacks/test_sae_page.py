@@ -13,7 +13,7 @@ def numbers(text):
     return {(name, seed): (int(dead), float(lost), int(found)) for name, seed, dead, lost, found in LINE.findall(text)}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_page_shows_what_its_code_prints(capsys):
     [code] = re.findall(r"```python\n(.*?)```", PAGE, re.S)
     assert code.count("for seed in (0, 1):") == 1

@@ -96,7 +96,7 @@ def single(train_here):
     return train_here("single")
 
 
-@pytest.mark.parametrize("config", ["ddp", "zero3"])
+@pytest.mark.parametrize("config", ["ddp", pytest.param("zero3", marks=pytest.mark.long)])
 def test_two_processes_by_a_short_name(config, start, workplace, single):
     if config.startswith("zero"):
         pytest.importorskip("deepspeed", reason="DeepSpeed is not installed (make test installs it)")
@@ -128,6 +128,7 @@ def test_zero2_is_launched_as_zero3_is():
     assert zero2 == zero3
 
 
+@pytest.mark.long
 def test_a_dry_run_of_two_processes_speaks_once(start, workplace):
     out = workplace / "dry"
     words = [workplace / "tiny.yaml", "--output_dir", out, "--per_device_train_batch_size", 4, "--use_cpu", "--dry-run"]
@@ -143,6 +144,7 @@ def _recycled(folder: Path) -> list[list[int]]:
     return [list(index) for index in RecyclingHistory.from_pretrained(folder).events["recycled"]]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("launcher", "words", "status", "message"),
     [
@@ -295,6 +297,7 @@ def _children(parent: int) -> list[int]:
     return found
 
 
+@pytest.mark.long
 def test_stages_are_launched_one_after_another(start, workplace, train_here):
     """Two processes each time, and the losses of one process on the same global batch."""
     stages = ["--ff_stages", '{"0": 0.5, "0.5": 1.0}', "--logging_steps", 1, "--recycle_steps", 0]

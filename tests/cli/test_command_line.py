@@ -147,7 +147,7 @@ def test_quiet_is_heard_by_libraries_that_come_later():
         assert done.stdout.splitlines()[-1] == str(level)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_progress_bars_are_for_terminals(monkeypatch):
     monkeypatch.delenv("TQDM_DISABLE", raising=False)  # commands that ran in this process have set it
     # An argument of the Trainer: reading it imports transformers, and tqdm with it.

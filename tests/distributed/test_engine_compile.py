@@ -14,7 +14,7 @@ def folders(tmp_path_factory):
     return reference, launch("ddp", tmp_path_factory.mktemp("two"), words, processes=2)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("method", ["off", *COMPILED])
 def test_same_as_one_plain_process(method, folders):
     one, two = folders
@@ -25,7 +25,7 @@ def test_same_as_one_plain_process(method, folders):
     assert_same_outcome(expected, found)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_neither_the_masked_head_nor_a_method_adds_a_graph_or_a_break(folders):
     def counted(run):
         result = torch.load(folders[1] / run / "result.pt", weights_only=False)

@@ -9,7 +9,7 @@ from test_engines import launch, outcome
 SCRIPT = Path(__file__).with_name("variant_run.py")
 RUN = "plain,optim=muon,recycle_fraction=0.25,recycle_selection=random"
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 
 @pytest.fixture(scope="module")

@@ -117,7 +117,7 @@ def test_the_example_analysis_shows_the_magnitudes_of_the_model(folder):
     assert (folder / "shown" / "magnitudes.svg").is_file()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_example_study_compares_its_arms(folder):
     words = "study examples/study.yaml --seeds 1 --arms low-magnitude --max_steps 8 --jobs 1 --use_cpu true"
     _run(folder, "-c", "import sys; from hf_recycle.cli.main import main; sys.exit(main(sys.argv[1:]))", *words.split())

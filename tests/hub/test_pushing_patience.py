@@ -119,7 +119,7 @@ sys.exit(main(["push", *sys.argv[1:]]))
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_files_go_up_by_xet_and_a_silent_xet_store_holds_nobody_up_either(
     hub, hub_environment, run_python, folder, tmp_path, monkeypatch
 ):

@@ -75,7 +75,7 @@ print(metric.compute()["accuracy"], metric.compute(predictions=[3], references=[
 """
 
 
-@pytest.mark.slow  # starts processes that import evaluate
+@pytest.mark.long
 def test_offline_in_several_processes_with_no_home_to_write_to(tmp_path):
     home = tmp_path / "home"
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(home), "OMP_NUM_THREADS": "1"}

@@ -18,7 +18,7 @@ from hf_recycle.studies.results import StudyResults, collect
 from hf_recycle.studies.runner import SETTINGS_FILE
 from hf_recycle.studies.verdicts import CANT_TELL, HOLDS, STATEMENTS, UNCLEAR, check
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 D_MODEL, D_FF, LAYERS = 64, 256, 2
 ARMS = ("baseline", "plain", "immunity-6", "matched-normal", "midpoint-1")

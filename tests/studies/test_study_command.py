@@ -212,7 +212,7 @@ def test_the_cached_pruning_curves_are_those_of_the_final_model(done):
     assert one_shot_curves(result) == known
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_interrupted_study_goes_on_as_if_nothing_had_happened(done, tmp_path, capsys):
     path, uninterrupted, _ = done
     words = ["study", str(path), "--arms", "baseline", "--jobs", "1", "--output", str(tmp_path / "out")]
@@ -261,7 +261,7 @@ statements: []
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_real_study_of_facts_is_tuned_and_judged(tmp_path, shared_cache, capsys):
     path, output = tmp_path / "facts.yaml", tmp_path / "out"
     path.write_text(FACTS)

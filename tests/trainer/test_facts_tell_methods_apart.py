@@ -11,7 +11,7 @@ from transformers import RobertaPreLayerNormConfig, RobertaPreLayerNormForMasked
 from hf_recycle import RecyclingTrainer, find_feed_forwards
 from hf_recycle.data.facts import Facts
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 D_MODEL = 32
 CLEARLY = 0.05
