@@ -204,6 +204,8 @@ def test_packaged_studies_have_runs(name):
         assert found.tuning
         assert found.control
         assert len(found.seeds) == 8
+    for run in found.runs():  # where there is no neuron, none can be measured
+        assert run.settings.get("ff_factor") != 0 or not run.settings.get("magnitude_steps"), run.arm
     check_runs([found.changed(seeds=found.seeds[:1])])
 
 
